@@ -1,0 +1,31 @@
+# `make demo` and `make test` do all their own set-up: Python >= 3.11 and make suffice.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m experiments.digits
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest -n 2 $(PYTEST)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/.demo: setup.cfg pyproject.toml | $(VENV)
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/.test: setup.cfg pyproject.toml | $(VENV)
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $@
+
+$(VENV):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"abkd_jax needs Python >= 3.11, but $(PYTHON) is {sys.version.split()[0]}; name another with make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) .jax_cache .pytest_cache .ruff_cache

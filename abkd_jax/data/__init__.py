@@ -1,0 +1,49 @@
+"""Data sets as arrays on the device, and batches of them as a function of (data_seed, step)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from abkd_jax.data.digits import digits
+from abkd_jax.data.sets import DataSet, Split, batch_at, epoch_order, evaluation_batches
+from abkd_jax.types import hyperparameters, nearest
+
+__all__ = [
+    "DataSet",
+    "Split",
+    "batch_at",
+    "digits",
+    "epoch_order",
+    "evaluation_batches",
+    "from_config",
+]
+
+_SETS = {"digits": digits}
+
+
+def from_config(group: Mapping[str, Any], *, data_seed: int) -> DataSet:
+    """The set of a config's `data` group: `name`, and the keywords of the function of that name.
+
+    Args:
+        group: such as dict(name="digits", validation=297, labelled=100).
+        data_seed: of the split.
+
+    Returns:
+        The set.
+
+    Raises:
+        ValueError: one sentence that names the field, what was found and what was expected.
+    """
+    name = group.get("name")
+    if name not in _SETS:
+        raise ValueError(
+            f"data.name must be one of {', '.join(_SETS)}; found {name!r}"
+            f"{nearest(str(name), _SETS)}."
+        )
+    hypers = {key: value for key, value in group.items() if key != "name"}
+    known = [key for key in hyperparameters(_SETS[name]) if key != "data_seed"]
+    for key in hypers:
+        if key not in known:
+            raise ValueError(
+                f"data.{key} is unknown{nearest(key, known)}; {name} takes {', '.join(known)}."
+            )
+    return _SETS[name](data_seed=data_seed, **hypers)

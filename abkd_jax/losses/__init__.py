@@ -1,0 +1,10 @@
+"""Losses `f(student, teacher, batch, *, numbers) -> [...]`, one value per example, and their sum.
+
+The first argument is always the network that is being trained, the second the other one.
+"""
+
+from abkd_jax.losses.lift import on_logits
+from abkd_jax.losses.task import cross_entropy
+from abkd_jax.losses.total import term_counts, total
+
+__all__ = ["cross_entropy", "on_logits", "term_counts", "total"]

@@ -1,0 +1,57 @@
+"""The loss against labels."""
+
+import chex
+from jax import Array
+from jax import numpy as jnp
+
+from abkd_jax import numerics
+from abkd_jax.types import Batch, Outputs
+
+
+def cross_entropy(
+    student: Outputs, teacher: Outputs, batch: Batch, *, label_smoothing: float | Array = 0.0
+) -> Array:
+    """-log q at the label, or against (1 - s) of it and s of the uniform distribution.
+
+    A withheld label (-1) makes the value NaN: take the mean over `where="labelled"`.
+
+    Args:
+        student: the network that is being trained; its `logits` [..., K].
+        teacher: not read.
+        batch: its `labels` [...], integers.
+        label_smoothing: s in [0, 1] (Szegedy et al., 2016). Classes with a logit of -inf take no
+            part.
+
+    Returns:
+        `[...]` in nats, one value per example.
+
+    Raises:
+        AssertionError: if logits and labels do not fit.
+    """
+    del teacher
+    labels = batch["labels"]
+    chex.assert_type(
+        [student.logits, labels],
+        [float, int],
+        custom_message="cross_entropy takes floating-point logits and integer labels; found "
+        f"{student.logits.dtype} and {labels.dtype}.",
+        include_default_message=False,
+    )
+    chex.assert_shape(
+        labels,
+        student.logits.shape[:-1],
+        custom_message=f"labels {list(labels.shape)} must have the leading axes of the logits "
+        f"{list(student.logits.shape)}.",
+        include_default_message=False,
+    )
+    dtype = jnp.promote_types(student.logits.dtype, jnp.float32)
+    log_q = numerics.log_softmax(student.logits.astype(dtype))
+    present = ~jnp.isneginf(log_q)
+    at_label = jnp.take_along_axis(log_q, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+    uniform = jnp.sum(jnp.where(present, log_q, 0.0), axis=-1) / jnp.sum(present, axis=-1)
+    smoothing = jnp.asarray(label_smoothing, dtype)
+    value = -(1.0 - smoothing) * at_label - smoothing * uniform
+    return jnp.where(labels < 0, jnp.nan, value)
+
+
+cross_entropy.needs = ("logits",)

@@ -1,0 +1,41 @@
+"""Networks by name: each function here returns a flax module that maps inputs to `Outputs`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import linen as nn
+
+from abkd_jax.models.small import cnn, mlp
+from abkd_jax.types import bind, nearest
+
+__all__ = ["cnn", "from_config", "mlp"]
+
+_MODELS = {"cnn": cnn, "mlp": mlp}
+
+
+def from_config(
+    model: str, hypers: Mapping[str, Any], *, num_classes: int, field: str
+) -> nn.Module:
+    """The module of a network's group.
+
+    Args:
+        model: the name of a function of this package.
+        hypers: its keywords, without num_classes.
+        num_classes: K.
+        field: where the group stands in the config, for messages.
+
+    Returns:
+        A flax module.
+
+    Raises:
+        ValueError: one sentence that names the field, what was found and what was expected.
+    """
+    if model not in _MODELS:
+        raise ValueError(
+            f"{field}.model: there is no model {model!r}{nearest(str(model), _MODELS)}; "
+            f"known are {', '.join(_MODELS)}."
+        )
+    try:
+        return bind(_MODELS[model], num_classes=num_classes, **hypers)()
+    except TypeError as error:
+        raise ValueError(f"{field}: {error}") from None

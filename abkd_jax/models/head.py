@@ -1,0 +1,32 @@
+"""The linear map to logits, which shows its parts to losses."""
+
+from collections.abc import Sequence
+
+from flax import linen as nn
+from jax import Array
+
+from abkd_jax.types import Outputs
+
+
+class Head(nn.Module):
+    """A dense layer that returns all that losses may want to know of it, at no cost.
+
+    Attributes:
+        num_classes: K.
+    """
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, hidden: Array, features: Sequence[Array] = ()) -> Outputs:
+        """`[..., D]`, and the arrays on the way to it, to `Outputs` with logits `[..., K]`."""
+        shape = (hidden.shape[-1], self.num_classes)
+        unembedding = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, shape[-1:])
+        return Outputs(
+            logits=hidden @ unembedding + bias,
+            hidden=hidden,
+            unembedding=unembedding,
+            bias=bias,
+            features=tuple(features),
+        )

@@ -1,0 +1,225 @@
+"""Log-space arithmetic on which the divergences stand: log-probabilities, their difference, psi.
+
+Each device here removes a measured loss of digits; the comment beside it says which. All functions
+work on the last axis, accept -inf for a class that has been removed, and differentiate in forward
+and reverse mode to any order.
+"""
+
+import math
+from typing import Any
+
+import chex
+import jax
+from jax import Array
+from jax import numpy as jnp
+
+SATURATION = 1e30  # where a value or a slope is infinite it becomes this, so that sums stay finite
+MAX_LOG_RATIO = 1e12  # log(p / q) when one of the two is exactly zero
+
+
+def check_logits(student_logits: Array, teacher_logits: Array) -> tuple[Array, Array]:
+    """Refuses what is not a pair of logit arrays over the same classes, and lifts 16 bit to 32.
+
+    Args:
+        student_logits: floating point, `[..., K]`, K >= 1.
+        teacher_logits: floating point, `[..., K]`, leading axes that broadcast with the student's.
+
+    Returns:
+        The two arrays in one dtype: float64 if either is, else float32.
+
+    Raises:
+        AssertionError: naming the argument, what was found and what was expected.
+    """
+    named = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    for name, logits in named.items():
+        message = f"{name} must be a floating-point array [..., K] with K >= 1 classes; found {{}}."
+        found = f"{jnp.result_type(logits)}{list(jnp.shape(logits))}"
+        options = dict(custom_message=message.format(found), include_default_message=False)
+        chex.assert_type(jnp.asarray(logits), float, **options)
+        chex.assert_rank(logits, set(range(1, 33)), **options)
+        chex.assert_axis_dimension_gt(logits, -1, 0, **options)
+    shapes = [jnp.shape(logits) for logits in named.values()]
+    message = f"student_logits {list(shapes[0])} and teacher_logits {list(shapes[1])} must "
+    chex.assert_equal_shape_suffix(
+        list(named.values()),
+        1,
+        custom_message=message + "have the same number of classes in their last axis.",
+        include_default_message=False,
+    )
+    try:
+        jnp.broadcast_shapes(*shapes)
+    except ValueError:
+        raise AssertionError(message + "have leading axes that broadcast.") from None
+    dtype = jnp.promote_types(jnp.result_type(student_logits, teacher_logits), jnp.float32)
+    return jnp.asarray(student_logits, dtype), jnp.asarray(teacher_logits, dtype)
+
+
+def divided_logits(logits: Array, temperature: Array) -> Array:
+    """logits / temperature with -inf left alone, whose derivative in the temperature is NaN."""
+    removed = jnp.isneginf(logits)
+    return jnp.where(removed, logits, jnp.where(removed, 0.0, logits) / temperature)
+
+
+def masked_mean(values: Array, where: Array, count: Array | None = None) -> Array:
+    """The mean of the values that `where` selects; 0 where it selects none.
+
+    Args:
+        values: `[...]`; what is not selected may be anything, NaN included.
+        where: `[...]` bool.
+        count: the divisor, if it is not the number selected here (a part of a larger batch).
+
+    Returns:
+        A scalar.
+    """
+    count = jnp.sum(where) if count is None else count
+    return jnp.sum(jnp.where(where, values, 0.0)) / jnp.maximum(count, 1)
+
+
+def entropy(logits: Array) -> Array:
+    """-sum p log p over the last axis, in nats: `[..., K]` -> `[...]`, in [0, ln K]."""
+    log_probs = log_softmax(logits)
+    present = jnp.where(jnp.isneginf(log_probs), 0.0, log_probs)
+    return -jnp.sum(jnp.exp(log_probs) * present, axis=-1)
+
+
+def psi(gap: Array) -> Array:
+    """(1 - e^-g) / g, the mean of e^-t over [0, g], for g >= 0, with all its derivatives."""
+    small = gap < 0.5
+    near = jnp.where(small, gap, 0.0)
+    terms = _terms(gap.dtype)
+    series = jnp.full_like(gap, (-1.0) ** terms / math.factorial(terms + 1))
+    for n in reversed(range(terms)):  # expm1 would do for the value, and lose d/dg near 0
+        series = series * near + (-1.0) ** n / math.factorial(n + 1)
+    quotient = (1.0 - jnp.exp(-gap)) / jnp.where(small, 1.0, gap)
+    return jnp.where(small, series, quotient)
+
+
+def exp_second_difference(a: Array, b: Array) -> tuple[Array, Array]:
+    """The second divided difference of exp on the nodes 0, a, b, as (z, r) with value r e^z.
+
+    It is the mean of exp over the triangle of the nodes, halved: positive, symmetric, and smooth
+    however the nodes coincide, so a divergence written with it has no limits left to take.
+    """
+    low, high = jnp.minimum(a, b), jnp.maximum(a, b)
+    top, bottom = jnp.maximum(high, 0.0), jnp.minimum(low, 0.0)
+    middle = jnp.maximum(low, jnp.minimum(high, 0.0))
+    spread = top - bottom
+    wide = spread >= 0.5
+    upper, lower = top - middle, middle - bottom
+
+    divisor = jnp.where(wide, spread, 1.0)
+    quotient = (psi(upper) - jnp.exp(-upper) * psi(lower)) / divisor
+
+    near, lower = jnp.where(wide, 0.0, spread), jnp.where(wide, 0.0, lower)
+    complete, power = jnp.ones_like(near), jnp.ones_like(near)
+    series = 0.5 * complete
+    for n in range(1, _terms(near.dtype)):  # sum of h_n(0, lower, near) / (n + 2)!, all positive
+        power = power * near
+        complete = complete * lower + power
+        series = series + complete / math.factorial(n + 2)
+    return jnp.where(wide, top, bottom), jnp.where(wide, quotient, series)
+
+
+def _terms(dtype: Any) -> int:
+    """How many terms of a series in g < 1/2, divided by factorials, reach the dtype's precision."""
+    return 8 if jnp.finfo(dtype).bits == 32 else 15
+
+
+@jax.custom_jvp
+def log_softmax(logits: Array) -> Array:
+    """Log-probabilities over the last axis, to full relative precision also where one is near 0.
+
+    Args:
+        logits: `[..., K]`; -inf gives probability 0. A row of nothing but -inf stays -inf.
+
+    Returns:
+        `[..., K]`, at most 0.
+    """
+    shifted, _, rest = _shifted_exp(logits)
+    return shifted - jnp.log1p(rest)
+
+
+@log_softmax.defjvp
+def _log_softmax_jvp(primals, tangents):
+    log_probs = log_softmax(*primals)
+    return log_probs, _centred(tangents[0], log_probs)
+
+
+@jax.custom_jvp
+def log_ratio(student_logits: Array, teacher_logits: Array) -> Array:
+    """log p - log q, teacher over student, to full relative precision also where p is close to q.
+
+    A difference of two log-softmaxes loses every digit there. Instead the raw logits are
+    subtracted, with the rounding error of the subtraction added back, and the two normalisers are
+    compared through the sum of the differences of their terms.
+
+    Args:
+        student_logits: `[..., K]`.
+        teacher_logits: `[..., K]`.
+
+    Returns:
+        `[..., K]`, within +-MAX_LOG_RATIO, which stands where one side alone is -inf; 0 where both
+        are.
+    """
+    _, exp_s, rest_s = _shifted_exp(student_logits)
+    _, exp_t, rest_t = _shifted_exp(teacher_logits)
+    no_s, no_t = jnp.isneginf(student_logits), jnp.isneginf(teacher_logits)
+    s, t = jnp.where(no_s, 0.0, student_logits), jnp.where(no_t, 0.0, teacher_logits)
+    difference, error = _exact_difference(t, s)
+    offset, offset_error = _exact_difference(
+        _finite_max(teacher_logits), _finite_max(student_logits)
+    )
+    h = (difference - offset) + (error - offset_error)
+    either = no_s | no_t
+    h = jnp.where(either, 0.0, h)
+    gaps = jnp.where(either, exp_t - exp_s, h * psi(jnp.abs(h)) * jnp.maximum(exp_t, exp_s))
+    gap = jnp.sum(gaps, axis=-1, keepdims=True)
+    normaliser = 1.0 + jnp.minimum(rest_t, rest_s)
+    u = h - jnp.sign(gap) * jnp.log1p(jnp.abs(gap) / normaliser)
+    one_sided = MAX_LOG_RATIO * (no_s.astype(u.dtype) - no_t.astype(u.dtype))
+    return jnp.where(either, one_sided, jnp.clip(u, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+
+
+@log_ratio.defjvp
+def _log_ratio_jvp(primals, tangents):
+    student_logits, teacher_logits = primals
+    d_log_q = _centred(tangents[0], log_softmax(student_logits))
+    d_log_p = _centred(tangents[1], log_softmax(teacher_logits))
+    return log_ratio(*primals), d_log_p - d_log_q
+
+
+def _finite_max(logits: Array) -> Array:
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.where(jnp.isneginf(top), 0.0, top)
+
+
+def _shifted_exp(logits: Array) -> tuple[Array, Array, Array]:
+    """logits - max, its exp, and the sum of that exp less 1: the normaliser as 1 + rest."""
+    top = _finite_max(logits)
+    shifted = logits - top
+    exp = jnp.exp(shifted)
+    below = jnp.sum(jnp.where(logits == top, 0.0, exp), axis=-1, keepdims=True)
+    ties = jnp.round(jnp.sum(exp, axis=-1, keepdims=True) - below)
+    return shifted, exp, below + jnp.maximum(ties - 1.0, 0.0)
+
+
+def _exact_difference(a: Array, b: Array) -> tuple[Array, Array]:
+    """a - b as rounded, and the rounding error (Knuth's TwoSum)."""
+    difference = a - b
+    b_part = a - difference
+    a_part = difference + b_part
+    return difference, (a - a_part) - (b - b_part)
+
+
+def _centred(tangent: Array, log_probs: Array) -> Array:
+    """The tangent of log-softmax: the logits' tangent less its mean under the probabilities.
+
+    Everything is taken relative to the class that holds more than half of the mass, if there is
+    one. Transposed, the gradient of that class is minus the sum of the others, which keeps its
+    digits when the row is saturated; 1 - q would not.
+    """
+    probs = jnp.exp(log_probs)
+    pivot = probs > 0.5
+    at_pivot = jnp.sum(jnp.where(pivot, tangent, 0.0), axis=-1, keepdims=True)
+    delta = jnp.where(pivot, 0.0, tangent - at_pivot)
+    return delta - jnp.sum(probs * delta, axis=-1, keepdims=True)

@@ -1,0 +1,292 @@
+"""From a config to objectives: names become functions, numbers leaves, mistakes one sentence.
+
+A group of a config that stands for a function has `fn`, its name, and the function's keywords:
+
+    dict(fn="on_logits", temperature=2.0, divergence=dict(fn="alpha_beta", alpha=0.8, beta=0.3))
+
+The name is looked up in `abkd_jax.losses`, then in `abkd_jax.divergences`, then as a dotted path in
+`abkd_jax` or in a package that the config lists under `plugins`; it must be an annotated loss or
+divergence. Any number may be a schedule, `dict(fn="linear", start=1.0, end=0.3)`, whose `steps`
+are those of the run unless given.
+"""
+
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from jax import Array
+
+from abkd_jax import divergences, losses, schedules
+from abkd_jax.types import (
+    Batch,
+    Bound,
+    Divergence,
+    Loss,
+    Outputs,
+    Schedule,
+    Term,
+    as_number,
+    bind,
+    hyperparameters,
+    nearest,
+    schedule,
+)
+
+MASKS = ("where", "labelled")
+TERM_FIELDS = ("fn", "weight", "where", "other")
+_KINDS = {Divergence: "divergence", Loss: "loss"}
+_POSITIONAL = {Divergence: [Array, Array], Loss: [Outputs, Outputs, Batch]}
+
+
+def objective(
+    terms: Mapping[str, Mapping[str, Any]],
+    *,
+    field: str,
+    learner: str,
+    networks: Iterable[str],
+    num_steps: int,
+    plugins: Iterable[str] = (),
+) -> dict[str, Term]:
+    """The objective of one network that learns.
+
+    Args:
+        terms: {name: group}. A group has `fn`, a loss, and its keywords; `weight`, a number or a
+            schedule; optionally `where`, "where" (the default: every example) or "labelled"; and
+            `other`, the network that the loss takes as its second argument (the default: the only
+            other network, or the learner itself if it is alone).
+        field: where the terms stand in the config, for messages: "student.terms".
+        learner: the name of the network that learns.
+        networks: the names of all networks that take part in the step.
+        num_steps: the length of the run, which schedules take as theirs by default.
+        plugins: packages whose functions the config may name.
+
+    Returns:
+        {name: Term}.
+
+    Raises:
+        ValueError: one sentence that names the field, what was found and what was expected.
+    """
+    if not terms:
+        raise ValueError(f"{field} is empty; a network that learns needs at least one term.")
+    others = [name for name in networks if name != learner] or [learner]
+    built = {}
+    for name, group in terms.items():
+        at = f"{field}.{name}"
+        options = {key: group[key] for key in TERM_FIELDS if key in group}
+        function = {key: value for key, value in group.items() if key not in TERM_FIELDS[1:]}
+        if "weight" not in options:
+            raise ValueError(f"{at}.weight is missing; give the term's factor, such as 1.0.")
+        if options.get("where", "where") not in MASKS:
+            raise ValueError(f"{at}.where must be one of {_or(MASKS)}; found {group['where']!r}.")
+        if "other" not in options and len(others) > 1:
+            raise ValueError(f"{at}.other is missing; name one of {_or(others)}.")
+        other = options.get("other", others[0])
+        if other not in others:
+            raise ValueError(f"{at}.other must be one of {_or(others)}; found {other!r}.")
+        built[name] = Term(
+            loss=bound(function, Loss, field=at, num_steps=num_steps, plugins=plugins),
+            weight=number(options["weight"], f"{at}.weight", num_steps),
+            where=options.get("where", "where"),
+            other=other,
+        )
+    return built
+
+
+def check_needs(
+    objectives: Mapping[str, Mapping[str, Term]], outputs: Mapping[str, Outputs]
+) -> None:
+    """Refuses a loss that reads what a network does not show.
+
+    Args:
+        objectives: by learner.
+        outputs: of every network, arrays or their shapes (`jax.eval_shape`).
+
+    Raises:
+        ValueError: naming the term, the network and the part that it lacks.
+    """
+    for learner, terms in objectives.items():
+        for name, term in terms.items():
+            for network in (learner, term.other):
+                for part in sorted(term.loss.needs):
+                    if getattr(outputs[network], part) is None:
+                        raise ValueError(
+                            f"{learner}.terms.{name} needs {part!r} of both networks, which the "
+                            f"model of {network!r} does not give."
+                        )
+
+
+def bound(
+    group: Mapping[str, Any],
+    kind: Any,
+    *,
+    field: str,
+    num_steps: int,
+    plugins: Iterable[str] = (),
+) -> Bound:
+    """The function that a group stands for, with its numbers, schedules and functions bound.
+
+    Args:
+        group: `fn` and keywords.
+        kind: `Loss` or `Divergence`.
+        field: where the group stands in the config.
+        num_steps: the length of the run.
+        plugins: packages whose functions the config may name.
+
+    Returns:
+        A `Bound`.
+
+    Raises:
+        ValueError: one sentence that names the field, what was found and what was expected.
+    """
+    if not isinstance(group, Mapping) or "fn" not in group:
+        raise ValueError(
+            f"{field} must be a group dict(fn=NAME, ...) that names a {_KINDS[kind]}; "
+            f"found {group!r}."
+        )
+    fn = lookup(group["fn"], kind, field=f"{field}.fn", plugins=plugins)
+    hypers = {key: value for key, value in group.items() if key != "fn"}
+    return bind_group(bind, fn, hypers, field=field, num_steps=num_steps, plugins=plugins)
+
+
+def bind_group(
+    binder: Callable[..., Bound],
+    fn: Callable,
+    hypers: Mapping[str, Any],
+    *,
+    field: str,
+    num_steps: int,
+    plugins: Iterable[str] = (),
+) -> Bound:
+    """`bind` or `schedule` for values as they stand in a config, nested groups included."""
+    annotations = {name: p.annotation for name, p in hyperparameters(fn).items()}
+    values = {}
+    for key, value in hypers.items():
+        kind = annotations.get(key)
+        if kind in (Divergence, Loss):
+            at = f"{field}.{key}"
+            value = bound(value, kind, field=at, num_steps=num_steps, plugins=plugins)
+        elif kind == float | Array:
+            value = number(value, f"{field}.{key}", num_steps)
+        values[key] = value
+    try:
+        return binder(fn, **values)
+    except TypeError as error:
+        raise ValueError(f"{field}: {error}") from None
+
+
+def number(value: Any, field: str, num_steps: int) -> Array | Schedule:
+    """A number of a config, or the schedule that a group stands for.
+
+    Raises:
+        ValueError: naming the field, if it is neither, is NaN, or is a temperature that is not
+            positive.
+    """
+    if isinstance(value, Mapping):
+        known = {name: fn for name, fn in vars(schedules).items() if _public(fn, schedules)}
+        name = value.get("fn")
+        if name not in known:
+            raise ValueError(
+                f"{field}.fn must name a schedule, one of {_or(known)}; found {name!r}"
+                f"{nearest(str(name), known)}."
+            )
+        hypers = {key: part for key, part in value.items() if key != "fn"}
+        if "steps" in hyperparameters(known[name]):
+            hypers.setdefault("steps", num_steps)
+        return bind_group(schedule, known[name], hypers, field=field, num_steps=num_steps)
+    if isinstance(value, float | int) and not isinstance(value, bool):
+        if math.isnan(value) or (field.endswith(".temperature") and not value > 0):
+            expected = "greater than 0" if field.endswith(".temperature") else "a number"
+            raise ValueError(f"{field} must be {expected}; found {value!r}.")
+    try:
+        return as_number(value, field)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+def lookup(name: Any, kind: Any, *, field: str, plugins: Iterable[str] = ()) -> Callable:
+    """The loss or divergence of a name; nothing else can be reached.
+
+    Args:
+        name: of a function of `abkd_jax.losses` or `abkd_jax.divergences`, or a dotted path.
+        kind: `Loss` or `Divergence`.
+        field: where the name stands in the config.
+        plugins: packages in which a dotted path may lie, besides `abkd_jax`.
+
+    Returns:
+        The function.
+
+    Raises:
+        ValueError: naming the field, if there is no such function, or it is not annotated as one.
+    """
+    if not isinstance(name, str):
+        raise ValueError(f"{field} must be the name of a {_KINDS[kind]}; found {name!r}.")
+    fn = _by_path(name, field, ["abkd_jax", *plugins]) if "." in name else _by_name(name)
+    found = kind_of(fn)
+    if found is kind:
+        return fn
+    if found is Divergence:
+        raise ValueError(
+            f"{field}: {name} is a divergence, where a loss is expected; write "
+            f"dict(fn='on_logits', divergence=dict(fn={name!r}, ...))."
+        )
+    if found is Loss:
+        raise ValueError(f"{field}: {name} is a loss, where a divergence is expected.")
+    if fn is not None:
+        raise ValueError(
+            f"{field}: {name} is not annotated as a {_KINDS[kind]}, {_signature(kind)}."
+        )
+    known = [n for module in (losses, divergences) for n, f in vars(module).items() if _is(f, kind)]
+    raise ValueError(
+        f"{field}: there is no {_KINDS[kind]} {name!r}{nearest(name, known)}; "
+        f"known are {', '.join(sorted(known))}."
+    )
+
+
+def kind_of(fn: Any) -> Any:
+    """`Divergence`, `Loss`, or None for anything that is not annotated as one of them."""
+    try:
+        signature = inspect.signature(fn, eval_str=True)
+    except (TypeError, ValueError, NameError):
+        return None
+    positional = [
+        p.annotation
+        for p in signature.parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    kinds = [kind for kind, expected in _POSITIONAL.items() if positional == expected]
+    return kinds[0] if kinds and signature.return_annotation is Array else None
+
+
+def _by_name(name: str) -> Any:
+    return next((f for m in (losses, divergences) if (f := vars(m).get(name)) and kind_of(f)), None)
+
+
+def _by_path(path: str, field: str, packages: list[str]) -> Any:
+    module, _, name = path.rpartition(".")
+    if not any(module == package or module.startswith(package + ".") for package in packages):
+        raise ValueError(
+            f"{field}: {path!r} lies outside of {_or(packages)}; list its package under `plugins`."
+        )
+    try:
+        return vars(importlib.import_module(module)).get(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{field}: cannot import {module!r}: {error}.") from None
+
+
+def _is(fn: Any, kind: Any) -> bool:
+    return callable(fn) and not getattr(fn, "__name__", "_").startswith("_") and kind_of(fn) is kind
+
+
+def _public(fn: Any, module: Any) -> bool:
+    return inspect.isfunction(fn) and fn.__module__ == module.__name__
+
+
+def _signature(kind: Any) -> str:
+    arguments = ", ".join(getattr(a, "__name__", "Batch") for a in _POSITIONAL[kind])
+    return f"({arguments}, *, numbers) -> Array"
+
+
+def _or(names: Iterable[str]) -> str:
+    return " or ".join(repr(name) for name in names)

@@ -1,0 +1,133 @@
+"""What training carries from step to step."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import optax
+from flax import struct
+from flax.training import train_state
+from jax import Array
+from jax import numpy as jnp
+
+from abkd_jax.train import optimizer as optimizers
+from abkd_jax.types import Bound, Outputs, Schedule, as_number, at_step
+
+
+class Module(Protocol):
+    """A flax module whose call is `(inputs, *, train) -> Outputs`."""
+
+    def init(self, key: Array, inputs: Array, *, train: bool) -> Mapping[str, Any]:
+        """The variables of a new network."""
+
+    def apply(self, variables: Mapping[str, Any], inputs: Array, *, train: bool, **kwargs) -> Any:
+        """Its outputs."""
+
+
+class TrainState(train_state.TrainState):
+    """Flax's training state, with all of an optimiser's numbers in it.
+
+    Attributes:
+        batch_stats: the running statistics of batch norm; empty without it.
+        hyperparams: the optimiser's numbers, or schedules of them, by name.
+        ema_decay: of the moving average of the parameters; None for none.
+        ema_params: that average, which evaluation uses in place of the parameters.
+    """
+
+    batch_stats: Any = struct.field(default_factory=dict)
+    hyperparams: Mapping[str, Array | Schedule] = struct.field(default_factory=dict)
+    ema_decay: Array | Schedule | None = None
+    ema_params: Any = None
+
+    def forward(
+        self, params: Any, inputs: Array, *, train: bool, key: Array | None = None
+    ) -> tuple[Outputs, Any]:
+        """The outputs with these parameters, and the batch statistics after them."""
+        variables = {"params": params, "batch_stats": self.batch_stats}
+        return self.apply_fn(variables, inputs, train=train, key=key)
+
+    @property
+    def eval_params(self) -> Any:
+        """The moving average of the parameters if there is one, else the parameters."""
+        return self.params if self.ema_params is None else self.ema_params
+
+    def updated(self, grads: Any) -> "TrainState":
+        """After one step of the optimiser, with its numbers as they stand at this step."""
+        hyperparams = at_step(self.hyperparams, self.step)
+        opt_state = self.opt_state._replace(hyperparams=hyperparams)
+        state = self.replace(opt_state=opt_state).apply_gradients(grads=grads)
+        if self.ema_params is None:
+            return state
+        rate = 1.0 - at_step(self.ema_decay, self.step)
+        return state.replace(
+            ema_params=optax.incremental_update(state.params, self.ema_params, rate)
+        )
+
+
+def create(
+    module: Module,
+    inputs: Array,
+    *,
+    init_seed: int | Array,
+    optimizer: Bound,
+    ema_decay: float | Array | Schedule | None = None,
+) -> TrainState:
+    """A network that learns, with new parameters.
+
+    Args:
+        module: a flax module; see `Module`.
+        inputs: a batch of inputs, for their shape.
+        init_seed: of the parameters.
+        optimizer: a function of `abkd_jax.train.optimizer`, bound.
+        ema_decay: in [0, 1), of a moving average of the parameters; None for none.
+
+    Returns:
+        The state at step 0.
+    """
+    variables = module.init(jax.random.key(init_seed), inputs, train=False)
+    params = variables["params"]
+    tx = optimizers.of(optimizer)
+    decays = ema_decay is None or isinstance(ema_decay, Schedule)
+    return TrainState(
+        step=jnp.zeros((), int),
+        apply_fn=linen_apply(module),
+        params=params,
+        tx=tx,
+        opt_state=tx.init(params)._replace(hyperparams=at_step(dict(optimizer.numbers), 0)),
+        batch_stats=variables.get("batch_stats", {}),
+        hyperparams=dict(optimizer.numbers),
+        ema_decay=ema_decay if decays else as_number(ema_decay, "ema_decay"),
+        ema_params=None if ema_decay is None else params,
+    )
+
+
+def frozen(state: TrainState) -> TrainState:
+    """The network alone, without an optimiser: a teacher."""
+    return TrainState(
+        step=state.step,
+        apply_fn=state.apply_fn,
+        params=state.eval_params,
+        tx=_IDENTITY,
+        opt_state=_IDENTITY.init(state.params),
+        batch_stats=state.batch_stats,
+    )
+
+
+_IDENTITY = optax.identity()
+
+
+@functools.lru_cache
+def linen_apply(module: Module) -> Callable[..., tuple[Outputs, Any]]:
+    """`(variables, inputs, *, train, key) -> (Outputs, batch_stats)`; one function a module."""
+
+    def apply(variables, inputs, *, train, key):
+        if not train:
+            return module.apply(variables, inputs, train=False), variables["batch_stats"]
+        rngs = {} if key is None else {"dropout": key}
+        outputs, changed = module.apply(
+            variables, inputs, train=True, rngs=rngs, mutable=["batch_stats"]
+        )
+        return outputs, changed.get("batch_stats", {})
+
+    return apply

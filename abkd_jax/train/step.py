@@ -1,0 +1,147 @@
+"""The one training step, for a teacher alone, offline, and several learners at once."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+from jax import Array
+from jax import numpy as jnp
+
+from abkd_jax import metrics as evaluation
+from abkd_jax.losses import term_counts, total
+from abkd_jax.train.state import TrainState
+from abkd_jax.types import Batch, Outputs, Term, at_step
+
+Networks = dict[str, TrainState]
+Objectives = Mapping[str, Mapping[str, Term]]
+
+
+@functools.partial(jax.jit, static_argnames="micro_batches")
+def train_step(
+    networks: Networks, batch: Batch, objectives: Objectives, *, micro_batches: int = 1
+) -> tuple[Networks, dict[str, Array]]:
+    """One step of every network that has an objective; the others are frozen.
+
+    The learners update simultaneously, from the outputs before the update, and each sees the others
+    under stop_gradient. Schedules are evaluated at the learner's own step.
+
+    Args:
+        networks: by name.
+        batch: `inputs`, the masks that the terms name, what the losses read, and optionally `key`
+            (for dropout) and `outputs` {name: Outputs}, which replace a frozen network's forward
+            pass.
+        objectives: {name of a learner: {name: Term}}.
+        micro_batches: into how many parts of equal size to split the batch, one after the other;
+            the gradient is that of the whole batch, whatever the masks (batch norm sees the parts).
+
+    Returns:
+        The networks after the step, and the metrics: for each learner `name/term`, `name/loss` and
+        `name/gradient_norm`, before the update.
+
+    Raises:
+        ValueError: if the batch does not split evenly, or a loss that couples the batch would see
+            only a part of it.
+    """
+    terms = {name: at_step(dict(objectives[name]), networks[name].step) for name in objectives}
+    counts = {name: term_counts(terms[name], batch) for name in terms}
+    learn = functools.partial(_gradients, networks, terms, counts)
+    if micro_batches == 1:
+        grads, (stats, metrics) = learn({n: networks[n].batch_stats for n in terms}, batch)
+    else:
+        grads, (stats, metrics) = _accumulated(learn, networks, terms, batch, micro_batches)
+    updated = {n: networks[n].replace(batch_stats=stats[n]).updated(grads[n]) for n in terms}
+    norms = {f"{name}/gradient_norm": optax.global_norm(grads[name]) for name in terms}
+    return networks | updated, metrics | norms
+
+
+@jax.jit
+def eval_step(networks: Networks, batch: Batch) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The evaluation of every network on one batch.
+
+    Args:
+        networks: by name; a moving average of the parameters is used where there is one.
+        batch: `inputs`, `labels`, `where`, and optionally `outputs`.
+
+    Returns:
+        Sums to be added over batches: {name: `metrics.classification_sums`} and, for each ordered
+        pair, {"student|teacher": `metrics.agreement_sums`}; and per-example arrays, {name: logits
+        and `metrics.per_example`}.
+    """
+    outputs = {name: _frozen_forward(name, networks[name], batch) for name in networks}
+    logits = {name: out.logits for name, out in outputs.items()}
+    labels, where = batch["labels"], batch["where"]
+    sums = {n: evaluation.classification_sums(logits[n], labels, where) for n in networks}
+    for student in networks:
+        for teacher in networks:
+            if student != teacher:
+                pair = evaluation.agreement_sums(logits[student], logits[teacher], where)
+                sums[f"{student}|{teacher}"] = pair
+    examples = {
+        n: {"logits": logits[n], **evaluation.per_example(logits[n], labels)} for n in logits
+    }
+    return sums, examples
+
+
+def _gradients(networks, terms, counts, batch_stats, batch):
+    """Gradients {name: ...} of the learners, and (batch statistics, metrics)."""
+
+    def loss(params):
+        outputs, stats, metrics, losses = {}, {}, {}, []
+        for index, (name, state) in enumerate(networks.items()):
+            if name in terms:
+                key = jax.random.fold_in(batch["key"], index) if "key" in batch else None
+                state = state.replace(batch_stats=batch_stats[name])
+                outputs[name], stats[name] = state.forward(
+                    params[name], batch["inputs"], train=True, key=key
+                )
+            else:
+                outputs[name] = _frozen_forward(name, state, batch)
+        others = jax.lax.stop_gradient(outputs)
+        for name in terms:
+            value, means = total(terms[name], outputs[name], others, batch, counts=counts[name])
+            losses.append(value)
+            metrics |= {f"{name}/{term}": mean for term, mean in means.items()}
+            metrics[f"{name}/loss"] = value
+        return sum(losses), (stats, metrics)
+
+    return jax.grad(loss, has_aux=True)({name: networks[name].params for name in terms})
+
+
+def _accumulated(learn, networks, terms, batch, micro_batches):
+    """`learn` over the parts of the batch: the sums of gradients and metrics."""
+    size = batch["inputs"].shape[0]
+    if size % micro_batches:
+        raise ValueError(f"micro_batches={micro_batches} must divide the batch of {size}.")
+    for name, objective in terms.items():
+        for term, value in objective.items():
+            if value.loss.couples_batch:
+                raise ValueError(
+                    f"{name}.terms.{term} couples the examples of a batch, so micro_batches must "
+                    f"be 1; found {micro_batches}."
+                )
+    split = lambda x: x.reshape(micro_batches, size // micro_batches, *x.shape[1:])  # noqa: E731
+    parts = jax.tree.map(split, {name: part for name, part in batch.items() if name != "key"})
+    if "key" in batch:
+        parts["key"] = jax.random.split(batch["key"], micro_batches)
+
+    def step(carry, part):
+        stats, summed = carry
+        grads, (stats, metrics) = learn(stats, part)
+        return (stats, jax.tree.map(jnp.add, summed, (grads, metrics))), None
+
+    stats = {name: networks[name].batch_stats for name in terms}
+    shapes = jax.eval_shape(learn, stats, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[1][1]))
+    (stats, (grads, metrics)), _ = jax.lax.scan(step, (stats, zeros), parts)
+    return grads, (stats, metrics)
+
+
+def _frozen_forward(name: str, state: TrainState, batch: Batch) -> Outputs:
+    """The outputs of a network that does not learn, from the batch if they come with it."""
+    given = batch.get("outputs", {})
+    if name in given:
+        return given[name]
+    outputs, _ = state.forward(state.eval_params, batch["inputs"], train=False)
+    return jax.lax.stop_gradient(outputs)

@@ -1,0 +1,48 @@
+"""Digits: a student with 16 hidden units and 100 labels, taught by a teacher that saw them all.
+
+Paper: Wang et al., "ABKD", ICML 2025, https://arxiv.org/abs/2505.04560 (the loss, not the data).
+Command: make demo
+"""
+
+import ml_collections
+
+from abkd_jax import arguments
+
+
+def get_config(argument: str = "") -> ml_collections.ConfigDict:
+    """The config; see `abkd_jax.arguments` for the argument, to which the flag runlocal belongs."""
+    options = arguments.parse(argument)
+    config = ml_collections.ConfigDict(
+        dict(
+            mode="offline",
+            data=dict(name="digits", validation=297, labelled=100),
+            teacher=dict(
+                model="mlp",
+                widths=(256, 256),
+                optimizer=dict(name="adam", learning_rate=1e-3),
+                terms=dict(task=dict(fn="cross_entropy", weight=1.0)),
+            ),
+            student=dict(
+                model="mlp",
+                widths=(16,),
+                optimizer=dict(name="adam", learning_rate=3e-3),
+                terms=dict(
+                    distill=dict(
+                        fn="on_logits",
+                        weight=1.0,
+                        temperature=2.0,
+                        temperature_power=2.0,
+                        divergence=dict(fn="alpha_beta", alpha=0.8, beta=0.3),
+                    ),
+                ),
+            ),
+            batch_size=128,
+            num_steps=1500,
+            init_seed=0,
+            data_seed=0,
+            plugins=(),
+        )
+    )
+    if options.pop("runlocal", False):
+        config.update(num_steps=20)
+    return arguments.apply(config, options)
