@@ -1,4 +1,4 @@
-"""The argument of a config file: `--config=configs/digits.py:divergence=alpha_beta(alpha=.5,beta=.5)`.
+"""The argument of a config file: `--config=configs/digits.py:divergence=reverse_kl,weight=2.`
 
 It is a list of `key=value` and of flags, read as literals only: numbers, strings, tuples, names of
 functions, and functions with their numbers. `divergence=NAME(...)` replaces the divergence of the
@@ -94,7 +94,7 @@ def apply(
 
 
 def _places(group: Any, kind: Any, field: str, plugins: tuple[str, ...]) -> dict[str, str]:
-    """Where each number of a function stands in the config; the outermost, where two share a name."""
+    """Where each number of a function stands in the config; the outermost of two of one name."""
     if not isinstance(group, Mapping) or "fn" not in group:
         raise ValueError(f"{field} must be a function, such as forward_kl; found {group!r}.")
     places = {"weight": f"{field}.weight"} if kind is Loss else {}

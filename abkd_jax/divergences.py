@@ -9,7 +9,7 @@ A class whose logit is -inf on both sides does not exist: the result is that of 
 -inf on one side is probability 0 there, and the divergence takes its true limit; where that is
 infinite, value and gradient are finite, large and of the right sign.
 
-To add a divergence, write one function here and one row in the table of `tests/divergences_test.py`.
+To add one, write a function here and a row in the table of `tests/divergences_test.py`.
 """
 
 import functools

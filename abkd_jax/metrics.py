@@ -55,8 +55,7 @@ def classification_sums(
     _assert_rows(logits, labels=labels, where=where)
     _assert_bins(num_bins)
     valid = _valid(labels, where)
-    # Masked before use, not after: a NaN times 0 is still NaN.
-    logits = jnp.where(valid[..., None], _upcast(logits), 0)
+    logits = _upcast(logits)
     rows = per_example(logits, labels)
     top5 = jnp.any(_top5(logits) == jnp.asarray(labels)[..., None], axis=-1)
     one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
@@ -100,8 +99,7 @@ def agreement_sums(
     )
     valid = jnp.ones(student_logits.shape[:-1], bool) if where is None else jnp.asarray(where)
     dtype = jnp.promote_types(_upcast(student_logits).dtype, _upcast(teacher_logits).dtype)
-    student_logits = jnp.where(valid[..., None], student_logits.astype(dtype), 0)
-    teacher_logits = jnp.where(valid[..., None], teacher_logits.astype(dtype), 0)
+    student_logits, teacher_logits = student_logits.astype(dtype), teacher_logits.astype(dtype)
     agreement = jnp.argmax(student_logits, axis=-1) == jnp.argmax(teacher_logits, axis=-1)
     kl = _kl(teacher_logits, student_logits)
     return _masked_sums({"agreement": agreement, "kl_at_1": kl}, valid, dtype)
@@ -299,7 +297,7 @@ def _top5(logits: Array) -> Array:
 
 
 def _masked_sums(values: Mapping[str, Array], valid: Array, dtype) -> dict[str, Array]:
-    """The number of valid rows, and each [...] array's sum over them."""
+    """The number of valid rows, and each [...] array's sum over them; NaN elsewhere is harmless."""
     sums = {name: jnp.sum(value, where=valid, dtype=dtype) for name, value in values.items()}
     return {"count": jnp.sum(valid, dtype=dtype)} | sums
 

@@ -1,8 +1,8 @@
-"""Numbers that depend on the step, for anything that takes a number: alpha, a weight, a learning rate.
+"""Numbers that depend on the step, wherever a number stands: alpha, a weight, a learning rate.
 
-Each is a function of the step, to be bound by `types.schedule`. The end points are leaves and can be
-swept and differentiated; `steps`, `begin` and `boundaries`, counted in training steps, are structure.
-The curves are optax's.
+Each is a function of the step, to be bound by `types.schedule`. The end points are leaves and can
+be swept and differentiated; `steps`, `begin` and `boundaries`, counted in training steps, are
+structure. The curves are optax's.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""The types of the library: what networks show to losses, and functions with their numbers bound."""
+"""The types of the library: what networks show to losses, and functions with bound numbers."""
 
 import difflib
 import inspect

@@ -30,9 +30,9 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
                     distill=dict(
                         fn="on_logits",
                         weight=1.0,
-                        temperature=2.0,
+                        temperature=1.0,
                         temperature_power=2.0,
-                        divergence=dict(fn="alpha_beta", alpha=0.8, beta=0.3),
+                        divergence=dict(fn="alpha_beta", alpha=0.8, beta=0.5),
                     ),
                 ),
             ),

@@ -54,7 +54,7 @@ def adamw(
     eps: float | Array = 1e-8,
     clip_norm: float | Array = jnp.inf,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter, 2019): the decay, times the learning rate, on all parameters."""
+    """AdamW (Loshchilov and Hutter, 2019): decay times learning rate, on all parameters."""
     clip = optax.clip_by_global_norm(clip_norm)
     return optax.chain(clip, optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay))
 

@@ -52,7 +52,7 @@ def train_step(
     else:
         grads, (stats, metrics) = _accumulated(learn, networks, terms, batch, micro_batches)
     updated = {n: networks[n].replace(batch_stats=stats[n]).updated(grads[n]) for n in terms}
-    norms = {f"{name}/gradient_norm": optax.global_norm(grads[name]) for name in terms}
+    norms = {f"{name}/gradient_norm": optax.tree.norm(grads[name]) for name in terms}
     return networks | updated, metrics | norms
 
 
