@@ -85,13 +85,17 @@ def entropy(logits: Array) -> Array:
 def psi(gap: Array) -> Array:
     """(1 - e^-g) / g, the mean of e^-t over [0, g], for g >= 0, with all its derivatives."""
     small = gap < 0.5
-    near = jnp.where(small, gap, 0.0)
+    quotient = (1.0 - jnp.exp(-gap)) / jnp.where(small, 1.0, gap)
+    return jnp.where(small, _psi_series(jnp.where(small, gap, 0.0)), quotient)
+
+
+def _psi_series(gap: Array) -> Array:
+    """psi for gap < 1/2; expm1 would do for the value, and lose the derivative near 0."""
     terms = _terms(gap.dtype)
     series = jnp.full_like(gap, (-1.0) ** terms / math.factorial(terms + 1))
-    for n in reversed(range(terms)):  # expm1 would do for the value, and lose d/dg near 0
-        series = series * near + (-1.0) ** n / math.factorial(n + 1)
-    quotient = (1.0 - jnp.exp(-gap)) / jnp.where(small, 1.0, gap)
-    return jnp.where(small, series, quotient)
+    for n in reversed(range(terms)):
+        series = series * gap + (-1.0) ** n / math.factorial(n + 1)
+    return series
 
 
 def exp_second_difference(a: Array, b: Array) -> tuple[Array, Array]:
@@ -170,14 +174,16 @@ def log_ratio(student_logits: Array, teacher_logits: Array) -> Array:
         _finite_max(teacher_logits), _finite_max(student_logits)
     )
     h = (difference - offset) + (error - offset_error)
-    either = no_s | no_t
-    h = jnp.where(either, 0.0, h)
-    gaps = jnp.where(either, exp_t - exp_s, h * psi(jnp.abs(h)) * jnp.maximum(exp_t, exp_s))
-    gap = jnp.sum(gaps, axis=-1, keepdims=True)
+    one_sided = MAX_LOG_RATIO * (no_s.astype(h.dtype) - no_t.astype(h.dtype))
+    h = jnp.where(no_s | no_t, one_sided, h)
+
+    close = jnp.abs(h) < 0.5  # where exp_t - exp_s would cancel
+    near = jnp.where(close, jnp.abs(h), 0.0)
+    product = h * _psi_series(near) * jnp.maximum(exp_t, exp_s)
+    gap = jnp.sum(jnp.where(close, product, exp_t - exp_s), axis=-1, keepdims=True)
     normaliser = 1.0 + jnp.minimum(rest_t, rest_s)
     u = h - jnp.sign(gap) * jnp.log1p(jnp.abs(gap) / normaliser)
-    one_sided = MAX_LOG_RATIO * (no_s.astype(u.dtype) - no_t.astype(u.dtype))
-    return jnp.where(either, one_sided, jnp.clip(u, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+    return jnp.where(no_s & no_t, 0.0, jnp.clip(u, -MAX_LOG_RATIO, MAX_LOG_RATIO))
 
 
 @log_ratio.defjvp

@@ -1,0 +1,180 @@
+"""The accuracy of `alpha_beta` and its gradients in float32, against 110-digit arithmetic.
+
+    python -m experiments.accuracy                     # 2200 cases; minutes
+    python -m experiments.accuracy --cases 300 --seed 1
+
+The cases lie on the singular lines of the definition, within 1e-12 to 1e-1 of them and elsewhere,
+with 2 to 1000 classes and logits from nearly equal to saturated. An error is the largest of an
+array, relative to the largest entry of the truth. A case whose truth float32 cannot hold is checked
+for finiteness alone. The status is 1 if a bar is missed.
+"""
+
+import concurrent.futures
+import multiprocessing
+import pathlib
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from abkd_jax.divergences import alpha_beta
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
+import alpha_beta_oracle as oracle
+
+_CASES = flags.DEFINE_integer("cases", 2200, "How many cases.", lower_bound=60)
+_SEED = flags.DEFINE_integer("seed", 0, "Which cases.", lower_bound=0)
+
+_NUM_CLASSES = (2, 3, 10, 100, 1000)
+_QUANTITIES = oracle.Truth._fields
+_NUM_MASKED_CASES = 300
+_MAX_MASKED_DIFFERENCE = 1e-6  # between classes at -inf in both logits and classes cut out
+
+
+@jax.jit
+@jax.vmap
+def _alpha_beta(student_logits, teacher_logits, alpha, beta):
+    """The value and the four gradients, in the order of the oracle."""
+
+    def value(*args):
+        return alpha_beta(args[0], args[1], alpha=args[2], beta=args[3])
+
+    args = (student_logits, teacher_logits, alpha, beta)
+    return value(*args), *jax.grad(value, argnums=(0, 1, 2, 3))(*args)
+
+
+def main(argv):
+    """Prints the table, then what holds for -inf, then whether the bars are met."""
+    del argv
+    context = multiprocessing.get_context("spawn")  # JAX has threads, which a fork would break
+    with concurrent.futures.ProcessPoolExecutor(mp_context=context) as pool:
+        met = [_check_table(pool), _check_cut_out(), _check_one_sided(pool)]
+    print("PASS" if all(met) else "FAIL")
+    sys.exit(not all(met))
+
+
+def _check_table(pool: concurrent.futures.Executor) -> bool:
+    per_size = -(-_CASES.value // len(_NUM_CLASSES))
+    grids = [oracle.draw_cases(size, per_size, _SEED.value) for size in _NUM_CLASSES]
+    cases = [case for group in zip(*grids, strict=True) for case in group]  # a steady rate
+    found = [result for group in zip(*map(_evaluate, grids), strict=True) for result in group]
+    truths = list(_progress(_truths(pool, cases), len(cases), "cases"))
+    errors, finite = _score(found, truths)
+    regimes = np.array([case.regime for case in cases])
+
+    print(f"{len(cases)} cases, float32 on {jax.devices()[0].platform}, relative errors")
+    columns = "".join(f"{name:>22}" for name in _QUANTITIES)
+    print(f"{'':20}{'':>6}{columns}")
+    print(f"{'':20}{'cases':>6}" + f"{'scored':>8}{'p99':>7}{'max':>7}" * 5 + f"{'not finite':>12}")
+    for regime in (*oracle.REGIMES, "overall"):
+        rows = (regimes == regime) | (regime == "overall")
+        scores = "".join(_summary(errors[rows, i]) for i in range(len(_QUANTITIES)))
+        print(f"{regime:20}{rows.sum():6}{scores}{(~finite[rows]).sum():12}")
+    return bool(finite.all()) and all(_meets_bars(column) for column in errors.T)
+
+
+def _check_cut_out() -> bool:
+    """-inf in both logits against the same rows without these classes."""
+    largest, finite = 0.0, True
+    for num_classes in (10, 100):
+        rng = np.random.default_rng((_SEED.value, 1, num_classes))
+        cases = oracle.draw_cases(num_classes, _NUM_MASKED_CASES // 2, _SEED.value + 1)
+        places = [np.sort(rng.permutation(2 * num_classes)[:num_classes]) for _ in cases]
+        masked = []
+        for case, place in zip(cases, places, strict=True):
+            student, teacher = np.full((2, 2 * num_classes), -np.inf, np.float32)
+            student[place], teacher[place] = case.student_logits, case.teacher_logits
+            masked.append(case._replace(student_logits=student, teacher_logits=teacher))
+        for short, long, place in zip(_evaluate(cases), _evaluate(masked), places, strict=True):
+            expected = [short[0], *np.zeros((2, 2 * num_classes)), *short[3:]]
+            expected[1][place], expected[2][place] = short[1:3]
+            errors = [oracle.relative_error(*pair) for pair in zip(long, expected, strict=True)]
+            largest = max(largest, np.nanmax([0.0, *errors]))
+            finite &= all(np.isfinite(part).all() for part in long)
+    print(
+        f"-inf on both sides, {_NUM_MASKED_CASES} cases: differs from cut out by {largest:.1e}; "
+        f"{'all finite' if finite else 'NOT FINITE'}"
+    )
+    return finite and largest <= _MAX_MASKED_DIFFERENCE
+
+
+def _check_one_sided(pool: concurrent.futures.Executor) -> bool:
+    """-inf in one of the logits against the limit, or, where that is infinite, its sign."""
+    rng = np.random.default_rng((_SEED.value, 2))
+    cases = []
+    for i, case in enumerate(oracle.draw_cases(10, _NUM_MASKED_CASES, _SEED.value + 2)):
+        logits = [case.student_logits.copy(), case.teacher_logits.copy()]
+        masked = rng.permutation(10)[:4]
+        if i % 3 != 0:
+            logits[0][masked[:2]] = -np.inf
+        if i % 3 != 1:
+            logits[1][masked[2:]] = -np.inf
+        cases.append(case._replace(student_logits=logits[0], teacher_logits=logits[1]))
+    found, truths = _evaluate(cases), list(_truths(pool, cases))
+    errors, finite = _score(found, truths)
+    infinite = [i for i, truth in enumerate(truths) if truth.value == np.inf]
+    negative = sum(found[i][0] <= 0.0 for i in infinite)
+    print(
+        f"-inf on one side, {len(cases)} cases, {len(cases) - len(infinite)} with a finite limit: "
+        f"max {np.nanmax(errors):.1e}, p99 {np.nanpercentile(errors, 99):.1e}; with an infinite "
+        f"one, {negative} not positive; {(~finite).sum()} not finite"
+    )
+    return bool(finite.all()) and not negative and all(_meets_bars(column) for column in errors.T)
+
+
+def _evaluate(cases: Sequence[oracle.Case]) -> list[tuple[np.ndarray, ...]]:
+    """The value and the gradients of each case, all cases in one call."""
+    arguments = (np.stack(column) for column in list(zip(*cases, strict=True))[1:])
+    return list(zip(*map(np.asarray, _alpha_beta(*arguments)), strict=True))
+
+
+def _truths(
+    pool: concurrent.futures.Executor, cases: Iterable[oracle.Case]
+) -> Iterator[oracle.Truth]:
+    arguments = list(zip(*cases, strict=True))[1:]
+    return pool.map(oracle.alpha_beta, *arguments, chunksize=5)
+
+
+def _score(
+    found: Sequence[tuple[np.ndarray, ...]], truths: Sequence[oracle.Truth]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The errors, [cases, quantities], nan where not scored; and which cases are finite."""
+    errors = [oracle.relative_errors(*pair) for pair in zip(found, truths, strict=True)]
+    finite = [all(np.isfinite(part).all() for part in result) for result in found]
+    return np.array(errors), np.array(finite)
+
+
+def _meets_bars(errors: np.ndarray) -> bool:
+    """Whether these errors meet the bars; False where one is infinite, or none is scored."""
+    scored = errors[~np.isnan(errors)]
+    return bool(
+        scored.size
+        and np.max(scored) <= oracle.MAX_ERROR
+        and np.percentile(scored, 99) <= oracle.PERCENTILE_99
+    )
+
+
+def _summary(errors: np.ndarray) -> str:
+    scored = errors[~np.isnan(errors)]
+    if not scored.size:
+        return f"{0:8}{'-':>7}{'-':>7}"
+    return f"{scored.size:8}{np.percentile(scored, 99):7.0e}{np.max(scored):7.0e}"
+
+
+def _progress(results: Iterable, total: int, noun: str) -> Iterator:
+    """Passes the results on; every few seconds says on stderr how many there are."""
+    started = reported = time.monotonic()
+    for done, result in enumerate(results, 1):
+        yield result
+        now = time.monotonic()
+        if now - reported > 5.0 or done == total:
+            reported, rate = now, done / (now - started)
+            eta = (total - done) / rate
+            print(f"{done}/{total} {noun}, {rate:.1f}/s, ETA {eta:.0f} s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    app.run(main)

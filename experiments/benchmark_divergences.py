@@ -1,0 +1,111 @@
+"""Value and gradient of the divergences against the textbook formula in PyTorch, on CPU.
+
+    python -m experiments.benchmark_divergences
+
+Every competitor takes its turn in each round, in one process, so that all see the same machine; a
+turn is `--calls` calls, and a line gives the median over rounds with its quartiles. The textbook
+formula is that of the ABKD paper: softmax, powers, sums. Without torch its rows are skipped.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch's idle threads slow down the rest
+
+import importlib.util
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from absl import app, flags
+from jax import numpy as jnp
+
+import abkd_jax
+
+_ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds, each with a turn of everyone.", lower_bound=2)
+_CALLS = flags.DEFINE_integer("calls", 20, "Calls in a turn.", lower_bound=1)
+_SHAPES = flags.DEFINE_multi_string("shape", ["256x100", "512x1000", "64x32000"], "Batch x K.")
+
+_ALPHA, _BETA = 0.3, 0.6
+_LIBRARY = {
+    "alpha_beta": lambda s, t, a, b: abkd_jax.alpha_beta(s, t, alpha=a, beta=b),
+    "forward_kl": lambda s, t, a, b: abkd_jax.forward_kl(s, t),
+    "reverse_kl": lambda s, t, a, b: abkd_jax.reverse_kl(s, t),
+    "total_variation": lambda s, t, a, b: abkd_jax.total_variation(s, t),
+    "jensen_shannon": lambda s, t, a, b: abkd_jax.jensen_shannon(s, t, teacher_weight=a),
+}
+_TORCH = "torch, textbook alpha_beta"
+_TEXTBOOK = "jax, textbook alpha_beta"
+
+
+def main(argv):
+    """Prints a table for each shape."""
+    del argv
+    if importlib.util.find_spec("torch") is None:
+        print("torch is not installed: its rows are skipped (pip install -e '.[torch]')")
+    for shape in _SHAPES.value:
+        batch, classes = map(int, shape.split("x"))
+        seconds = _measure(_competitors(batch, classes))
+        base = _TORCH if _TORCH in seconds else _TEXTBOOK
+        print(f"\n{shape}, float32: value and student gradient of the batch mean, alpha {_ALPHA}, ")
+        print(f"beta {_BETA}; median [quartiles] of {_ROUNDS.value} rounds of {_CALLS.value} calls")
+        print(f"{'':30}{'ms':>26}{'speed / ' + base:>40}")
+        for name, times in seconds.items():
+            ms = "{1:.3f} [{0:.3f}, {2:.3f}]".format(*np.percentile(times, [25, 50, 75]) * 1e3)
+            ratio = "{1:.2f} [{0:.2f}, {2:.2f}]".format(
+                *np.percentile(seconds[base] / times, [25, 50, 75])
+            )
+            print(f"{name:30}{ms:>26}{ratio:>40}", flush=True)
+
+
+def _competitors(batch: int, classes: int) -> dict[str, Callable[[], object]]:
+    """By name, a call that returns when its result is there."""
+    rng = np.random.default_rng(0)
+    student, teacher = (
+        (2.0 * rng.normal(size=(batch, classes))).astype(np.float32) for _ in range(2)
+    )
+    s, t = jnp.asarray(student), jnp.asarray(teacher)
+
+    def call(divergence):
+        def mean(s, t, a, b):
+            return jnp.mean(divergence(s, t, a, b))
+
+        compiled = jax.jit(jax.value_and_grad(mean))
+        return lambda: jax.block_until_ready(compiled(s, t, _ALPHA, _BETA))
+
+    competitors = {name: call(divergence) for name, divergence in _LIBRARY.items()}
+    competitors[_TEXTBOOK] = call(lambda s, t, a, b: _textbook(jax.nn.softmax, s, t, a, b))
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        leaf, target = torch.tensor(student, requires_grad=True), torch.tensor(teacher)
+
+        def in_torch():
+            value = _textbook(torch.softmax, leaf, target, _ALPHA, _BETA).mean()
+            return value, torch.autograd.grad(value, leaf)
+
+        competitors[_TORCH] = in_torch
+    return competitors
+
+
+def _textbook(softmax: Callable, student, teacher, a, b):
+    """Definition 4.1 of the paper, with Python's operators."""
+    p, q = softmax(teacher, -1), softmax(student, -1)
+    terms = p**a * q**b - a / (a + b) * p ** (a + b) - b / (a + b) * q ** (a + b)
+    return -terms.sum(-1) / (a * b)
+
+
+def _measure(competitors: dict[str, Callable[[], object]]) -> dict[str, np.ndarray]:
+    """Seconds a call in each round, by name, after a round to warm up."""
+    seconds = {name: [] for name in competitors}
+    for _ in range(_ROUNDS.value + 1):
+        for name, call in competitors.items():
+            start = time.perf_counter()
+            for _ in range(_CALLS.value):
+                call()
+            seconds[name].append((time.perf_counter() - start) / _CALLS.value)
+    return {name: np.asarray(times[1:]) for name, times in seconds.items()}
+
+
+if __name__ == "__main__":
+    app.run(main)
