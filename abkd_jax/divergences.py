@@ -129,9 +129,10 @@ def total_variation(student_logits: Array, teacher_logits: Array) -> Array:
         AssertionError: if the logits are not floating point or their shapes do not fit.
     """
     log_p, log_q, u = _log_probabilities(student_logits, teacher_logits)
-    larger = jnp.exp(jnp.maximum(log_p, log_q))
-    distance = jnp.maximum(u, -u)  # not abs, whose derivative at 0 is 1
-    return 0.5 * jnp.sum(larger * -jnp.expm1(-distance), axis=-1)
+    p, q, v = jnp.exp(log_p), jnp.exp(log_q), jnp.maximum(u, -u)
+    slopes = 0.5 * jnp.sign(u) * p, -0.5 * jnp.sign(u) * q
+    terms = 0.5 * jnp.maximum(p, q) * v * numerics.psi(v)
+    return jnp.sum(numerics.with_slopes(terms, (log_p, log_q), slopes), axis=-1)
 
 
 @jax.jit
@@ -158,11 +159,12 @@ def jensen_shannon(
     """
     log_p, log_q, u = _log_probabilities(student_logits, teacher_logits)
     w = jnp.asarray(teacher_weight, u.dtype)[..., None]
-    p_over_m, q_over_m = _ratios_to_mixture(u, w)
-    log_m = jnp.where(u > 0, log_p - p_over_m, log_q - q_over_m)
-    terms = w * _alpha_beta_terms(log_p, log_m, p_over_m, 1.0, 0.0)
-    terms += (1.0 - w) * _alpha_beta_terms(log_q, log_m, q_over_m, 1.0, 0.0)
-    return jnp.sum(terms, axis=-1)
+    p, q, p_over_m, q_over_m = jnp.exp(log_p), jnp.exp(log_q), *_log_over_mixture(u, w)
+    m = w * p + (1.0 - w) * q
+    from_p, from_q = _kl_terms(p, m, p_over_m), _kl_terms(q, m, q_over_m)
+    slopes = w * p * p_over_m, (1.0 - w) * q * q_over_m, from_p - from_q
+    terms = w * from_p + (1.0 - w) * from_q
+    return jnp.sum(numerics.with_slopes(terms, (log_p, log_q, w), slopes), axis=-1)
 
 
 def tempered(
@@ -280,18 +282,22 @@ def _saturated(x: Array) -> Array:
     return jnp.clip(x, -numerics.SATURATION, numerics.SATURATION)
 
 
-def _ratios_to_mixture(u: Array, w: Array) -> tuple[Array, Array]:
+def _kl_terms(p: Array, q: Array, u: Array) -> Array:
+    """The summands p u - p + q of KL(p || q), none negative, for u = log(p / q)."""
+    near = jnp.abs(u) < 0.5
+    small = jnp.where(near, u, 0.0)
+    return jnp.where(near, p * jnp.square(small) * numerics.exp_series(small, 2), p * (u - 1.0) + q)
+
+
+def _log_over_mixture(u: Array, w: Array) -> tuple[Array, Array]:
     """log(p / m) and log(q / m) for m = w p + (1 - w) q and u = log(p / q)."""
-    above, below = jnp.where(u >= 0, u, 0.0), jnp.where(u >= 0, 0.0, -u)
-    p_over_m, q_over_m = _log_over_mixture(above, w), _log_over_mixture(below, 1.0 - w)
-    return jnp.where(u >= 0, p_over_m, q_over_m + u), jnp.where(u >= 0, p_over_m - u, q_over_m)
-
-
-def _log_over_mixture(v: Array, w: Array) -> Array:
-    """-log(w + (1 - w) e^-v) for v >= 0, to full relative precision for small v and for w = 0."""
+    larger = jnp.where(u >= 0, w, 1.0 - w)  # the weight of the larger of p and q
+    v = jnp.where(u >= 0, u, -u)
     near = v < 1.0
-    close = -jnp.log1p((1.0 - w) * jnp.expm1(-jnp.where(near, v, 0.0)))
-    mixture = w + (1.0 - w) * jnp.exp(-v)
+    small = jnp.where(near, v, 0.0)
+    close = -jnp.log1p((larger - 1.0) * small * numerics.psi(small))
+    mixture = larger + (1.0 - larger) * jnp.exp(-v)  # over the larger of p and q
     tiny = jnp.finfo(v.dtype).tiny
     far = jnp.where(mixture > tiny, -jnp.log(jnp.maximum(mixture, tiny)), v)
-    return jnp.where(near, close, far)
+    ratio = jnp.where(near, close, far)
+    return jnp.where(u >= 0, ratio, ratio + u), jnp.where(u >= 0, ratio - u, ratio)

@@ -1,0 +1,767 @@
+"""Every divergence against an independent truth, and the contract that all of them share.
+
+A new divergence is one row of ROWS. `alpha_beta` has its accuracy grid and its identities besides.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import alpha_beta_oracle as oracle
+import jax
+import numpy as np
+import pytest
+import scipy.spatial.distance
+import scipy.special
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from jax import numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from abkd_jax import divergences
+from abkd_jax.types import bind
+
+INF, NAN = np.inf, np.nan
+SHAPE = (4, 5)  # shared by most tests: compiling takes most of the time
+NUM_DEVICES = 8
+
+
+def softmaxed(truth: Callable) -> Callable:
+    """A truth in probabilities p, q as one in the logits of one row."""
+
+    def in_logits(student_logits, teacher_logits, **numbers):
+        p, q = (scipy.special.softmax(logits) for logits in (teacher_logits, student_logits))
+        return truth(p, q, **numbers)
+
+    return in_logits
+
+
+def kl(p, q):
+    return scipy.special.rel_entr(p, q).sum()
+
+
+def skewed_jensen_shannon(p, q, teacher_weight):
+    mixture = teacher_weight * p + (1 - teacher_weight) * q
+    return teacher_weight * kl(p, mixture) + (1 - teacher_weight) * kl(q, mixture)
+
+
+def symmetric_jensen_shannon(p, q, teacher_weight):
+    assert teacher_weight == 0.5
+    return scipy.spatial.distance.jensenshannon(p, q) ** 2
+
+
+def alpha_beta_value(student_logits, teacher_logits, alpha, beta):
+    return oracle.alpha_beta(student_logits, teacher_logits, alpha, beta).value
+
+
+def tempered_alpha_beta(
+    student_logits, teacher_logits, *, alpha, beta, temperature, temperature_power
+):
+    return divergences.tempered(
+        student_logits,
+        teacher_logits,
+        divergence=functools.partial(divergences.alpha_beta, alpha=alpha, beta=beta),
+        temperature=temperature,
+        temperature_power=temperature_power,
+    )
+
+
+def tempered_alpha_beta_value(
+    student_logits, teacher_logits, alpha, beta, temperature, temperature_power
+):
+    logits = student_logits / temperature, teacher_logits / temperature
+    return temperature**temperature_power * alpha_beta_value(*logits, alpha, beta)
+
+
+def tempered_total_variation(student_logits, teacher_logits, *, temperature):
+    return divergences.tempered(
+        student_logits,
+        teacher_logits,
+        divergence=divergences.total_variation,
+        temperature=temperature,
+    )
+
+
+class Row(NamedTuple):
+    """A divergence at one setting of its numbers.
+
+    Attributes:
+        name: of the test.
+        function: the divergence.
+        numbers: its hyperparameters.
+        truth: one row of each logits in float64, and the numbers -> the value, which may be inf.
+        proper: zero at p = q, non-negative, invariant to a shift of either logits.
+        smooth: has two derivatives where p = q.
+    """
+
+    name: str
+    function: Callable
+    numbers: dict[str, float]
+    truth: Callable
+    proper: bool = True
+    smooth: bool = True
+
+    def draw(self, num_classes=SHAPE[1], seed=0, scale=1.5, dtype=np.float64):
+        """Arguments: student and teacher logits, and the numbers for each row."""
+        rng = np.random.default_rng(seed)
+        logits = scale * rng.normal(size=(2, SHAPE[0], num_classes))
+        numbers = {name: np.full(SHAPE[0], x, dtype) for name, x in self.numbers.items()}
+        return *logits.astype(dtype), numbers
+
+    def truths(self, student_logits, teacher_logits, numbers):
+        pairs = zip(student_logits, teacher_logits, strict=True)
+        return np.array([self.truth(*pair, **self.numbers) for pair in pairs])
+
+
+ALPHA_BETA_POINTS = ((1, 0), (0, 1), (0, 0), (0.5, -0.5), (0.3, 0.6), (2, -1), (-0.4, 0))
+ROWS = [
+    *(
+        Row(
+            f"alpha_beta({alpha}, {beta})",
+            divergences.alpha_beta,
+            {"alpha": alpha, "beta": beta},
+            alpha_beta_value,
+        )
+        for alpha, beta in ALPHA_BETA_POINTS
+    ),
+    Row("forward_kl", divergences.forward_kl, {}, softmaxed(kl)),
+    Row("reverse_kl", divergences.reverse_kl, {}, softmaxed(lambda p, q: kl(q, p))),
+    Row(
+        "total_variation",
+        divergences.total_variation,
+        {},
+        softmaxed(lambda p, q: 0.5 * np.abs(p - q).sum()),
+        smooth=False,
+    ),
+    Row(
+        "jensen_shannon",
+        divergences.jensen_shannon,
+        {"teacher_weight": 0.5},
+        softmaxed(symmetric_jensen_shannon),
+    ),
+    *(
+        Row(
+            f"jensen_shannon({weight})",
+            divergences.jensen_shannon,
+            {"teacher_weight": weight},
+            softmaxed(skewed_jensen_shannon),
+        )
+        for weight in (0.1, 0.9)
+    ),
+    Row(
+        "tempered alpha_beta",
+        tempered_alpha_beta,
+        {"alpha": 0.8, "beta": 0.3, "temperature": 2.0, "temperature_power": 1.5},
+        tempered_alpha_beta_value,
+    ),
+    Row(
+        "tempered total_variation",
+        tempered_total_variation,
+        {"temperature": 0.5},
+        lambda student_logits, teacher_logits, temperature: (
+            temperature**2
+            * softmaxed(lambda p, q: 0.5 * np.abs(p - q).sum())(
+                student_logits / temperature, teacher_logits / temperature
+            )
+        ),
+        smooth=False,
+    ),
+]
+
+every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+one_row_per_function = pytest.mark.parametrize(
+    "row", {row.function: row for row in ROWS}.values(), ids=lambda row: row.name
+)
+
+
+def value_of(function, args):
+    student_logits, teacher_logits, numbers = args
+    return function(student_logits, teacher_logits, **numbers)
+
+
+def gradient_of(function, args):
+    """With a number for each row, the gradients of each row."""
+    return jax.grad(lambda args: jnp.sum(value_of(function, args)))(args)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradients(function, *args):
+    return value_of(function, args), gradient_of(function, args)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def along(function, args, direction):
+    """The derivatives of the value and of the gradients along a direction, in forward mode."""
+    return (
+        jax.jvp(functools.partial(value_of, function), (args,), (direction,))[1],
+        jax.jvp(functools.partial(gradient_of, function), (args,), (direction,))[1],
+    )
+
+
+def step(args, direction, size):
+    return jax.tree.map(lambda x, d: np.asarray(x + size * d), args, direction)
+
+
+def random_direction(args, seed=1):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.normal(size=np.shape(x)), args)
+
+
+def central_difference(function, args, direction, size):
+    """Of the value and the gradients."""
+    above, below = (
+        value_and_gradients(function, *step(args, direction, sign * size)) for sign in (1, -1)
+    )
+    return jax.tree.map(lambda x, y: (np.asarray(x) - np.asarray(y)) / (2 * size), above, below)
+
+
+def unit_directions(args):
+    """(leaf, entry, direction) for each class of each logits and each number, all rows at once."""
+    leaves, structure = jax.tree.flatten(args)
+    for i, leaf in enumerate(leaves):
+        for entry in np.ndindex(leaf.shape[1:]):
+            moves = [np.zeros_like(other) for other in leaves]
+            moves[i][(slice(None), *entry)] = 1.0
+            yield i, (slice(None), *entry), jax.tree.unflatten(structure, moves)
+
+
+def assert_close(found, true, rtol):
+    """Leaf by leaf, relative to the largest entry of the true leaf."""
+    for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(true), strict=True):
+        size = np.max(np.abs(right), initial=0.0)
+        np.testing.assert_allclose(left, right, rtol=0, atol=rtol * size)
+
+
+def assert_finite(tree):
+    for leaf in jax.tree.leaves(tree):
+        assert np.isfinite(leaf).all(), leaf
+
+
+def masked(logits, classes):
+    logits = np.array(logits)
+    logits[..., classes] = -INF
+    return logits
+
+
+# Values and derivatives.
+
+
+@every_row
+def test_value(row):
+    args = row.draw()
+    true = row.truths(*args)
+    with jax.enable_x64(True):
+        value, _ = value_and_gradients(row.function, *args)
+        assert value.dtype == np.float64
+        np.testing.assert_allclose(value, true, rtol=1e-12)
+    value, _ = value_and_gradients(row.function, *row.draw(dtype=np.float32))
+    assert value.dtype == np.float32
+    np.testing.assert_allclose(value, true, rtol=1e-5)
+
+
+@every_row
+def test_gradients_are_those_of_the_value_in_both_modes(row):
+    args = row.draw()
+    with jax.enable_x64(True):
+        _, gradients = value_and_gradients(row.function, *args)
+        leaves = jax.tree.leaves(gradients)
+        for i, entry, direction in unit_directions(args):
+            difference, _ = central_difference(row.function, args, direction, 1e-5)
+            size = np.max(np.abs(leaves[i]))
+            np.testing.assert_allclose(leaves[i][entry], difference, rtol=0, atol=1e-7 * size)
+
+        direction = random_direction(args)
+        forward, _ = along(row.function, args, direction)
+        products = jax.tree.map(
+            lambda g, d: (g * d).reshape(SHAPE[0], -1).sum(-1),
+            *map(jax.tree.leaves, (gradients, direction)),
+        )
+        np.testing.assert_allclose(forward, sum(products), rtol=1e-12)
+
+
+@every_row
+@pytest.mark.parametrize("where", ["apart", "p = q", "p = q after a shift"])
+def test_second_derivatives_are_those_of_the_gradients(row, where):
+    """In all arguments at once: the Hessian times a random direction."""
+    student_logits, teacher_logits, numbers = row.draw()
+    if where != "apart":
+        if not row.smooth:
+            pytest.skip("not differentiable where p = q")
+        teacher_logits = student_logits + (where != "p = q")
+    args = student_logits, teacher_logits, numbers
+    with jax.enable_x64(True):
+        direction = random_direction(args)
+        _, products = along(row.function, args, direction)
+        _, differences = central_difference(row.function, args, direction, 1e-5)
+        largest = max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(differences))
+        for product, difference in zip(*map(jax.tree.leaves, (products, differences)), strict=True):
+            np.testing.assert_allclose(product, difference, rtol=0, atol=1e-7 * largest)
+
+
+# -inf, saturation, NaN.
+
+
+@every_row
+def test_class_removed_from_both_equals_cut_out(row):
+    kept = [0, 2, 3]
+    student_logits, teacher_logits, numbers = row.draw(dtype=np.float32)
+    cut = value_and_gradients(
+        row.function, student_logits[:, kept], teacher_logits[:, kept], numbers
+    )
+    value, gradients = value_and_gradients(
+        row.function, masked(student_logits, [1, 4]), masked(teacher_logits, [1, 4]), numbers
+    )
+    for logits in gradients[:2]:
+        np.testing.assert_array_equal(logits[:, [1, 4]], 0.0)
+    of_kept = gradients[0][:, kept], gradients[1][:, kept], gradients[2]
+    assert_close((value, of_kept), cut, rtol=1e-6)
+
+
+@every_row
+@pytest.mark.parametrize("sides", [(0,), (1,), (0, 1)], ids=["student", "teacher", "each"])
+def test_class_removed_from_one_side_is_the_limit(row, sides):
+    args = list(row.draw())
+    for side in sides:
+        args[side] = masked(args[side], [2 * side + 1])
+    true = row.truths(*args)
+    with jax.enable_x64(True):
+        value, gradients = value_and_gradients(row.function, *args)
+        assert_finite((value, gradients))
+        removed = [gradients[side][:, 2 * side + 1] for side in sides]
+        if np.isfinite(true).all():
+            np.testing.assert_allclose(value, true, rtol=1e-12)
+            for slopes in removed:
+                np.testing.assert_array_equal(slopes, 0.0)
+            for i, entry, direction in unit_directions(args):
+                leaf = jax.tree.leaves(args)[i][entry]
+                if np.isfinite(leaf).all():
+                    difference, _ = central_difference(row.function, args, direction, 1e-5)
+                    found = jax.tree.leaves(gradients)[i]
+                    atol = 1e-7 * np.max(np.abs(found))
+                    np.testing.assert_allclose(found[entry], difference, rtol=0, atol=atol)
+        else:
+            assert np.isposinf(true).all()
+            assert (np.asarray(value) > 1e6).all()
+            for side in sides:  # more of the class that lacks mass would help
+                alone = list(row.draw())
+                alone[side] = args[side]
+                if np.isposinf(row.truths(*alone)).all():
+                    assert (np.asarray(gradients[side][:, 2 * side + 1]) < 0).all()
+
+
+@every_row
+@pytest.mark.parametrize("gap", [1e2, 1e4])
+def test_saturated_logits_are_finite(row, gap):
+    _, _, numbers = row.draw(dtype=np.float32)
+    student_logits = gap * np.eye(*SHAPE, dtype=np.float32)
+    ramp = np.linspace(0, gap, SHAPE[1], dtype=np.float32)
+    for teacher_logits in (
+        student_logits,
+        -student_logits,
+        student_logits[:, ::-1],
+        0 * student_logits,
+        ramp + 0 * student_logits,
+    ):
+        for pair in ((student_logits, teacher_logits), (teacher_logits, student_logits)):
+            value, gradients = value_and_gradients(row.function, *pair, numbers)
+            assert_finite((value, gradients))
+            if row.proper:
+                assert (np.asarray(value) >= 0).all()
+
+
+@every_row
+def test_nan_logit_gives_nan_in_its_row_alone(row):
+    args = row.draw(dtype=np.float32)
+    whole = value_and_gradients(row.function, *args)
+    for side in (0, 1):
+        spoilt = list(args)
+        spoilt[side] = args[side].copy()
+        spoilt[side][1, 2] = NAN
+        value, gradients = value_and_gradients(row.function, *spoilt)
+        assert np.isnan(value[1])
+        assert np.isnan(gradients[side][1]).any()
+        others = [0, 2, 3]
+        for found, expected in zip(*map(jax.tree.leaves, ((value, gradients), whole)), strict=True):
+            np.testing.assert_array_equal(found[others,], expected[others,])
+
+
+@one_row_per_function
+def test_one_class_and_no_rows(row):
+    _, _, numbers = row.draw(dtype=np.float32)
+    column = np.array([[0.0], [1.0], [-1e4], [3.0]], np.float32)
+    value, gradients = value_and_gradients(row.function, column, column[::-1], numbers)
+    if row.proper:
+        np.testing.assert_array_equal(value, 0.0)
+        np.testing.assert_array_equal(gradients[0], 0.0)
+        np.testing.assert_array_equal(gradients[1], 0.0)
+    assert_finite(gradients)
+    empty = np.zeros((0, SHAPE[1]), np.float32)
+    assert value_of(row.function, (empty, empty, row.numbers)).shape == (0,)
+
+
+# What makes a divergence proper.
+
+sixty_fourths = hnp.arrays(np.int32, (2, *SHAPE), elements=st.integers(-1024, 1024))
+shifts = st.tuples(*[st.integers(-1024, 1024)] * 2)
+
+
+@every_row
+@given(integers=sixty_fourths, shift=shifts)
+@settings(max_examples=50, deadline=None)
+def test_proper_ones_are_distances_that_ignore_shifts(row, integers, shift):
+    """In multiples of 1/64, which float32 adds without rounding."""
+    if not row.proper:
+        pytest.skip("not proper")
+    _, _, numbers = row.draw(dtype=np.float32)
+    student_logits, teacher_logits = (integers / 64).astype(np.float32)
+    shifted = [
+        (part + moved / 64).astype(np.float32)
+        for part, moved in zip((student_logits, teacher_logits), shift, strict=True)
+    ]
+    value, gradients = value_and_gradients(row.function, student_logits, teacher_logits, numbers)
+    assert (np.asarray(value) >= 0).all()
+    assert_finite((value, gradients))
+    np.testing.assert_allclose(
+        value_and_gradients(row.function, *shifted, numbers)[0], value, rtol=1e-6
+    )
+    same, slopes = value_and_gradients(row.function, student_logits, shifted[0], numbers)
+    np.testing.assert_array_equal(same, 0.0)
+    for slope in jax.tree.leaves(slopes):
+        np.testing.assert_array_equal(slope, 0.0)
+
+
+# Transformations.
+
+
+@one_row_per_function
+def test_without_jit(row):
+    args = row.draw(dtype=np.float32)
+    jitted = value_and_gradients(row.function, *args)
+    with jax.disable_jit():
+        plain = value_and_gradients(row.function, *args)
+    assert_close(plain, jitted, rtol=1e-6)
+
+
+@one_row_per_function
+def test_rows_are_a_batch_by_vmap_and_by_broadcasting(row):
+    """[2, 3, K] with a teacher [3, K] and numbers [2, 1], against rows one by one."""
+    rng = np.random.default_rng(0)
+    student_logits = rng.normal(size=(2, 3, SHAPE[1])).astype(np.float32)
+    teacher_logits = rng.normal(size=(3, SHAPE[1])).astype(np.float32)
+    numbers = {name: np.array([[x], [x + 0.05]], np.float32) for name, x in row.numbers.items()}
+    value = value_of(row.function, (student_logits, teacher_logits, numbers))
+    assert value.shape == (2, 3)
+    mirrored = value_of(row.function, (teacher_logits, student_logits, numbers))
+    assert mirrored.shape == (2, 3)
+
+    for i in range(2):
+        at_i = jax.tree.map(lambda x, i=i: x[i, 0], numbers)
+        for j in range(3):
+            alone = row.function(student_logits[i, j], teacher_logits[j], **at_i)
+            assert alone.shape == ()
+            np.testing.assert_allclose(value[i, j], alone, rtol=1e-6)
+
+    args = row.draw(dtype=np.float32)
+    by_row = jax.vmap(functools.partial(value_and_gradients, row.function))(*args)
+    assert_close(by_row, value_and_gradients(row.function, *args), rtol=1e-6)
+
+
+@one_row_per_function
+def test_pmap(row):
+    args = jax.tree.map(
+        lambda x: np.stack([x + 0.01 * i for i in range(NUM_DEVICES)]),
+        row.draw(dtype=np.float32),
+    )
+    spread = jax.pmap(functools.partial(value_and_gradients, row.function))(*args)
+    assert len(spread[0].sharding.device_set) == NUM_DEVICES
+    for i in range(NUM_DEVICES):
+        here = value_and_gradients(row.function, *jax.tree.map(lambda x, i=i: x[i], args))
+        assert_close(jax.tree.map(lambda x, i=i: x[i], spread), here, rtol=1e-6)
+
+
+@one_row_per_function
+def test_shard_map(row):
+    """Rows sharded, numbers replicated; differentiated from outside and inside."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2, 2 * NUM_DEVICES, SHAPE[1])).astype(np.float32)
+    args = *logits, {name: np.float32(x) for name, x in row.numbers.items()}
+    mesh = jax.make_mesh((NUM_DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    sharded = functools.partial(jax.shard_map, mesh=mesh, in_specs=(P("data"), P("data"), P()))
+
+    def local_gradients(*args):
+        return gradient_of(row.function, args)
+
+    value = sharded(lambda *args: value_of(row.function, args), out_specs=P("data"))
+    inside = sharded(local_gradients, out_specs=(P("data"), P("data"), P()))
+    outside = jax.grad(lambda args: jnp.sum(value(*args)))
+    found_value, from_outside, from_inside = jax.jit(
+        lambda *args: (value(*args), outside(args), inside(*args))
+    )(*args)
+    expected_value, expected = value_and_gradients(row.function, *args)
+    assert_close(found_value, expected_value, rtol=1e-6)
+    assert_close(from_outside, expected, rtol=1e-6)
+    assert_close(from_inside, expected, rtol=1e-6)
+
+
+@one_row_per_function
+def test_scan_and_remat(row):
+    args = row.draw(dtype=np.float32)
+
+    @jax.jit
+    @jax.grad
+    def scanned(args):
+        @jax.checkpoint
+        def body(total, part):
+            return total + value_of(row.function, part), None
+
+        return jax.lax.scan(body, jnp.float32(0), args)[0]
+
+    _, expected = value_and_gradients(row.function, *args)
+    assert_close(scanned(args), expected, rtol=1e-6)
+
+
+@one_row_per_function
+def test_sixteen_bits_are_lifted(row):
+    _, _, numbers = row.draw(dtype=np.float32)
+    rng = np.random.default_rng(0)
+    for dtype in (jnp.bfloat16, jnp.float16):
+        logits = jnp.asarray(5 * rng.normal(size=SHAPE), dtype)
+        args = logits, logits + jnp.ones((), dtype), numbers
+        value, gradients = value_and_gradients(row.function, *args)
+        assert value.dtype == np.float32
+        assert gradients[0].dtype == dtype
+        lifted = args[0].astype(np.float32), args[1].astype(np.float32), numbers
+        exact, _ = value_and_gradients(row.function, *lifted)
+        np.testing.assert_array_equal(value, exact)
+        if row.proper:
+            same, _ = value_and_gradients(row.function, logits, logits, numbers)
+            assert same.dtype == np.float32
+            assert (np.abs(same) <= 1e-3).all()
+
+
+@one_row_per_function
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        (
+            np.zeros((4, 5)),
+            np.zeros((4, 3)),
+            r"student_logits \[4, 5\] and teacher_logits \[4, 3\] must have the same number of "
+            r"classes in their last axis",
+        ),
+        (
+            np.zeros((4, 5)),
+            np.zeros((3, 5)),
+            r"student_logits \[4, 5\] and teacher_logits \[3, 5\] must have leading axes that "
+            r"broadcast",
+        ),
+        (
+            np.zeros((4, 5), np.int32),
+            np.zeros((4, 5)),
+            r"student_logits must be a floating-point array .* found int32\[4, 5\]",
+        ),
+        (
+            np.zeros((4, 5)),
+            np.float32(0),
+            r"teacher_logits must be a floating-point array \[\.\.\., K\].* found float32\[\]",
+        ),
+        (
+            np.zeros((4, 0), np.float32),
+            np.zeros((4, 0), np.float32),
+            r"student_logits .* with K >= 1 classes; found float32\[4, 0\]",
+        ),
+    ],
+    ids=["class counts", "leading axes", "integers", "scalar", "no classes"],
+)
+def test_refusals(row, student, teacher, message):
+    with pytest.raises(AssertionError, match=message):
+        row.function(student, teacher, **row.numbers)
+
+
+# alpha_beta: accuracy, identities, smoothness, one compile.
+
+
+@pytest.fixture(scope="module")
+def accuracy():
+    """Errors [cases, quantities], nan where not scored, and whether each case is finite."""
+    errors, finite = [], []
+    for num_classes in (2, 10, 100):
+        cases = oracle.draw_cases(num_classes, oracle.CYCLE, seed=0)
+        student_logits, teacher_logits, alpha, beta = (
+            np.stack(column) for column in list(zip(*cases, strict=True))[1:]
+        )
+        value, gradients = value_and_gradients(
+            divergences.alpha_beta, student_logits, teacher_logits, {"alpha": alpha, "beta": beta}
+        )
+        leaves = map(np.asarray, (value, *jax.tree.leaves(gradients)))
+        for case, found in zip(cases, zip(*leaves, strict=True), strict=True):
+            errors.append(oracle.relative_errors(found, oracle.alpha_beta(*case[1:])))
+            finite.append(all(np.isfinite(part).all() for part in found))
+    return np.array(errors), np.array(finite)
+
+
+@pytest.mark.parametrize("quantity", oracle.Truth._fields)
+def test_alpha_beta_accuracy(accuracy, quantity):
+    """Some 160 cases of the grid of `experiments/accuracy.py`, with its bars."""
+    errors, finite = accuracy
+    assert finite.all()
+    column = errors[:, oracle.Truth._fields.index(quantity)]
+    scored = column[~np.isnan(column)]
+    assert len(scored) > 0.7 * len(column)
+    assert np.max(scored) <= oracle.MAX_ERROR
+    assert np.percentile(scored, 99) <= oracle.PERCENTILE_99
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.3, 0.6), (1.0, 0.0), (0.0, 0.0), (1.2, -1.2)])
+def test_alpha_beta_in_float64(alpha, beta):
+    row = Row("", divergences.alpha_beta, {"alpha": alpha, "beta": beta}, alpha_beta_value)
+    args = row.draw(scale=3.0)
+    with jax.enable_x64(True):
+        value, gradients = value_and_gradients(row.function, *args)
+        leaves = map(np.asarray, (value, *jax.tree.leaves(gradients)))
+    for i, found in enumerate(zip(*leaves, strict=True)):
+        truth = oracle.alpha_beta(args[0][i], args[1][i], alpha, beta)
+        assert np.max(oracle.relative_errors(found, truth)) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("alpha", "beta", "definition"),
+    [
+        (1, 0, kl),
+        (0, 1, lambda p, q: kl(q, p)),
+        (0.5, 0.5, lambda p, q: 2 * np.sum((np.sqrt(p) - np.sqrt(q)) ** 2)),
+        (1, 1, lambda p, q: 0.5 * np.sum((p - q) ** 2)),
+        (0, 0, lambda p, q: 0.5 * np.sum(np.log(p / q) ** 2)),
+        (2, -1, lambda p, q: 0.5 * np.sum((p - q) ** 2 / q)),
+        (0.7, 0.3, lambda p, q: (np.sum(p**0.7 * q**0.3) - 1) / (0.7 * -0.3)),
+    ],
+    ids=["forward KL", "reverse KL", "Hellinger", "Euclidean", "log", "chi^2", "alpha-divergence"],
+)
+def test_alpha_beta_identities(alpha, beta, definition):
+    row = Row("", divergences.alpha_beta, {"alpha": alpha, "beta": beta}, softmaxed(definition))
+    args = row.draw()
+    with jax.enable_x64(True):
+        value, _ = value_and_gradients(row.function, *args)
+    np.testing.assert_allclose(value, row.truths(*args), rtol=1e-12)
+
+
+@given(
+    logits=hnp.arrays(np.float32, (2, *SHAPE), elements=st.floats(-20, 20, width=32)),
+    numbers=hnp.arrays(np.float32, (2, SHAPE[0]), elements=st.floats(-2, 3, width=32)),
+)
+@settings(max_examples=50, deadline=None)
+def test_alpha_beta_duality(logits, numbers):
+    """D^(a,b)(p || q) = D^(b,a)(q || p)."""
+    (student, teacher), (alpha, beta) = logits, numbers
+    value, gradients = value_and_gradients(
+        divergences.alpha_beta, student, teacher, {"alpha": alpha, "beta": beta}
+    )
+    dual, dual_gradients = value_and_gradients(
+        divergences.alpha_beta, teacher, student, {"alpha": beta, "beta": alpha}
+    )
+    assert_finite((value, gradients))
+    assert (np.asarray(value) >= 0).all()
+    np.testing.assert_allclose(value, dual, rtol=1e-5)
+    for mine, other in (
+        (gradients[0], dual_gradients[1]),
+        (gradients[1], dual_gradients[0]),
+        (gradients[2]["alpha"], dual_gradients[2]["beta"]),
+    ):
+        sizes = np.max(np.abs(mine), axis=tuple(range(1, mine.ndim)), keepdims=True)
+        assert (np.abs(mine - other) <= 1e-5 * sizes).all()
+
+
+@pytest.mark.parametrize(
+    ("start", "direction"),
+    [((0, 0.7), (1, 0)), ((0.7, 0), (0, 1)), ((0.6, -0.6), (0, 1)), ((0, 0), (1, 0.3))],
+    ids=["alpha = 0", "beta = 0", "alpha + beta = 0", "the origin"],
+)
+def test_alpha_beta_is_smooth_across_its_singular_lines(start, direction):
+    """On the line, at tiny distances from it and farther, one cubic fits all."""
+    near = 10.0 ** np.arange(-12, -2)
+    offsets = np.concatenate([np.linspace(-0.01, 0.01, 21), near, -near])
+    alpha, beta = (x + offsets * d for x, d in zip(start, direction, strict=True))
+    row = np.random.default_rng(0).normal(size=(2, SHAPE[1]))
+    logits = np.broadcast_to(row[:, None], (2, len(offsets), SHAPE[1])).astype(np.float32)
+    numbers = {"alpha": alpha.astype(np.float32), "beta": beta.astype(np.float32)}
+    for leaf in jax.tree.leaves(value_and_gradients(divergences.alpha_beta, *logits, numbers)):
+        columns = np.asarray(leaf, np.float64).reshape(len(offsets), -1)
+        basis = np.vander(offsets / 0.01, 4)
+        fitted = basis @ np.linalg.lstsq(basis, columns, rcond=None)[0]
+        assert np.max(np.abs(columns - fitted)) <= 1e-5 * np.max(np.abs(columns))
+
+
+def test_one_compile_for_all_numbers():
+    logits = np.random.default_rng(0).normal(size=(2, 3, 7)).astype(np.float32)
+    numbers = [*np.random.default_rng(1).uniform(-2, 3, (45, 2)).tolist()]
+    numbers += [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, -0.5), (2.0, -2.0)]
+    before = divergences.alpha_beta._cache_size()
+    for alpha, beta in numbers:
+        divergences.alpha_beta(*logits, alpha=alpha, beta=beta)
+    assert divergences.alpha_beta._cache_size() == before + 1
+
+    @jax.jit
+    def loss(bound, student_logits, teacher_logits):
+        return bound(student_logits, teacher_logits)
+
+    for alpha, beta in (*numbers, (1, 0), (np.float64(0.5), jnp.float32(0.5)), (2, 0.5)):
+        loss(bind(divergences.alpha_beta, alpha=alpha, beta=beta), *logits)
+    assert loss._cache_size() == 1
+
+
+# The other functions' own properties.
+
+
+def test_forward_kl_from_a_one_hot_teacher_is_cross_entropy():
+    logits = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+    one_hot = np.where(np.eye(*SHAPE) > 0, 0.0, -INF).astype(np.float32)
+    value, gradients = value_and_gradients(divergences.forward_kl, logits, one_hot, {})
+    log_q = scipy.special.log_softmax(logits.astype(np.float64), axis=-1)
+    rows = np.arange(SHAPE[0])
+    np.testing.assert_allclose(value, -log_q[rows, rows], rtol=1e-6)
+    np.testing.assert_allclose(gradients[0], np.exp(log_q) - np.eye(*SHAPE), rtol=0, atol=1e-6)
+
+
+def test_jensen_shannon_at_the_ends_has_the_slopes_of_kl():
+    row = Row("", divergences.jensen_shannon, {"teacher_weight": 0.0}, softmaxed(kl))
+    student_logits, teacher_logits, _ = row.draw(dtype=np.float32)
+    for weight, expected in (
+        (0.0, divergences.forward_kl(student_logits, teacher_logits)),
+        (1.0, -divergences.reverse_kl(student_logits, teacher_logits)),
+    ):
+        weights = {"teacher_weight": np.full(SHAPE[0], weight, np.float32)}
+        value, gradients = value_and_gradients(
+            row.function, student_logits, teacher_logits, weights
+        )
+        np.testing.assert_array_equal(value, 0.0)
+        np.testing.assert_allclose(gradients[2]["teacher_weight"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("function", "numbers", "bound"),
+    [
+        (divergences.total_variation, {}, 1.0),
+        (divergences.jensen_shannon, {"teacher_weight": 0.5}, math.log(2)),
+    ],
+    ids=["total_variation", "jensen_shannon"],
+)
+def test_bounded_ones_reach_their_bound(function, numbers: dict[str, Any], bound):
+    apart = np.array([0.0, -INF], np.float32)
+    np.testing.assert_allclose(function(apart, apart[::-1], **numbers), bound, rtol=1e-6)
+    far = np.array([0.0, -1e4], np.float32)
+    np.testing.assert_allclose(function(far, far[::-1], **numbers), bound, rtol=1e-6)
+
+
+def test_tempered_keeps_the_size_of_the_gradient():
+    """T^2 KL at a high temperature tends to half the squared distance of centred logits / K."""
+    student_logits, teacher_logits = np.random.default_rng(0).normal(size=(2, 5))
+    difference = teacher_logits - student_logits
+    expected = 0.5 * np.var(difference)
+    with jax.enable_x64(True):
+        value = divergences.tempered(
+            student_logits, teacher_logits, divergence=divergences.forward_kl, temperature=1e4
+        )
+    np.testing.assert_allclose(value, expected, rtol=1e-3)
