@@ -154,9 +154,9 @@ def hyperparameters(fn: Callable) -> dict[str, inspect.Parameter]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for a near miss, else an empty string: the end of a refusal."""
+    """` (did you mean 'x'?)` for a near miss, else nothing: the end of a refusal."""
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def is_number(annotation: Any) -> bool:

@@ -54,15 +54,16 @@ class TrainState(train_state.TrainState):
 
     def updated(self, grads: Any) -> "TrainState":
         """After one step of the optimiser, with its numbers as they stand at this step."""
-        hyperparams = at_step(self.hyperparams, self.step)
-        opt_state = self.opt_state._replace(hyperparams=hyperparams)
-        state = self.replace(opt_state=opt_state).apply_gradients(grads=grads)
+        numbers = at_step(self.hyperparams, self.step)
+        updates, opt_state = self.tx.update(
+            grads, self.opt_state._replace(hyperparams=numbers), self.params
+        )
+        params = optax.apply_updates(self.params, updates)
+        state = self.replace(step=self.step + 1, params=params, opt_state=opt_state)
         if self.ema_params is None:
             return state
         rate = 1.0 - at_step(self.ema_decay, self.step)
-        return state.replace(
-            ema_params=optax.incremental_update(state.params, self.ema_params, rate)
-        )
+        return state.replace(ema_params=optax.incremental_update(params, self.ema_params, rate))
 
 
 def create(

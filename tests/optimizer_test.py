@@ -1,0 +1,147 @@
+"""Optimisers against torch, and the training state that carries their numbers."""
+
+import re
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax import numpy as jnp
+
+from abkd_jax import models, train
+from abkd_jax.schedules import linear
+from abkd_jax.train import optimizer
+from abkd_jax.types import bind, schedule
+
+STEPS = 6
+
+
+def run(rule, params, gradients):
+    """The parameters after each step, by the state's own update."""
+    tx = optimizer.of(rule)
+    state = train.TrainState(
+        step=jnp.zeros((), int),
+        apply_fn=None,
+        params=params,
+        tx=tx,
+        opt_state=tx.init(params),
+        hyperparams=dict(rule.numbers),
+    )
+    for gradient in gradients:
+        state = state.updated(gradient)
+        yield state.params
+
+
+TORCH = {
+    "sgd": ({}, "SGD", {}),
+    "sgd with momentum and L2": (
+        {"momentum": 0.9, "weight_decay": 5e-2},
+        "SGD",
+        {"momentum": 0.9, "weight_decay": 5e-2},
+    ),
+    "sgd with Nesterov": (
+        {"momentum": 0.9, "weight_decay": 5e-2, "nesterov": True},
+        "SGD",
+        {"momentum": 0.9, "weight_decay": 5e-2, "nesterov": True},
+    ),
+    "adam": ({"b1": 0.8, "b2": 0.95, "eps": 1e-4}, "Adam", {"betas": (0.8, 0.95), "eps": 1e-4}),
+    "adamw": ({"weight_decay": 0.1}, "AdamW", {"weight_decay": 0.1}),
+}
+
+
+@pytest.mark.parametrize("case", TORCH)
+def test_optimisers_are_torchs(case):
+    torch = pytest.importorskip("torch", reason="torch is the oracle: pip install -e '.[torch]'")
+    ours, theirs, options = TORCH[case]
+    rng = np.random.default_rng(0)
+    start, gradients = rng.normal(size=4), rng.normal(size=(STEPS, 4))
+    rule = bind(getattr(optimizer, case.split()[0]), learning_rate=0.1, **ours)
+    leaf = torch.nn.Parameter(torch.tensor(start, dtype=torch.float32))
+    reference = getattr(torch.optim, theirs)([leaf], lr=0.1, **options)
+    found = run(rule, jnp.asarray(start, jnp.float32), jnp.asarray(gradients, jnp.float32))
+    for gradient, params in zip(gradients, found, strict=True):
+        leaf.grad = torch.tensor(gradient, dtype=torch.float32)
+        reference.step()
+        np.testing.assert_allclose(params, leaf.detach().numpy(), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_clipping_scales_the_gradient_to_the_norm(name):
+    extra = {"weight_decay": 0.0} if name == "adamw" else {}
+    clipped = bind(getattr(optimizer, name), learning_rate=0.1, clip_norm=0.5, **extra)
+    free = bind(getattr(optimizer, name), learning_rate=0.1, **extra)
+    gradients = [jnp.array([3.0, 4.0]), jnp.array([0.1, 0.2])]
+    scaled = [gradients[0] / 10.0, gradients[1]]
+    for found, expected in zip(
+        run(clipped, jnp.ones(2), gradients), run(free, jnp.ones(2), scaled), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_learning_rate_follows_its_schedule():
+    rate = schedule(linear, start=1.0, end=0.0, steps=4)
+    gradients = [jnp.ones(1)] * STEPS
+    found = run(bind(optimizer.sgd, learning_rate=rate), jnp.zeros(1), gradients)
+    rates = optax.linear_schedule(1.0, 0.0, 4)(np.arange(STEPS))
+    np.testing.assert_allclose(np.ravel(list(found)), -np.cumsum(rates), rtol=1e-6)
+
+
+def create(**kwargs):
+    module = models.from_config("mlp", {"widths": (4,)}, num_classes=3, field="student")
+    rule = bind(optimizer.sgd, learning_rate=kwargs.pop("learning_rate", 0.1))
+    return train.create(module, jnp.ones((1, 5)), optimizer=rule, init_seed=0, **kwargs)
+
+
+def test_moving_average_is_the_recursion():
+    state = create(ema_decay=0.75)
+    average = state.params
+    for _ in range(3):
+        state = state.updated(jax.tree.map(jnp.ones_like, state.params))
+        average = jax.tree.map(lambda a, p: 0.75 * a + 0.25 * p, average, state.params)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state.ema_params, average
+        )
+    assert state.eval_params is state.ema_params
+    plain = create()
+    assert plain.ema_params is None and plain.eval_params is plain.params
+
+
+def test_two_states_of_one_kind_have_one_structure():
+    one, other = create(learning_rate=0.1), create(learning_rate=0.7)
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+
+
+def test_a_frozen_network_keeps_what_evaluation_uses():
+    state = create(ema_decay=0.5).updated(jax.tree.map(jnp.ones_like, create().params))
+    teacher = train.frozen(state)
+    jax.tree.map(np.testing.assert_array_equal, teacher.params, state.ema_params)
+    assert not jax.tree.leaves(teacher.opt_state)
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        (
+            {"name": "adm", "learning_rate": 0.1},
+            "student.optimizer.name must be one of sgd, adam, adamw; found 'adm' (did you mean "
+            "'adam'?).",
+        ),
+        (
+            {"learning_rate": 0.1},
+            "student.optimizer.name must be one of sgd, adam, adamw; found None.",
+        ),
+        (
+            {"name": "sgd"},
+            "student.optimizer: sgd needs the hyperparameter 'learning_rate'; it takes "
+            "learning_rate, momentum, weight_decay, clip_norm, nesterov.",
+        ),
+        (
+            {"name": "adam", "learning_rate": 0.1, "beta": 0.1},
+            "student.optimizer: adam has no hyperparameter 'beta'; it takes learning_rate, b1, "
+            "b2, eps, clip_norm.",
+        ),
+    ],
+)
+def test_refusals(group, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        optimizer.from_config(group, field="student.optimizer", num_steps=10)
