@@ -1,8 +1,11 @@
 """The sum of an objective's terms: the only place where losses are reduced."""
 
+import functools
 from collections.abc import Mapping
+from typing import Any
 
 import chex
+import jax
 from jax import Array
 from jax import numpy as jnp
 
@@ -53,3 +56,115 @@ def total(
         count = None if counts is None else counts[name]
         means[name] = numerics.masked_mean(values, where, count)
     return sum(terms[name].weight * mean for name, mean in means.items()), means
+
+
+def chunked_total(
+    terms: Mapping[str, Term],
+    student: Outputs,
+    others: Mapping[str, Outputs],
+    batch: Batch,
+    *,
+    chunk: int,
+    counts: Mapping[str, Array] | None = None,
+) -> tuple[Array, dict[str, Array]]:
+    """`total` for vocabularies whose logits do not fit: no `[tokens, K]` array ever exists.
+
+    Networks that leave their logits unformed (None) show `hidden` and `unembedding` instead. The
+    tokens are visited in chunks; a chunk's logits are formed once for all terms, and its gradients
+    (in the student's hidden, unembedding, bias or logits, and in all numbers) are taken in the same
+    pass, so that the backward pass has only to scale them. The other networks get no gradient.
+
+    Args:
+        terms: as in `total`, none of which couples the examples of a batch.
+        student: the network that is being trained.
+        others: the other networks' outputs, by name.
+        batch: its masks and labels, all `[...]`.
+        chunk: how many tokens at a time.
+        counts: as in `total`.
+
+    Returns:
+        As `total`; the metrics carry no gradient.
+
+    Raises:
+        ValueError: if a term couples the batch, or a network shows neither logits nor hidden.
+    """
+    for name, term in terms.items():
+        if term.loss.couples_batch:
+            raise ValueError(f"term {name!r} couples the examples of a batch: it has no chunks.")
+    for name, outputs in {"the network being trained": student, **others}.items():
+        if outputs.logits is None and (outputs.hidden is None or outputs.unembedding is None):
+            raise ValueError(f"{name} must show logits, or hidden and unembedding; found neither.")
+    where = batch["where"]
+    counts = term_counts(terms, batch) if counts is None else dict(counts)
+    split = functools.partial(_chunks, leading=where.ndim, chunk=chunk)
+    per_token = {n: x for n, x in batch.items() if getattr(x, "shape", None) == where.shape}
+    rows = {n: Outputs(logits=o.logits, hidden=o.hidden) for n, o in others.items()}
+    heads = {n: (o.unembedding, o.bias) for n, o in others.items()}
+    frozen = jax.lax.stop_gradient((jax.tree.map(split, (rows, per_token)), heads, counts))
+    student_rows = jax.tree.map(split, Outputs(logits=student.logits, hidden=student.hidden))
+    head = (student.unembedding, student.bias)
+    value, means = _over_chunks(student_rows, (head, dict(terms)), frozen)
+    return value, jax.lax.stop_gradient(means)
+
+
+@jax.custom_vjp
+def _over_chunks(rows: Outputs, shared: Any, frozen: Any) -> tuple[Array, dict[str, Array]]:
+    """The total and the means over all chunks of the student's rows."""
+    chunks, *rest = frozen
+
+    def step(summed, chunk):
+        return jax.tree.map(jnp.add, summed, _chunk_total(chunk[0], shared, chunk[1], *rest)), None
+
+    return jax.lax.scan(step, _zeros(rows, shared, frozen), (rows, chunks))[0]
+
+
+def _over_chunks_forward(rows, shared, frozen):
+    chunks, *rest = frozen
+    gradient = jax.value_and_grad(_chunk_total, argnums=(0, 1), has_aux=True)
+
+    def step(summed, chunk):
+        result, (d_rows, d_shared) = gradient(chunk[0], shared, chunk[1], *rest)
+        return jax.tree.map(jnp.add, summed, (result, d_shared)), d_rows
+
+    zeros = _zeros(rows, shared, frozen), jax.tree.map(jnp.zeros_like, shared)
+    (result, d_shared), d_rows = jax.lax.scan(step, zeros, (rows, chunks))
+    return result, (d_rows, d_shared)
+
+
+def _over_chunks_backward(gradients, cotangents):
+    scaled = jax.tree.map(lambda gradient: gradient * cotangents[0], gradients)
+    return *scaled, None
+
+
+_over_chunks.defvjp(_over_chunks_forward, _over_chunks_backward)
+
+
+def _chunk_total(rows, shared, chunk, heads, counts):
+    """`total` of one chunk, its logits formed here and nowhere else."""
+    (head, terms), (other_rows, batch) = shared, chunk
+    student = _with_logits(rows, *head)
+    others = {name: _with_logits(other_rows[name], *heads[name]) for name in other_rows}
+    return total(terms, student, others, batch, counts=counts)
+
+
+def _with_logits(rows: Outputs, unembedding: Array | None, bias: Array | None) -> Outputs:
+    if rows.logits is not None:
+        return rows
+    logits = rows.hidden @ unembedding
+    return rows.replace(logits=logits if bias is None else logits + bias)
+
+
+def _chunks(x: Array, *, leading: int, chunk: int) -> Array:
+    """`[..., *]` with `leading` axes of tokens to `[chunks, chunk, *]`, padded with zeros."""
+    flat = x.reshape(-1, *x.shape[leading:])
+    padding = -len(flat) % chunk
+    padded = jnp.pad(flat, [(0, padding)] + [(0, 0)] * (flat.ndim - 1))
+    return padded.reshape(-1, chunk, *flat.shape[1:])
+
+
+def _zeros(rows, shared, frozen):
+    """What the sums over chunks start from."""
+    chunks, *rest = frozen
+    first = jax.tree.map(lambda x: x[0], (rows, chunks))
+    shapes = jax.eval_shape(_chunk_total, first[0], shared, first[1], *rest)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

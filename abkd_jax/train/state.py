@@ -86,7 +86,7 @@ def create(
     Returns:
         The state at step 0.
     """
-    variables = module.init(jax.random.key(init_seed), inputs, train=False)
+    variables = _variables(module, init_seed, inputs)
     params = variables["params"]
     tx = optimizers.of(optimizer)
     decays = ema_decay is None or isinstance(ema_decay, Schedule)
@@ -116,6 +116,11 @@ def frozen(state: TrainState) -> TrainState:
 
 
 _IDENTITY = optax.identity()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _variables(module: Module, init_seed: Array, inputs: Array) -> Mapping[str, Any]:
+    return module.init(jax.random.key(init_seed), inputs, train=False)
 
 
 @functools.lru_cache
