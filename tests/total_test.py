@@ -116,7 +116,7 @@ def test_refusals():
     coupled.couples_batch = True
     shared = {"shared": Term(bind(coupled), jnp.ones(()))}
     student = Outputs(hidden=STUDENT[0], unembedding=STUDENT[1])
-    with pytest.raises(ValueError, match="^term 'shared' couples the examples of a batch"):
+    with pytest.raises(ValueError, match=r"^term 'shared' couples the examples of a batch"):
         chunked_total(shared, student, {"teacher": TEACHER}, BATCH, chunk=4)
-    with pytest.raises(ValueError, match="^teacher must show logits, or hidden and unembedding"):
+    with pytest.raises(ValueError, match=r"^teacher must show logits, or hidden and unembedding"):
         chunked_total(terms(*NUMBERS), student, {"teacher": Outputs()}, BATCH, chunk=4)
