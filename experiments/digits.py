@@ -22,10 +22,8 @@ from jax import Array
 from jax import numpy as jnp
 from ml_collections import config_flags
 
-from abkd_jax import data, models, train
+from abkd_jax import data, schema, train
 from abkd_jax.metrics import summarize
-from abkd_jax.objective import objective
-from abkd_jax.train import optimizer
 from abkd_jax.types import Term
 
 _DEFAULT = pathlib.Path(__file__).parents[1] / "configs" / "digits.py"
@@ -39,6 +37,7 @@ def main(argv):
     del argv
     started = time.monotonic()
     config = _CONFIG.value.to_dict()
+    schema.check(config)
     dataset = data.from_config(config["data"], data_seed=config["data_seed"])
     evaluated = dataset.validation if _TUNE.value else dataset.test
     labelled = dataset.train.labelled_alone()
@@ -74,26 +73,17 @@ def fit(
 ) -> train.TrainState:
     """Trains `num_seeds` networks of a group on the split: their states, stacked."""
     teacher = teacher or {}
-    fields = {"model", "optimizer", "terms"}
-    module = models.from_config(
-        group["model"],
-        {key: value for key, value in group.items() if key not in fields},
-        num_classes=10,
-        field=learner,
-    )
-    num_steps = config["num_steps"]
-    terms = objective(
-        group["terms"],
-        field=f"{learner}.terms",
-        learner=learner,
-        networks=[learner, *teacher],
-        num_steps=num_steps,
-    )
-    rule = optimizer.from_config(
-        group["optimizer"], field=f"{learner}.optimizer", num_steps=num_steps
+    config = {**config, learner: group}
+    built = schema.network(config, learner, num_classes=10)
+    terms = schema.objectives(config, learners=[learner], present=[learner, *teacher])[learner]
+    new = functools.partial(
+        train.create,
+        built.module,
+        split.inputs[:1],
+        optimizer=built.optimizer,
+        ema_decay=built.ema_decay,
     )
     seeds = config["init_seed"] + jnp.arange(num_seeds)
-    new = functools.partial(train.create, module, split.inputs[:1], optimizer=rule)
     states = jax.vmap(lambda seed: new(init_seed=seed))(seeds)
     return _train(
         states,
@@ -102,7 +92,7 @@ def fit(
         split,
         config["data_seed"],
         learner=learner,
-        num_steps=num_steps,
+        num_steps=config["num_steps"],
         size=min(config["batch_size"], len(split)),
     )
 
@@ -148,10 +138,10 @@ def _print_row(name: str, states: train.TrainState, split: data.Split, started: 
 
 def _table(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The rows {name: group}: students on their labels alone, and distilled ones."""
-    divergence = config["student"]["terms"]["distill"]["divergence"]
-    numbers = ", ".join(f"{key} {value}" for key, value in divergence.items() if key != "fn")
+    divergence = dict(config["student"]["terms"]["distill"]["divergence"])
+    name = " ".join([divergence.pop("fn"), *(f"{key} {n}" for key, n in divergence.items())])
     return {"": _alone(config, 1e-3)}, {  # this rate and the temperatures: by validation NLL
-        f"{divergence['fn']} ({numbers})": config["student"],
+        name: config["student"],
         "forward KL (alpha 1, beta 0)": _distilled(config, 1.0, alpha=1.0, beta=0.0),
         "reverse KL (alpha 0, beta 1)": _distilled(config, 2.0, alpha=0.0, beta=1.0),
     }

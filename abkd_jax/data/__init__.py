@@ -11,6 +11,7 @@ __all__ = [
     "DataSet",
     "Split",
     "batch_at",
+    "check",
     "digits",
     "epoch_order",
     "evaluation_batches",
@@ -33,17 +34,32 @@ def from_config(group: Mapping[str, Any], *, data_seed: int) -> DataSet:
     Raises:
         ValueError: one sentence that names the field, what was found and what was expected.
     """
+    check(group)
+    hypers = {key: value for key, value in group.items() if key != "name"}
+    return _SETS[group["name"]](data_seed=data_seed, **hypers)
+
+
+def check(group: Mapping[str, Any]) -> None:
+    """Refuses a `data` group with an unknown name, or with unknown or missing keywords.
+
+    Raises:
+        ValueError: one sentence that names the field, what was found and what was expected.
+    """
+    if not isinstance(group, Mapping):
+        raise ValueError(f"data must be a group dict(name=NAME, ...); found {group!r}.")
     name = group.get("name")
     if name not in _SETS:
         raise ValueError(
             f"data.name must be one of {', '.join(_SETS)}; found {name!r}"
             f"{nearest(str(name), _SETS)}."
         )
-    hypers = {key: value for key, value in group.items() if key != "name"}
-    known = [key for key in hyperparameters(_SETS[name]) if key != "data_seed"]
-    for key in hypers:
-        if key not in known:
+    known = hyperparameters(_SETS[name])
+    known.pop("data_seed")
+    for key in group:
+        if key not in known and key != "name":
             raise ValueError(
                 f"data.{key} is unknown{nearest(key, known)}; {name} takes {', '.join(known)}."
             )
-    return _SETS[name](data_seed=data_seed, **hypers)
+    for key, parameter in known.items():
+        if key not in group and parameter.default is parameter.empty:
+            raise ValueError(f"data.{key} is missing; {name} takes {', '.join(known)}.")
