@@ -231,16 +231,19 @@ def masked(logits, classes):
 
 
 @every_row
-def test_value(row):
+def test_value_in_both_precisions(row):
     args = row.draw()
     true = row.truths(*args)
     with jax.enable_x64(True):
         value, _ = value_and_gradients(row.function, *args)
         assert value.dtype == np.float64
         np.testing.assert_allclose(value, true, rtol=1e-12)
-    value, _ = value_and_gradients(row.function, *row.draw(dtype=np.float32))
-    assert value.dtype == np.float32
-    np.testing.assert_allclose(value, true, rtol=1e-5)
+        exact = jax.tree.map(lambda x: x.astype(np.float64), row.draw(dtype=np.float32))
+        expected = jax.device_get(value_and_gradients(row.function, *exact))
+    found = value_and_gradients(row.function, *row.draw(dtype=np.float32))
+    assert found[0].dtype == np.float32
+    np.testing.assert_allclose(found[0], true, rtol=1e-5)
+    assert_close(found, expected, rtol=1e-5)
 
 
 @every_row
@@ -331,6 +334,17 @@ def test_class_removed_from_one_side_is_the_limit(row, sides):
                 alone[side] = args[side]
                 if np.isposinf(row.truths(*alone)).all():
                     assert (np.asarray(gradients[side][:, 2 * side + 1]) < 0).all()
+
+
+@pytest.mark.parametrize("alpha", [1e-11, 1e-6, 0.1])
+def test_class_removed_from_the_teacher_is_the_limit_however_small_alpha(alpha):
+    """q^s / (alpha s), which grows without bound as alpha tends to 0."""
+    alpha = np.float32(alpha)
+    row = Row("", divergences.alpha_beta, {"alpha": alpha, "beta": 0.5}, alpha_beta_value)
+    student_logits, teacher_logits, numbers = row.draw(dtype=np.float32)
+    args = student_logits, masked(teacher_logits, [3]), numbers
+    value, _ = value_and_gradients(row.function, *args)
+    np.testing.assert_allclose(value, row.truths(*args), rtol=1e-5)
 
 
 @every_row
@@ -714,6 +728,16 @@ def test_jensen_shannon_at_the_ends_has_the_slopes_of_kl():
         )
         np.testing.assert_allclose(value, 0.0, rtol=0, atol=1e-12)
         np.testing.assert_allclose(gradients[2]["teacher_weight"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [1e-6, 1e-3, 1 - 1e-3, 1 - 1e-6])
+def test_jensen_shannon_keeps_its_digits_near_the_ends(weight):
+    row = Row("", divergences.jensen_shannon, {"teacher_weight": weight}, softmaxed(kl))
+    args = row.draw(dtype=np.float32)
+    with jax.enable_x64(True):
+        exact = jax.tree.map(lambda x: x.astype(np.float64), args)
+        expected = jax.device_get(value_and_gradients(row.function, *exact))
+    assert_close(value_and_gradients(row.function, *args), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
