@@ -239,7 +239,6 @@ def test_values_and_gradients_against_torch(row):
 @every_loss
 def test_without_jit(row):
     student, teacher, batch = make()
-    # NaN in what is masked out, which a compiler may drop and Python does not.
     out = ~batch[row.where][:, None]
     student, teacher = (np.where(out, np.float32(NAN), x) for x in (student, teacher))
     term = Term(loss=row.bound, weight=jnp.ones(()), where=row.where)
