@@ -1,21 +1,24 @@
 """The argument of a config file: `--config=configs/digits.py:divergence=reverse_kl,weight=2.`
 
-It is a list of `key=value` and of flags, read as literals only: numbers, strings, tuples, names of
-functions, and functions with their numbers. `divergence=NAME(...)` replaces the divergence of the
-student's `distill` term; any other key is a number of that term, at whatever depth it stands.
+It is a list of `key=value` and of flags, read as literals only: numbers, strings, tuples of them,
+names of functions, and functions with their numbers. `divergence=NAME(...)` replaces the
+divergence of the student's `distill` term; any other key is a number of that term, at whatever
+depth it stands.
 """
 
 import ast
 import functools
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_collections
 
 from abkd_jax import divergences, losses, objective, schedules
-from abkd_jax.types import Divergence, Loss, hyperparameters, nearest
+from abkd_jax.types import Divergence, Loss, hyperparameters, is_number, kind_of, nearest
 
 _TERM = "student.terms.distill"
+_LONGEST = 2000
 
 
 def parse(argument: str) -> dict[str, Any]:
@@ -30,23 +33,19 @@ def parse(argument: str) -> dict[str, Any]:
     Raises:
         ValueError: naming the part that cannot be read.
     """
-    try:
-        call = ast.parse(f"_({argument})", mode="eval").body
-    except SyntaxError:
-        call = None
-    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+    if len(argument) > _LONGEST:
         raise ValueError(
-            f"the config's argument {argument!r} must be a list of key=value and flags."
+            f"the config's argument has {len(argument)} characters; the longest has {_LONGEST}."
         )
     values = {}
-    for flag in call.args:
-        if not isinstance(flag, ast.Name):
-            raise ValueError(f"the config's argument has {ast.unparse(flag)!r} without a key=.")
-        values[flag.id] = True
-    for keyword in call.keywords:
-        if keyword.arg is None or keyword.arg in values:
-            raise ValueError(f"the config's argument {argument!r} gives {keyword.arg!r} twice.")
-        values[keyword.arg] = _value(keyword.value)
+    for part in _parts(argument):
+        key, equals, value = part.partition("=")
+        key = key.strip()
+        if not key.isidentifier():
+            raise ValueError(f"the config's argument has {part!r}, which is no flag or key=value.")
+        if key in values:
+            raise ValueError(f"the config's argument gives {key!r} twice.")
+        values[key] = _read(value) if equals else True
     return values
 
 
@@ -56,7 +55,7 @@ def apply(
     """Puts the values of `parse` into the student's `distill` term, and checks that they fit.
 
     Args:
-        config: with `student.terms.distill`; changed in place.
+        config: with `student.terms.distill`; changed in place, and locked.
         values: {"divergence": group, any number of the term: number or group}.
 
     Returns:
@@ -72,16 +71,24 @@ def apply(
         if "divergence" in values:
             if "divergence" not in term:
                 raise ValueError(f"{_TERM} takes no divergence; its loss is {term.fn!r}.")
-            term.divergence = values.pop("divergence")
-        places = _places(term.to_dict(), Loss, _TERM, plugins)
+            group, field = values.pop("divergence"), f"{_TERM}.divergence"
+            group = _with_floats(group, Divergence, field, plugins)
+            term.divergence = ml_collections.ConfigDict(group)
+        places = dict(_places(term.to_dict(), Loss, _TERM, plugins))
         for key, value in values.items():
             if key not in places:
                 raise ValueError(
                     f"the config's argument has {key!r}, which is no number of {_TERM}"
                     f"{nearest(key, places)}; it takes divergence, {', '.join(places)}."
                 )
+            if isinstance(value, bool):
+                raise ValueError(f"the config's argument gives {key} no number; write {key}=1.0.")
             *path, name = places[key].split(".")
-            functools.reduce(getattr, path, config)[name] = value
+            value = _as_float(value)
+            group = isinstance(value, Mapping)
+            functools.reduce(getattr, path, config)[name] = (
+                ml_collections.ConfigDict(value) if group else value
+            )
     objective.objective(
         config.student.terms.to_dict(),
         field="student.terms",
@@ -90,59 +97,133 @@ def apply(
         num_steps=config.num_steps,
         plugins=plugins,
     )
-    return config
+    return config.lock()
 
 
-def _places(group: Any, kind: Any, field: str, plugins: tuple[str, ...]) -> dict[str, str]:
-    """Where each number of a function stands in the config; the outermost of two of one name."""
+def _places(
+    group: Any, kind: Any, field: str, plugins: tuple[str, ...]
+) -> Iterator[tuple[str, str]]:
+    """(name, where it stands) for each number of a function; the outermost of a name comes last."""
     if not isinstance(group, Mapping) or "fn" not in group:
         raise ValueError(f"{field} must be a function, such as forward_kl; found {group!r}.")
-    places = {"weight": f"{field}.weight"} if kind is Loss else {}
     fn = objective.lookup(group["fn"], kind, field=f"{field}.fn", plugins=plugins)
-    nested = {}
-    for name, parameter in hyperparameters(fn).items():
-        if parameter.annotation in (Divergence, Loss):
-            if name in group:
-                place = f"{field}.{name}"
-                nested |= _places(group[name], parameter.annotation, place, plugins)
-        else:
-            places[name] = f"{field}.{name}"
-    return nested | places
+    parameters = hyperparameters(fn)
+    for name, parameter in parameters.items():
+        if parameter.annotation in (Divergence, Loss) and name in group:
+            yield from _places(group[name], parameter.annotation, f"{field}.{name}", plugins)
+    for name, parameter in parameters.items():
+        if parameter.annotation not in (Divergence, Loss):
+            yield name, f"{field}.{name}"
+    if kind is Loss:
+        yield "weight", f"{field}.weight"
+
+
+def _with_floats(group: Any, kind: Any, field: str, plugins: tuple[str, ...]) -> Any:
+    """The group with whole numbers as floats, wherever the function takes a number."""
+    if not isinstance(group, Mapping) or "fn" not in group:
+        raise ValueError(f"{field} must be a function, such as forward_kl; found {group!r}.")
+    fn = objective.lookup(group["fn"], kind, field=f"{field}.fn", plugins=plugins)
+    kinds = {name: parameter.annotation for name, parameter in hyperparameters(fn).items()}
+    values = dict(group)
+    for name, value in group.items():
+        if kinds.get(name) in (Divergence, Loss):
+            values[name] = _with_floats(value, kinds[name], f"{field}.{name}", plugins)
+        elif is_number(kinds.get(name)):
+            values[name] = _as_float(value)
+    return values
+
+
+def _as_float(value: Any) -> Any:
+    """A number as a float, also in a schedule's group, where `steps` and the like stay whole."""
+    if isinstance(value, Mapping):
+        fn = vars(schedules).get(str(value.get("fn")))
+        known = hyperparameters(fn) if callable(fn) else {}
+        whole = {name for name, p in known.items() if not is_number(p.annotation)}
+        return {
+            key: part if key in whole or key == "fn" else _as_float(part)
+            for key, part in value.items()
+        }
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _parts(argument: str) -> Iterator[str]:
+    """The argument cut at the commas that stand outside of brackets."""
+    depth, start = 0, 0
+    for index, character in enumerate(argument + ","):
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            if part := argument[start:index].strip():
+                yield part
+            start = index + 1
+    if depth:
+        raise ValueError(f"the config's argument {argument!r} has brackets that do not match.")
+
+
+def _read(text: str) -> Any:
+    """What a value's text stands for; nothing in it is evaluated."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            node = ast.parse(text.strip(), mode="eval").body
+        return _value(node)
+    except (SyntaxError, RecursionError, MemoryError, UnicodeError):
+        node = None
+    except ValueError as error:
+        if "null byte" not in str(error):
+            raise
+        node = None
+    raise ValueError(f"the config's argument has {text!r}, which cannot be read.")
 
 
 def _value(node: ast.expr) -> Any:
     """A literal, or the group that a name or a call stands for."""
+    sign = 1
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
+        sign, node = (-1 if isinstance(node.op, ast.USub) else 1), node.operand
+        if not (isinstance(node, ast.Constant) and type(node.value) in (int, float)):
+            raise ValueError(f"the config's argument has a sign before {ast.unparse(node)!r}.")
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return sign * node.value
+    if isinstance(node, ast.Constant) and type(node.value) in (bool, str):
+        return node.value
+    if isinstance(node, ast.Tuple):
+        return tuple(_value(part) for part in node.elts)
     if isinstance(node, ast.Name | ast.Attribute):
         return {"fn": ast.unparse(node)}
-    if not isinstance(node, ast.Call):
-        try:
-            return ast.literal_eval(node)
-        except ValueError:
-            raise ValueError(
-                f"the config's argument has {ast.unparse(node)!r}, which is no number, name, or "
-                "function with numbers."
-            ) from None
+    if isinstance(node, ast.Call):
+        return _group(node)
+    raise ValueError(
+        f"the config's argument has {ast.unparse(node)!r}, which is no number, name, or function "
+        "with numbers."
+    )
+
+
+def _group(node: ast.Call) -> dict[str, Any]:
+    """The group dict(fn=NAME, ...) of a call, its positional numbers under their keywords."""
     name = ast.unparse(node.func)
+    order = _keywords(name) if node.args else []
+    if len(node.args) > len(order):
+        raise ValueError(
+            f"the config's argument gives {name} {len(node.args)} numbers without names; "
+            f"it takes {', '.join(order) or 'none'}."
+        )
     group = {"fn": name}
-    if node.args:
-        order = _keywords(name)
-        if len(node.args) > len(order):
-            raise ValueError(
-                f"the config's argument gives {name} {len(node.args)} numbers without names; "
-                f"it takes {', '.join(order) or 'none'}."
-            )
-        group |= {key: _value(value) for key, value in zip(order, node.args, strict=False)}
-    for keyword in node.keywords:
-        if keyword.arg is None or keyword.arg in group:
-            raise ValueError(f"the config's argument gives {name}'s {keyword.arg!r} twice.")
-        group[keyword.arg] = _value(keyword.value)
+    for key, value in [
+        *zip(order, node.args, strict=False),
+        *((k.arg, k.value) for k in node.keywords),
+    ]:
+        if key is None:
+            raise ValueError(f"the config's argument gives {name} a **, which it does not take.")
+        if key in group:
+            raise ValueError(f"the config's argument gives {name}'s {key!r} twice.")
+        group[key] = _value(value)
     return group
 
 
 def _keywords(name: str) -> list[str]:
     """The keywords of a schedule, a divergence or a loss, in their order."""
-    known = vars(losses) | vars(divergences) | vars(schedules)
-    if name not in known or not callable(known[name]):
+    known = {n: f for n, f in (vars(losses) | vars(divergences)).items() if kind_of(f)}
+    known |= {n: f for n, f in vars(schedules).items() if objective.is_schedule(f)}
+    if name not in known:
         raise ValueError(
             f"the config's argument has {name!r}, which is no schedule, divergence or loss"
             f"{nearest(name, known)}."

@@ -215,7 +215,7 @@ def _alpha_beta_terms(
     """The summands of `alpha_beta`; u is log_p - log_q, whose digits a subtraction would lose."""
     log_scale, factor = _scale_and_factor(_log_larger(log_p, log_q), u, alpha, beta)
     square = _square(u, log_scale)
-    return jnp.where(square < _LARGEST_ROOT**2, _saturated(square * factor), numerics.SATURATION)
+    return jnp.where(square >= _LARGEST_ROOT**2, numerics.SATURATION, _saturated(square * factor))
 
 
 def _alpha_beta_terms_jvp(primals, tangents):
@@ -295,9 +295,14 @@ def _log_over_mixture(u: Array, w: Array) -> tuple[Array, Array]:
     v = jnp.where(u >= 0, u, -u)
     near = v < 1.0
     small = jnp.where(near, v, 0.0)
-    close = -jnp.log1p((larger - 1.0) * small * numerics.psi(small))
+    smaller = jnp.where(u >= 0, 1.0 - w, w)  # that of the other, with its digits near 0
+    product = small * numerics.psi(small)
+    close = -jnp.log1p(-smaller * product)
     mixture = larger + (1.0 - larger) * jnp.exp(-v)  # over the larger of p and q
     tiny = jnp.finfo(v.dtype).tiny
     far = jnp.where(mixture > tiny, -jnp.log(jnp.maximum(mixture, tiny)), v)
-    ratio = jnp.where(near, close, far)
-    return jnp.where(u >= 0, ratio, ratio + u), jnp.where(u >= 0, ratio - u, ratio)
+    far = jnp.where(larger > 0.5, -jnp.log1p(smaller * jnp.expm1(-v)), far)
+    of_larger = jnp.where(near, close, far)
+    growth = jnp.where(near, product * jnp.exp(small), jnp.expm1(jnp.minimum(v, 80.0)))
+    of_smaller = jnp.where(v < 80.0, -jnp.log1p(larger * growth), of_larger - v)
+    return jnp.where(u >= 0, of_larger, of_smaller), jnp.where(u >= 0, of_smaller, of_larger)

@@ -15,7 +15,7 @@ from jax import numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 SATURATION = 1e30  # where a value or a slope is infinite it becomes this, so that sums stay finite
-MAX_LOG_RATIO = 1e12  # log(p / q) when one of the two is exactly zero
+MAX_LOG_RATIO = 1e15  # log(p / q) when one of the two is exactly zero
 
 
 def check_logits(student_logits: Array, teacher_logits: Array) -> tuple[Array, Array]:
@@ -30,9 +30,12 @@ def check_logits(student_logits: Array, teacher_logits: Array) -> tuple[Array, A
 
     Raises:
         AssertionError: naming the argument, what was found and what was expected.
+        ValueError: if one is None.
     """
     named = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     for name, logits in named.items():
+        if logits is None:
+            raise ValueError(f"{name} must be an array [..., K]; found None.")
         message = f"{name} must be a floating-point array [..., K] with K >= 1 classes; found {{}}."
         found = f"{jnp.result_type(logits)}{list(jnp.shape(logits))}"
         options = dict(custom_message=message.format(found), include_default_message=False)
@@ -131,9 +134,10 @@ def exp_second_difference(a: Array, b: Array) -> tuple[Array, Array]:
     It is the mean of exp over the triangle of the nodes, halved: positive, symmetric, and smooth
     however the nodes coincide, so a divergence written with it has no limits left to take.
     """
-    low, high = jnp.minimum(a, b), jnp.maximum(a, b)
-    top, bottom = jnp.maximum(high, 0.0), jnp.minimum(low, 0.0)
-    middle = jnp.maximum(low, jnp.minimum(high, 0.0))
+    # Sorted by selection: minimum and maximum halve the derivatives of nodes that coincide.
+    low, high = jnp.where(a > b, b, a), jnp.where(a > b, a, b)
+    top, bottom = jnp.where(high > 0, high, 0.0), jnp.where(low > 0, 0.0, low)
+    middle = jnp.where(low > 0, low, jnp.where(high > 0, 0.0, high))
     spread = top - bottom
     wide = spread >= 0.5
     upper, lower = top - middle, middle - bottom

@@ -12,15 +12,15 @@ are those of the run unless given.
 
 import importlib
 import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
 from jax import Array
+from jax import numpy as jnp
 
 from abkd_jax import divergences, losses, schedules
 from abkd_jax.types import (
-    Batch,
     Bound,
     Divergence,
     Loss,
@@ -30,6 +30,7 @@ from abkd_jax.types import (
     as_number,
     bind,
     hyperparameters,
+    kind_of,
     nearest,
     schedule,
 )
@@ -37,7 +38,10 @@ from abkd_jax.types import (
 MASKS = ("where", "labelled")
 TERM_FIELDS = ("fn", "weight", "where", "other")
 _KINDS = {Divergence: "divergence", Loss: "loss"}
-_POSITIONAL = {Divergence: [Array, Array], Loss: [Outputs, Outputs, Batch]}
+_SIGNATURES = {
+    Divergence: "(Array, Array, *, numbers) -> Array",
+    Loss: "(Outputs, Outputs, Batch, *, numbers) -> Array",
+}
 
 
 def objective(
@@ -68,12 +72,16 @@ def objective(
     Raises:
         ValueError: one sentence that names the field, what was found and what was expected.
     """
+    if not isinstance(terms, Mapping):
+        raise ValueError(f"{field} must be a group of terms by name; found {terms!r}.")
     if not terms:
         raise ValueError(f"{field} is empty; a network that learns needs at least one term.")
     others = [name for name in networks if name != learner] or [learner]
     built = {}
     for name, group in terms.items():
         at = f"{field}.{name}"
+        if not isinstance(group, Mapping):
+            raise ValueError(f"{at} must be a group dict(fn=LOSS, weight=...); found {group!r}.")
         options = {key: group[key] for key in TERM_FIELDS if key in group}
         function = {key: value for key, value in group.items() if key not in TERM_FIELDS[1:]}
         if "weight" not in options:
@@ -110,6 +118,11 @@ def check_needs(
         for name, term in terms.items():
             for network in (learner, term.other):
                 for part in sorted(term.loss.needs):
+                    if part not in Outputs.__dataclass_fields__:
+                        raise ValueError(
+                            f"{learner}.terms.{name} needs {part!r}, which is no part of Outputs; "
+                            f"these are {', '.join(Outputs.__dataclass_fields__)}."
+                        )
                     if getattr(outputs[network], part) is None:
                         raise ValueError(
                             f"{learner}.terms.{name} needs {part!r} of both networks, which the "
@@ -183,26 +196,37 @@ def number(value: Any, field: str, num_steps: int) -> Array | Schedule:
         ValueError: naming the field, if it is neither, is NaN, or is a temperature that is not
             positive.
     """
+    positive = field.endswith(".temperature")
     if isinstance(value, Mapping):
-        known = {name: fn for name, fn in vars(schedules).items() if _public(fn, schedules)}
+        known = {name: fn for name, fn in vars(schedules).items() if is_schedule(fn)}
         name = value.get("fn")
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
+            hint = nearest(name, known) if isinstance(name, str) else ""
             raise ValueError(
-                f"{field}.fn must name a schedule, one of {_or(known)}; found {name!r}"
-                f"{nearest(str(name), known)}."
+                f"{field}.fn must name a schedule, one of {_or(known)}; found {name!r}{hint}."
             )
         hypers = {key: part for key, part in value.items() if key != "fn"}
         if "steps" in hyperparameters(known[name]):
             hypers.setdefault("steps", num_steps)
-        return bind_group(schedule, known[name], hypers, field=field, num_steps=num_steps)
-    if isinstance(value, float | int) and not isinstance(value, bool):
-        if math.isnan(value) or (field.endswith(".temperature") and not value > 0):
-            expected = "greater than 0" if field.endswith(".temperature") else "a number"
-            raise ValueError(f"{field} must be {expected}; found {value!r}.")
+        built = bind_group(schedule, known[name], hypers, field=field, num_steps=num_steps)
+        try:
+            ends = [float(jnp.min(built(step))) for step in (0, num_steps)]
+        except ValueError as error:
+            raise ValueError(f"{field}: {error}") from None
+        if positive and not min(ends) > 0:
+            raise ValueError(f"{field} must stay greater than 0; found {ends} at its ends.")
+        return built
     try:
-        return as_number(value, field)
+        array = as_number(value, field)
     except TypeError as error:
         raise ValueError(str(error)) from None
+    if isinstance(array, jax.core.Tracer):
+        return array
+    if jnp.any(jnp.isnan(array)):
+        raise ValueError(f"{field} must be a number; found {value!r}.")
+    if positive and not jnp.all((array > 0) & (array < jnp.inf)):
+        raise ValueError(f"{field} must be greater than 0 and finite; found {value!r}.")
+    return array
 
 
 def lookup(name: Any, kind: Any, *, field: str, plugins: Iterable[str] = ()) -> Callable:
@@ -220,6 +244,8 @@ def lookup(name: Any, kind: Any, *, field: str, plugins: Iterable[str] = ()) -> 
     Raises:
         ValueError: naming the field, if there is no such function, or it is not annotated as one.
     """
+    if isinstance(plugins, str):
+        raise ValueError(f"plugins must be a list of packages; found {plugins!r}.")
     if not isinstance(name, str):
         raise ValueError(f"{field} must be the name of a {_KINDS[kind]}; found {name!r}.")
     fn = _by_path(name, field, ["abkd_jax", *plugins]) if "." in name else _by_name(name)
@@ -235,28 +261,13 @@ def lookup(name: Any, kind: Any, *, field: str, plugins: Iterable[str] = ()) -> 
         raise ValueError(f"{field}: {name} is a loss, where a divergence is expected.")
     if fn is not None:
         raise ValueError(
-            f"{field}: {name} is not annotated as a {_KINDS[kind]}, {_signature(kind)}."
+            f"{field}: {name} is not annotated as a {_KINDS[kind]}, {_SIGNATURES[kind]}."
         )
     known = [n for module in (losses, divergences) for n, f in vars(module).items() if _is(f, kind)]
     raise ValueError(
         f"{field}: there is no {_KINDS[kind]} {name!r}{nearest(name, known)}; "
         f"known are {', '.join(sorted(known))}."
     )
-
-
-def kind_of(fn: Any) -> Any:
-    """`Divergence`, `Loss`, or None for anything that is not annotated as one of them."""
-    try:
-        signature = inspect.signature(fn, eval_str=True)
-    except (TypeError, ValueError, NameError):
-        return None
-    positional = [
-        p.annotation
-        for p in signature.parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    kinds = [kind for kind, expected in _POSITIONAL.items() if positional == expected]
-    return kinds[0] if kinds and signature.return_annotation is Array else None
 
 
 def _by_name(name: str) -> Any:
@@ -279,13 +290,10 @@ def _is(fn: Any, kind: Any) -> bool:
     return callable(fn) and not getattr(fn, "__name__", "_").startswith("_") and kind_of(fn) is kind
 
 
-def _public(fn: Any, module: Any) -> bool:
-    return inspect.isfunction(fn) and fn.__module__ == module.__name__
-
-
-def _signature(kind: Any) -> str:
-    arguments = ", ".join(getattr(a, "__name__", "Batch") for a in _POSITIONAL[kind])
-    return f"({arguments}, *, numbers) -> Array"
+def is_schedule(fn: Any) -> bool:
+    """Whether this is a function of `abkd_jax.schedules` that a config may name."""
+    own = inspect.isfunction(fn) and fn.__module__ == schedules.__name__
+    return own and not fn.__name__.startswith("_")
 
 
 def _or(names: Iterable[str]) -> str:

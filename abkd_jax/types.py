@@ -130,8 +130,6 @@ def bind(fn: Callable, /, **hypers: Any) -> Bound:
         TypeError: naming the function, the keyword and what it takes, for a keyword that is
             unknown, missing, without annotation, or of the wrong type.
     """
-    if isinstance(fn, Bound):
-        return bind(fn.fn, **(dict(fn.numbers) | dict(fn.static) | hypers))
     return _bind(Bound, fn, hypers)
 
 
@@ -140,11 +138,81 @@ def schedule(fn: Callable, /, **hypers: Any) -> Schedule:
     return _bind(Schedule, fn, hypers)
 
 
+def kind_of(fn: Any) -> Any:
+    """`Divergence`, `Loss`, or None for anything that is not annotated as one of them."""
+    try:
+        signature = inspect.signature(fn.fn if isinstance(fn, Bound) else fn, eval_str=True)
+    except (TypeError, ValueError, NameError):
+        return None
+    parameters = signature.parameters.values()
+    positional = [p.annotation for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if signature.return_annotation is not Array:
+        return None
+    kinds = {Divergence: [Array, Array], Loss: [Outputs, Outputs, Batch]}
+    return next((kind for kind, expected in kinds.items() if positional == expected), None)
+
+
 def at_step(tree: Any, step: int | Array) -> Any:
     """The tree with every `Schedule` in it replaced by its value at the step."""
     is_schedule = lambda node: isinstance(node, Schedule)  # noqa: E731
     value = lambda node: node(step) if is_schedule(node) else node  # noqa: E731
     return jax.tree.map(value, tree, is_leaf=is_schedule)
+
+
+def call_named(
+    known: Mapping[str, Callable],
+    name: Any,
+    given: Mapping[str, Any],
+    *,
+    field: str,
+    name_field: str,
+    **fixed: Any,
+) -> Any:
+    """Calls the function that a group of a config names, with the group's keywords.
+
+    Args:
+        known: functions whose keywords are structure, by name.
+        name: as the config has it.
+        given: the keywords that the config gives.
+        field: where the group stands in the config, for messages.
+        name_field: where the name stands.
+        **fixed: keywords that are not the config's to give.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        ValueError: one sentence that names the field, what was found and what was expected.
+    """
+    check_named(known, name, given, field=field, name_field=name_field, fixed=fixed)
+    try:
+        return bind(known[name], **given, **fixed)()
+    except (TypeError, ValueError) as error:
+        raise ValueError(str(error).replace(f"{name}.", f"{field}.", 1)) from None
+
+
+def check_named(
+    known: Mapping[str, Callable],
+    name: Any,
+    given: Mapping[str, Any],
+    *,
+    field: str,
+    name_field: str,
+    fixed: Iterable[str],
+) -> None:
+    """The checks of `call_named` that need no call: the name, and the keywords' names."""
+    if not isinstance(name, str) or name not in known:
+        hint = nearest(name, known) if isinstance(name, str) else ""
+        raise ValueError(f"{name_field} must be one of {', '.join(known)}; found {name!r}{hint}.")
+    takes = {key: p for key, p in hyperparameters(known[name]).items() if key not in fixed}
+    for key in given:
+        if key not in takes:
+            raise ValueError(
+                f"{field}.{key} is unknown{nearest(key, takes)}; {name} takes {', '.join(takes)}."
+            )
+    for key, parameter in takes.items():
+        if key not in given and parameter.default is parameter.empty:
+            raise ValueError(f"{field}.{key} is missing; {name} takes {', '.join(takes)}.")
 
 
 def hyperparameters(fn: Callable) -> dict[str, inspect.Parameter]:
@@ -165,7 +233,9 @@ def is_number(annotation: Any) -> bool:
 
 
 def _bind(kind: type[Bound], fn: Callable, hypers: Mapping[str, Any]) -> Bound:
-    name = fn.__name__
+    if isinstance(fn, Bound):
+        return _bind(type(fn), fn.fn, dict(fn.numbers) | dict(fn.static) | dict(hypers))
+    name = getattr(fn, "__name__", repr(fn))
     known = hyperparameters(fn)
     takes = f"it takes {', '.join(known)}" if known else "it takes none"
     for key in hypers:
@@ -180,6 +250,8 @@ def _bind(kind: type[Bound], fn: Callable, hypers: Mapping[str, Any]) -> Bound:
             static.append((key, _static_value(name, key, parameter.annotation, value)))
         else:
             numbers[key] = _leaf(name, key, parameter.annotation, value)
+            if kind is Schedule and isinstance(numbers[key], Schedule):
+                raise TypeError(f"{name}.{key} must be a number; found another schedule.")
     return kind(fn=fn, numbers=numbers, static=tuple(static))
 
 
@@ -197,18 +269,26 @@ def _static_value(name: str, key: str, annotation: Any, value: Any) -> Any:
         value = tuple(value)
     if type(value) is not expected:
         raise TypeError(f"{name}.{key} must be of type {expected.__name__}; found {value!r}.")
+    if expected is tuple:
+        element = typing.get_args(annotation)[0]
+        if any(type(part) is not element for part in value):
+            raise TypeError(f"{name}.{key} must be a tuple of {element.__name__}; found {value!r}.")
     return value
 
 
 def _leaf(name: str, key: str, annotation: Any, value: Any) -> Any:
     if annotation in (Divergence, Loss):
-        if not callable(value):
-            raise TypeError(f"{name}.{key} must be a function; found {value!r}.")
-        return value if isinstance(value, Bound) else bind(value)
+        expected = "divergence" if annotation == Divergence else "loss"
+        if not callable(value) or isinstance(value, Schedule):
+            raise TypeError(f"{name}.{key} must be a {expected}, a function; found {value!r}.")
+        if kind_of(value) not in (annotation, None):
+            raise TypeError(f"{name}.{key} must be a {expected}; found the other of the two.")
+        return bind(value)
     if not is_number(annotation):
+        found = "nothing" if annotation is inspect.Parameter.empty else repr(annotation)
         raise TypeError(
             f"{name}.{key} must be annotated `float | Array` (a number), `int`, `bool` or `str` "
-            f"(structure), or `Divergence` or `Loss`; found {annotation!r}."
+            f"(structure), or `Divergence` or `Loss`; found {found}."
         )
     return value if isinstance(value, Schedule) else as_number(value, f"{name}.{key}")
 
@@ -219,7 +299,10 @@ def as_number(value: Any, field: str) -> Array:
     Raises:
         TypeError: naming the field, if the value is not a real number or an array of them.
     """
-    dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+    try:
+        dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+    except ValueError:  # ragged
+        dtype = object
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise TypeError(f"{field} must be a number; found {value!r}.")
     return jnp.asarray(value, dtype=float)

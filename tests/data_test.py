@@ -276,7 +276,6 @@ def test_the_edges_are_allowed():
         pytest.param(DIGITS | {"labelled": "100"}, id="labelled a string"),
     ],
 )
-@pytest.mark.xfail(strict=True, reason="accepted, or refused by Python without naming the field")
 def test_also_refused_by_field(group):
     with pytest.raises(ValueError, match=r"^data\.(name|validation|labelled) "):
         data.from_config(group, data_seed=0)
@@ -289,7 +288,6 @@ def test_also_refused_by_field(group):
         pytest.param(lambda: list(data.evaluation_batches(small(), 0)), id="of none"),
     ],
 )
-@pytest.mark.xfail(strict=True, reason="ZeroDivisionError, or range's own message")
 def test_batches_of_an_impossible_size_are_refused_by_name(take):
     with pytest.raises(ValueError, match=r"size|batch"):
         take()

@@ -552,14 +552,12 @@ def test_shapes_and_types_that_do_not_fit(loss, student, teacher, labels, messag
     assert message in str(error.value)
 
 
-@pytest.mark.xfail(strict=True, reason="None has no dtype: Python's own error comes through")
 @pytest.mark.parametrize("loss", [bind(cross_entropy), bind(on_logits, divergence=forward_kl)])
 def test_outputs_without_logits_are_refused_by_name(loss):
     with pytest.raises((AssertionError, ValueError), match="logits"):
         call(loss, None, None, {"labels": LABELS})
 
 
-@pytest.mark.xfail(strict=True, reason="a Schedule times an array: Python's TypeError")
 def test_a_weight_that_is_still_a_schedule_is_refused_by_name():
     student, teacher, batch = make()
     weight = schedule(constant, value=1.0)

@@ -222,13 +222,11 @@ def test_refusals(model, hypers, message):
         pytest.param("mlp", dict(widths=(-4,)), id="a negative width"),
     ],
 )
-@pytest.mark.xfail(strict=True, reason="accepted, or refused without naming the field")
 def test_also_refused_by_field(model, hypers):
     with pytest.raises(ValueError, match=r"^peer"):
         models.from_config(model, hypers, num_classes=K, field="peer")
 
 
-@pytest.mark.xfail(strict=True, reason="Python's own message of bind comes through")
 def test_the_number_of_classes_is_not_the_configs_to_give():
     hypers = dict(widths=(4,), num_classes=3)
     with pytest.raises(ValueError, match=r"^peer.*num_classes") as error:

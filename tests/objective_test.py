@@ -360,7 +360,6 @@ def test_unknown_schedules_are_answered_with_the_known_ones(name):
     assert name is None or message.endswith(f"; found {name!r}{hint}.")
 
 
-@pytest.mark.xfail(strict=True, reason="'None' is close to 'cosine'")
 def test_nothing_is_suggested_for_a_schedule_without_a_name():
     message = refusal({"it": TASK | {"weight": dict(start=1.0, end=0.0)}})
     assert message.endswith("; found None.")
@@ -370,7 +369,6 @@ def test_nothing_is_suggested_for_a_schedule_without_a_name():
     "kind,arguments",
     [(Loss, "(Outputs, Outputs, Batch, *, numbers)"), (Divergence, "(Array, Array, *, numbers)")],
 )
-@pytest.mark.xfail(strict=True, reason="the names are those that Python gives the types")
 def test_the_signature_is_given_in_the_names_of_the_library(kind, arguments):
     with pytest.raises(ValueError) as error:
         lookup("abkd_jax.types.bind", kind, field="a.fn")
@@ -408,13 +406,11 @@ def test_the_signature_is_given_in_the_names_of_the_library(kind, arguments):
         ),
     ],
 )
-@pytest.mark.xfail(strict=True, reason="accepted, or refused without naming the field")
 def test_also_refused_by_field(terms):
     message = refusal(terms)
     assert message.startswith("student.terms")
 
 
-@pytest.mark.xfail(strict=True, reason="read as a list of characters")
 def test_plugins_given_as_a_string_are_refused_by_name_or_read_as_one():
     message = refusal({"it": TASK | {"fn": "absent.loss"}}, plugins="absent")
     assert "'absent'" in message and "'a' or 'b'" not in message
@@ -711,7 +707,6 @@ def test_needs_are_checked_of_every_learner_and_of_the_other_that_it_names():
         check_needs({"a": needs_hidden(other="b"), "b": needs_hidden(other="c")}, outputs)
 
 
-@pytest.mark.xfail(strict=True, reason="the AttributeError of Outputs comes through")
 def test_a_need_that_is_no_part_of_outputs_is_refused_by_name():
     def misspelt(student: Outputs, teacher: Outputs, batch: Batch) -> Array:
         return student.logits[..., 0]

@@ -219,7 +219,6 @@ def test_float64_where_it_is_on():
         ),
     ],
 )
-@pytest.mark.xfail(strict=True, reason="optax stays at the start, or raises its own error later")
 def test_no_steps_at_all_is_the_end_from_then_on_or_refused(name, numbers, structure, expected):
     try:
         bound = schedule(getattr(schedules, name), **numbers, **structure)

@@ -246,25 +246,21 @@ def test_a_schedule_is_refused_like_any_function():
     assert str(error.value) == "linear.steps must be of type int; found 3.0."
 
 
-@pytest.mark.xfail(strict=True, reason="elements of a tuple are not checked")
 def test_a_tuple_of_the_wrong_elements_is_refused():
     with pytest.raises(TypeError, match=r"^scaled\.steps must be .*; found \(1\.5, 'a'\)\.$"):
         bind(scaled, divergence=gap, shift=0.0, steps=(1.5, "a"))
 
 
-@pytest.mark.xfail(strict=True, reason="numpy's own ValueError comes through")
 def test_a_ragged_list_is_no_number():
     with pytest.raises(TypeError, match=r"^alpha_beta\.alpha must be a number; found \[1, "):
         bind(alpha_beta, alpha=[1, [2, 3]], beta=0.0)
 
 
-@pytest.mark.xfail(strict=True, reason="a Schedule passes as a bound function")
 def test_a_schedule_is_no_divergence():
     with pytest.raises(TypeError, match=r"^on_logits\.divergence must be "):
         bind(on_logits, divergence=schedule(schedules.constant, value=1.0))
 
 
-@pytest.mark.xfail(strict=True, reason="at_step replaces the outer one alone")
 def test_a_schedule_of_schedules_is_refused_or_evaluated():
     try:
         nested = schedule(schedules.constant, value=schedule(schedules.constant, value=2.0))
@@ -273,7 +269,6 @@ def test_a_schedule_of_schedules_is_refused_or_evaluated():
     assert at_step(nested, 0) == 2.0
 
 
-@pytest.mark.xfail(strict=True, reason="bind of a Schedule gives a Bound")
 def test_binding_a_schedule_again_keeps_it_a_schedule():
     again = bind(schedule(schedules.constant, value=1.0), value=2.0)
     assert isinstance(again, Schedule) and again.numbers["value"] == 2.0

@@ -5,7 +5,7 @@ from typing import Any
 
 from abkd_jax.data.digits import digits
 from abkd_jax.data.sets import DataSet, Split, batch_at, epoch_order, evaluation_batches
-from abkd_jax.types import hyperparameters, nearest
+from abkd_jax.types import call_named, check_named
 
 __all__ = [
     "DataSet",
@@ -36,7 +36,8 @@ def from_config(group: Mapping[str, Any], *, data_seed: int) -> DataSet:
     """
     check(group)
     hypers = {key: value for key, value in group.items() if key != "name"}
-    return _SETS[group["name"]](data_seed=data_seed, **hypers)
+    fields = {"field": "data", "name_field": "data.name"}
+    return call_named(_SETS, group["name"], hypers, data_seed=data_seed, **fields)
 
 
 def check(group: Mapping[str, Any]) -> None:
@@ -47,19 +48,6 @@ def check(group: Mapping[str, Any]) -> None:
     """
     if not isinstance(group, Mapping):
         raise ValueError(f"data must be a group dict(name=NAME, ...); found {group!r}.")
-    name = group.get("name")
-    if name not in _SETS:
-        raise ValueError(
-            f"data.name must be one of {', '.join(_SETS)}; found {name!r}"
-            f"{nearest(str(name), _SETS)}."
-        )
-    known = hyperparameters(_SETS[name])
-    known.pop("data_seed")
-    for key in group:
-        if key not in known and key != "name":
-            raise ValueError(
-                f"data.{key} is unknown{nearest(key, known)}; {name} takes {', '.join(known)}."
-            )
-    for key, parameter in known.items():
-        if key not in group and parameter.default is parameter.empty:
-            raise ValueError(f"data.{key} is missing; {name} takes {', '.join(known)}.")
+    hypers = {key: value for key, value in group.items() if key != "name"}
+    fields = {"field": "data", "name_field": "data.name"}
+    check_named(_SETS, group.get("name"), hypers, fixed=("data_seed",), **fields)

@@ -83,7 +83,8 @@ def withhold_labels(split: Split, labelled: int, num_classes: int) -> Split:
 
 def epoch_order(data_seed: int | Array, epoch: int | Array, size: int) -> Array:
     """The order in which an epoch visits the examples: `[size]`, a function of its arguments."""
-    return jax.random.permutation(jax.random.fold_in(jax.random.key(data_seed), epoch), size)
+    of_order, _ = jax.random.split(jax.random.key(data_seed))  # not a key that a step uses
+    return jax.random.permutation(jax.random.fold_in(of_order, epoch), size)
 
 
 def batch_at(split: Split, order: Array, data_seed: int | Array, step: Array, size: int) -> Batch:
@@ -98,7 +99,12 @@ def batch_at(split: Split, order: Array, data_seed: int | Array, step: Array, si
 
     Returns:
         inputs `[B, ...]`, labels `[B]`, where `[B]`, labelled `[B]` and key.
+
+    Raises:
+        ValueError: if the split has fewer examples than a batch.
     """
+    if not 0 < size <= len(split):
+        raise ValueError(f"batch_size must lie between 1 and {len(split)} examples; found {size}.")
     start = (step % (len(split) // size)) * size
     chosen = jax.lax.dynamic_slice_in_dim(order, start, size)
     batch = _batch(split, chosen, jnp.ones(size, bool))
@@ -107,6 +113,8 @@ def batch_at(split: Split, order: Array, data_seed: int | Array, step: Array, si
 
 def evaluation_batches(split: Split, size: int) -> Iterator[Batch]:
     """The whole split in order, in batches of one shape; the last is padded, with where False."""
+    if size < 1:
+        raise ValueError(f"the evaluation's batch size must be at least 1; found {size}.")
     for start in range(0, len(split), size):
         index = np.arange(start, start + size)
         where = jnp.asarray(index < len(split))

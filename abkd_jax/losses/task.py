@@ -27,9 +27,12 @@ def cross_entropy(
 
     Raises:
         AssertionError: if logits and labels do not fit.
+        ValueError: if the network shows no logits.
     """
     del teacher
     labels = batch["labels"]
+    if student.logits is None:
+        raise ValueError("cross_entropy needs the logits of the network being trained; found None.")
     chex.assert_type(
         [student.logits, labels],
         [float, int],

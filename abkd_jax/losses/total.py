@@ -10,7 +10,7 @@ from jax import Array
 from jax import numpy as jnp
 
 from abkd_jax import numerics
-from abkd_jax.types import Batch, Outputs, Term
+from abkd_jax.types import Batch, Outputs, Schedule, Term
 
 
 def term_counts(terms: Mapping[str, Term], batch: Batch) -> dict[str, Array]:
@@ -44,6 +44,8 @@ def total(
     """
     means = {}
     for name, term in terms.items():
+        if isinstance(term.weight, Schedule):
+            raise ValueError(f"term {name!r}: its weight is a schedule; call at_step(terms, step).")
         where = batch[term.where]
         values = term.loss(student, others[term.other], batch)
         chex.assert_shape(

@@ -6,7 +6,7 @@ from typing import Any
 from flax import linen as nn
 
 from abkd_jax.models.small import cnn, mlp
-from abkd_jax.types import bind, nearest
+from abkd_jax.types import call_named
 
 __all__ = ["cnn", "from_config", "mlp"]
 
@@ -30,12 +30,6 @@ def from_config(
     Raises:
         ValueError: one sentence that names the field, what was found and what was expected.
     """
-    if model not in _MODELS:
-        raise ValueError(
-            f"{field}.model: there is no model {model!r}{nearest(str(model), _MODELS)}; "
-            f"known are {', '.join(_MODELS)}."
-        )
-    try:
-        return bind(_MODELS[model], num_classes=num_classes, **hypers)()
-    except TypeError as error:
-        raise ValueError(f"{field}: {error}") from None
+    return call_named(
+        _MODELS, model, hypers, num_classes=num_classes, field=field, name_field=f"{field}.model"
+    )

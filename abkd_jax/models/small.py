@@ -10,12 +10,18 @@ from abkd_jax.types import Outputs
 
 def mlp(*, num_classes: int, widths: tuple[int, ...]) -> nn.Module:
     """A multi-layer perceptron on flattened inputs, with hidden layers of the given widths."""
-    return MLP(num_classes=num_classes, widths=tuple(widths))
+    return MLP(num_classes=num_classes, widths=_positive("mlp", widths))
 
 
 def cnn(*, num_classes: int, widths: tuple[int, ...], batch_norm: bool = False) -> nn.Module:
     """3x3 convolutions of the given widths, each with stride 2, and the mean over positions."""
-    return CNN(num_classes=num_classes, widths=tuple(widths), batch_norm=batch_norm)
+    return CNN(num_classes=num_classes, widths=_positive("cnn", widths), batch_norm=batch_norm)
+
+
+def _positive(name: str, widths: tuple[int, ...]) -> tuple[int, ...]:
+    if any(width < 1 for width in widths):
+        raise ValueError(f"{name}.widths must be at least 1 each; found {widths!r}.")
+    return tuple(widths)
 
 
 class MLP(nn.Module):

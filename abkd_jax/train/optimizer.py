@@ -90,10 +90,10 @@ def from_config(group: Mapping[str, Any], *, field: str, num_steps: int) -> Boun
     """
     known = {"sgd": sgd, "adam": adam, "adamw": adamw}
     name = group.get("name")
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ValueError(
             f"{field}.name must be one of {', '.join(known)}; found {name!r}"
-            f"{nearest(str(name), known)}."
+            f"{nearest(name, known) if isinstance(name, str) else ''}."
         )
     hypers = {key: value for key, value in group.items() if key != "name"}
     return bind_group(bind, known[name], hypers, field=field, num_steps=num_steps)
