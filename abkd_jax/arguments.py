@@ -111,11 +111,11 @@ def _places(
     for name, parameter in parameters.items():
         if parameter.annotation in (Divergence, Loss) and name in group:
             yield from _places(group[name], parameter.annotation, f"{field}.{name}", plugins)
+    if kind is Loss:
+        yield "weight", f"{field}.weight"
     for name, parameter in parameters.items():
         if parameter.annotation not in (Divergence, Loss):
             yield name, f"{field}.{name}"
-    if kind is Loss:
-        yield "weight", f"{field}.weight"
 
 
 def _with_floats(group: Any, kind: Any, field: str, plugins: tuple[str, ...]) -> Any:
@@ -183,7 +183,7 @@ def _value(node: ast.expr) -> Any:
             raise ValueError(f"the config's argument has a sign before {ast.unparse(node)!r}.")
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return sign * node.value
-    if isinstance(node, ast.Constant) and type(node.value) in (bool, str):
+    if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.Tuple):
         return tuple(_value(part) for part in node.elts)

@@ -222,10 +222,10 @@ def number(value: Any, field: str, num_steps: int) -> Array | Schedule:
         raise ValueError(str(error)) from None
     if isinstance(array, jax.core.Tracer):
         return array
-    if jnp.any(jnp.isnan(array)):
-        raise ValueError(f"{field} must be a number; found {value!r}.")
     if positive and not jnp.all((array > 0) & (array < jnp.inf)):
         raise ValueError(f"{field} must be greater than 0 and finite; found {value!r}.")
+    if jnp.any(jnp.isnan(array)):
+        raise ValueError(f"{field} must be a number; found {value!r}.")
     return array
 
 

@@ -33,9 +33,8 @@ def cosine(
 
 
 def warmup(step: int | Array, *, value: float | Array, steps: int) -> Array:
-    """From 0 to the value in a straight line over `steps` steps, and the value from then on."""
-    _check("warmup", steps)
-    return optax.linear_schedule(0.0, value, steps)(step)
+    """From 0 to the value in a straight line over `steps` steps (0: none), and the value after."""
+    return optax.linear_schedule(0.0, value, steps)(step) if steps > 0 else jnp.asarray(value)
 
 
 def warmup_cosine(

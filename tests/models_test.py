@@ -191,15 +191,23 @@ def test_modules_of_one_config_are_one_to_jit():
 @pytest.mark.parametrize(
     "model,hypers,message",
     [
-        ("mpl", {}, "peer.model: there is no model 'mpl' (did you mean 'mlp'?); known are "),
-        ("resnet", {}, "peer.model: there is no model 'resnet'; known are "),
-        (None, {}, "peer.model: there is no model None; known are "),
-        ("mlp", dict(width=(16,)), "peer: mlp has no hyperparameter 'width'; it takes "),
-        ("mlp", dict(widths=(16,), batch_norm=True), "peer: mlp has no hyperparameter 'batch_no"),
-        ("mlp", {}, "peer: mlp needs the hyperparameter 'widths'; it takes "),
-        ("cnn", dict(batch_norm=True), "peer: cnn needs the hyperparameter 'widths'; it takes "),
-        ("mlp", dict(widths=16), "peer: mlp.widths must be of type tuple; found 16."),
-        ("cnn", dict(widths=(4,), batch_norm=1), "peer: cnn.batch_norm must be of type bool; fou"),
+        ("mpl", {}, "peer.model must be one of cnn, mlp; found 'mpl' (did you mean 'mlp'?)."),
+        ("resnet", {}, "peer.model must be one of cnn, mlp; found 'resnet'."),
+        (None, {}, "peer.model must be one of cnn, mlp; found None."),
+        (
+            "mlp",
+            dict(width=(16,)),
+            "peer.width is unknown (did you mean 'widths'?); mlp takes widths.",
+        ),
+        (
+            "mlp",
+            dict(widths=(16,), batch_norm=True),
+            "peer.batch_norm is unknown; mlp takes widths.",
+        ),
+        ("mlp", {}, "peer.widths is missing; mlp takes widths."),
+        ("cnn", dict(batch_norm=True), "peer.widths is missing; cnn takes widths, batch_norm."),
+        ("mlp", dict(widths=16), "peer.widths must be of type tuple; found 16."),
+        ("cnn", dict(widths=(4,), batch_norm=1), "peer.batch_norm must be of type bool; found 1."),
     ],
 )
 def test_refusals(model, hypers, message):

@@ -218,10 +218,10 @@ def test_schedules_take_the_length_of_the_run_unless_given():
 
 
 def test_a_number_is_left_unchanged_by_the_group_it_stands_in():
-    group = dict(fn="linear", start=1.0, end=0.0)
+    group = dict(fn="linear", start=1.0, end=0.5)
     terms = {"it": DISTILL | {"temperature": group}}
     build(terms)
-    assert group == dict(fn="linear", start=1.0, end=0.0)
+    assert group == dict(fn="linear", start=1.0, end=0.5)
     assert terms == {"it": DISTILL | {"temperature": group}}
 
 
@@ -291,17 +291,17 @@ REFUSED = [
      f"{AT}: on_logits needs the hyperparameter 'divergence'; "
      "it takes divergence, temperature, temperature_power."),
     ("temperature 0", on_logits_with(temperature=0.0), {},
-     f"{AT}.temperature must be greater than 0; found 0.0."),
+     f"{AT}.temperature must be greater than 0 and finite; found 0.0."),
     ("temperature below 0", on_logits_with(temperature=-1), {},
-     f"{AT}.temperature must be greater than 0; found -1."),
+     f"{AT}.temperature must be greater than 0 and finite; found -1."),
     ("temperature NaN", on_logits_with(temperature=NAN), {},
-     f"{AT}.temperature must be greater than 0; found nan."),
+     f"{AT}.temperature must be greater than 0 and finite; found nan."),
     ("temperature in a string", on_logits_with(temperature="2"), {},
      f"{AT}.temperature must be a number; found '2'."),
     ("temperature in a combinator",
      on_logits_with(divergence=dict(
          fn="tempered", temperature=0.0, divergence=dict(fn="forward_kl"))), {},
-     f"{AT}.divergence.temperature must be greater than 0; found 0.0."),
+     f"{AT}.divergence.temperature must be greater than 0 and finite; found 0.0."),
     ("alpha NaN", alpha_beta_with(alpha=NAN, beta=0.0), {},
      f"{AT}.divergence.alpha must be a number; found nan."),
     ("alpha in a string", alpha_beta_with(alpha=".5", beta=0.0), {},

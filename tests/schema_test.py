@@ -92,12 +92,10 @@ REFUSED = {
     "student.optimizer is missing; give dict(name='adam', learning_rate=...).": {
         "student__optimizer": None
     },
-    "student.model: there is no model 'mpl' (did you mean 'mlp'?); known are cnn, mlp.": {
+    "student.model must be one of cnn, mlp; found 'mpl' (did you mean 'mlp'?).": {
         "student__model": "mpl"
     },
-    "student: mlp has no hyperparameter 'width'; it takes num_classes, widths.": {
-        "student__width": 3
-    },
+    "student.width is unknown (did you mean 'widths'?); mlp takes widths.": {"student__width": 3},
     "student.ema_decay must be a number; found 'slow'.": {"student__ema_decay": "slow"},
     "student.terms is empty; a network that learns needs at least one term.": {
         "student__terms": None

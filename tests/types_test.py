@@ -100,7 +100,9 @@ def test_a_list_becomes_a_tuple():
 
 def test_a_bound_function_nests_as_it_is():
     inner = bind(alpha_beta, alpha=0.8, beta=0.3)
-    assert bind(on_logits, divergence=inner).numbers["divergence"] is inner
+    nested = bind(on_logits, divergence=inner).numbers["divergence"]
+    assert jax.tree.structure(nested) == jax.tree.structure(inner)
+    assert nested.numbers == inner.numbers
     assert bind(summed, first=cross_entropy, second=on_hidden).numbers["second"].fn is on_hidden
 
 
@@ -204,9 +206,9 @@ REFUSED = [
     ("group for number", alpha_beta, dict(alpha={"fn": "linear"}, beta=0.0),
      "alpha_beta.alpha must be a number; found {'fn': 'linear'}."),
     ("number for function", on_logits, dict(divergence=3.0),
-     "on_logits.divergence must be a function; found 3.0."),
+     "on_logits.divergence must be a divergence, a function; found 3.0."),
     ("name for function", on_logits, dict(divergence="forward_kl"),
-     "on_logits.divergence must be a function; found 'forward_kl'."),
+     "on_logits.divergence must be a divergence, a function; found 'forward_kl'."),
     ("float for int", scaled, dict(divergence=gap, shift=0.0, power=2.0),
      "scaled.power must be of type int; found 2.0."),
     ("bool for int", scaled, dict(divergence=gap, shift=0.0, power=True),
