@@ -7,7 +7,8 @@ everything, in both modes. `p` is the teacher, `q` the student.
 
 A class whose logit is -inf on both sides does not exist: the result is that of cutting it out.
 -inf on one side is probability 0 there, and the divergence takes its true limit; where that is
-infinite, value and gradient are finite, large and of the right sign.
+infinite, value and gradient are finite, large and of the right sign. A row in which no class is
+left on either side has value and gradient 0.
 
 To add one, write a function here and a row in the table of `tests/divergences_test.py`.
 """
@@ -76,7 +77,7 @@ def alpha_beta(
     "Generalized alpha-beta divergences", Entropy 13, 2011.
     """
     log_p, log_q, u = _log_probabilities(student_logits, teacher_logits)
-    alpha, beta = (jnp.asarray(number, u.dtype)[..., None] for number in (alpha, beta))
+    alpha, beta = numerics.per_row("alpha", alpha, u), numerics.per_row("beta", beta, u)
     return jnp.sum(_alpha_beta_terms(log_p, log_q, u, alpha, beta), axis=-1)
 
 
@@ -158,7 +159,7 @@ def jensen_shannon(
     Agarwal et al., 2024, https://arxiv.org/abs/2306.13649, whose beta weighs the teacher.
     """
     log_p, log_q, u = _log_probabilities(student_logits, teacher_logits)
-    w = jnp.asarray(teacher_weight, u.dtype)[..., None]
+    w = numerics.per_row("teacher_weight", teacher_weight, u)
     p, q, p_over_m, q_over_m = jnp.exp(log_p), jnp.exp(log_q), *_log_over_mixture(u, w)
     m = w * p + (1.0 - w) * q
     from_p, from_q = _kl_terms(p, m, p_over_m), _kl_terms(q, m, q_over_m)
@@ -181,7 +182,7 @@ def tempered(
         student_logits: `[..., K]`.
         teacher_logits: `[..., K]`.
         divergence: D, its own numbers bound.
-        temperature: T > 0, or an array that broadcasts to the leading axes.
+        temperature: T > 0, or an array that broadcasts to the leading axes; else NaN results.
         temperature_power: 2 keeps the size of the gradient as T grows (Hinton et al., 2015; KD,
             DKD, LSKD); 0 leaves the divergence as it is (ABKD, TTM, SinKD).
 
@@ -192,13 +193,16 @@ def tempered(
         AssertionError: if the logits are not floating point or their shapes do not fit.
     """
     student_logits, teacher_logits = numerics.check_logits(student_logits, teacher_logits)
-    dtype = student_logits.dtype
-    temperature = jnp.asarray(temperature, dtype)
+    leading = jnp.broadcast_shapes(student_logits.shape, teacher_logits.shape)
+    logits = jax.ShapeDtypeStruct(leading, student_logits.dtype)
+    divisor = numerics.per_row("temperature", temperature, logits)
+    power = numerics.per_row("temperature_power", temperature_power, logits)
     value = divergence(
-        numerics.divided_logits(student_logits, temperature[..., None]),
-        numerics.divided_logits(teacher_logits, temperature[..., None]),
+        numerics.divided_logits(student_logits, divisor),
+        numerics.divided_logits(teacher_logits, divisor),
     )
-    return temperature ** jnp.asarray(temperature_power, dtype) * value
+    scale = jnp.where(divisor > 0, divisor, jnp.nan) ** power
+    return (scale[..., 0] if scale.ndim else scale) * value
 
 
 def _log_probabilities(student_logits: Array, teacher_logits: Array) -> tuple[Array, Array, Array]:

@@ -30,12 +30,12 @@ def check_logits(student_logits: Array, teacher_logits: Array) -> tuple[Array, A
 
     Raises:
         AssertionError: naming the argument, what was found and what was expected.
-        ValueError: if one is None.
+        ValueError: if one is no array.
     """
     named = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     for name, logits in named.items():
-        if logits is None:
-            raise ValueError(f"{name} must be an array [..., K]; found None.")
+        if not hasattr(logits, "shape"):
+            raise ValueError(f"{name} must be an array [..., K]; found {type(logits).__name__}.")
         message = f"{name} must be a floating-point array [..., K] with K >= 1 classes; found {{}}."
         found = f"{jnp.result_type(logits)}{list(jnp.shape(logits))}"
         options = dict(custom_message=message.format(found), include_default_message=False)
@@ -56,6 +56,25 @@ def check_logits(student_logits: Array, teacher_logits: Array) -> tuple[Array, A
         raise AssertionError(message + "have leading axes that broadcast.") from None
     dtype = jnp.promote_types(jnp.result_type(student_logits, teacher_logits), jnp.float32)
     return jnp.asarray(student_logits, dtype), jnp.asarray(teacher_logits, dtype)
+
+
+def per_row(name: str, number: float | Array, logits: Array) -> Array:
+    """A number in the dtype of the logits, with an axis for the classes if it has axes at all.
+
+    Raises:
+        ValueError: naming the number, if it does not broadcast to the logits' leading axes.
+    """
+    number, leading = jnp.asarray(number, logits.dtype), logits.shape[:-1]
+    try:
+        fits = jnp.broadcast_shapes(number.shape, leading) == leading
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{name} must be a number, or broadcast to the leading axes {list(leading)} of the "
+            f"logits; found the shape {list(number.shape)}."
+        )
+    return number[..., None] if number.ndim else number
 
 
 def divided_logits(logits: Array, temperature: Array) -> Array:
@@ -222,7 +241,8 @@ def _log_ratio_jvp(primals, tangents):
     student_logits, teacher_logits = primals
     d_log_q = _centred(tangents[0], log_softmax(student_logits))
     d_log_p = _centred(tangents[1], log_softmax(teacher_logits))
-    return log_ratio(*primals), d_log_p - d_log_q
+    removed = jnp.isneginf(student_logits) & jnp.isneginf(teacher_logits)
+    return log_ratio(*primals), jnp.where(removed, 0.0, d_log_p - d_log_q)
 
 
 def _finite_max(logits: Array) -> Array:

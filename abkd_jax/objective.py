@@ -37,6 +37,15 @@ from abkd_jax.types import (
 
 MASKS = ("where", "labelled")
 TERM_FIELDS = ("fn", "weight", "where", "other")
+_UNIT = (lambda x: (x >= 0) & (x <= 1), "between 0 and 1")
+_DOMAINS = {  # what a number of that name may be; any other may be what is finite
+    "clip_norm": (lambda x: x > 0, "greater than 0"),
+    "ema_decay": (lambda x: (x >= 0) & (x < 1), "at least 0 and less than 1"),
+    "label_smoothing": _UNIT,
+    "learning_rate": (lambda x: (x >= 0) & (x < jnp.inf), "at least 0 and finite"),
+    "teacher_weight": _UNIT,
+    "temperature": (lambda x: (x > 0) & (x < jnp.inf), "greater than 0 and finite"),
+}
 _KINDS = {Divergence: "divergence", Loss: "loss"}
 _SIGNATURES = {
     Divergence: "(Array, Array, *, numbers) -> Array",
@@ -193,10 +202,10 @@ def number(value: Any, field: str, num_steps: int) -> Array | Schedule:
     """A number of a config, or the schedule that a group stands for.
 
     Raises:
-        ValueError: naming the field, if it is neither, is NaN, or is a temperature that is not
-            positive.
+        ValueError: naming the field, if it is neither, or not in the domain of its name.
     """
-    positive = field.endswith(".temperature")
+    key = field.rpartition(".")[2]
+    allowed, words = _DOMAINS.get(key, (jnp.isfinite, "a finite number"))
     if isinstance(value, Mapping):
         known = {name: fn for name, fn in vars(schedules).items() if is_schedule(fn)}
         name = value.get("fn")
@@ -210,11 +219,12 @@ def number(value: Any, field: str, num_steps: int) -> Array | Schedule:
             hypers.setdefault("steps", num_steps)
         built = bind_group(schedule, known[name], hypers, field=field, num_steps=num_steps)
         try:
-            ends = [float(jnp.min(built(step))) for step in (0, num_steps)]
+            visited = [built(num_steps * part // 8) for part in range(9)]
         except ValueError as error:
             raise ValueError(f"{field}: {error}") from None
-        if positive and not min(ends) > 0:
-            raise ValueError(f"{field} must stay greater than 0; found {ends} at its ends.")
+        for part in visited:
+            if not isinstance(part, jax.core.Tracer) and not jnp.all(allowed(part)):
+                raise ValueError(f"{field} must stay {words}; found {part} on its way.")
         return built
     try:
         array = as_number(value, field)
@@ -222,10 +232,8 @@ def number(value: Any, field: str, num_steps: int) -> Array | Schedule:
         raise ValueError(str(error)) from None
     if isinstance(array, jax.core.Tracer):
         return array
-    if positive and not jnp.all((array > 0) & (array < jnp.inf)):
-        raise ValueError(f"{field} must be greater than 0 and finite; found {value!r}.")
-    if jnp.any(jnp.isnan(array)):
-        raise ValueError(f"{field} must be a number; found {value!r}.")
+    if not jnp.all(allowed(array)):
+        raise ValueError(f"{field} must be {words}; found {value!r}.")
     return array
 
 
@@ -244,7 +252,7 @@ def lookup(name: Any, kind: Any, *, field: str, plugins: Iterable[str] = ()) -> 
     Raises:
         ValueError: naming the field, if there is no such function, or it is not annotated as one.
     """
-    if isinstance(plugins, str):
+    if isinstance(plugins, str) or not isinstance(plugins, Iterable):
         raise ValueError(f"plugins must be a list of packages; found {plugins!r}.")
     if not isinstance(name, str):
         raise ValueError(f"{field} must be the name of a {_KINDS[kind]}; found {name!r}.")

@@ -55,8 +55,11 @@ def network(config: Mapping[str, Any], name: str, *, num_classes: int) -> Networ
         ValueError: one sentence that names the field, what was found and what was expected.
     """
     group = config[name]
-    if "optimizer" not in group:
-        raise ValueError(f"{name}.optimizer is missing; give dict(name='adam', learning_rate=...).")
+    if not isinstance(group.get("optimizer"), Mapping):
+        raise ValueError(
+            f"{name}.optimizer must be a group dict(name='adam', learning_rate=...); "
+            f"found {group.get('optimizer')!r}."
+        )
     hypers = {key: value for key, value in group.items() if key not in NETWORK_FIELDS}
     decay, num_steps = group.get("ema_decay"), config["num_steps"]
     return Network(
@@ -120,7 +123,7 @@ def check(config: Mapping[str, Any]) -> None:
         value, least = config.get(key, 1), 0 if key.endswith("seed") else 1
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{key} must be an integer of at least {least}; found {value!r}.")
-    if config["mode"] not in MODES:
+    if not isinstance(config["mode"], str) or config["mode"] not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}; found {config['mode']!r}.")
     for name in MODES[config["mode"]]:
         if name not in found:

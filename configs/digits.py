@@ -43,6 +43,6 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
             plugins=(),
         )
     )
-    if options.pop("runlocal", False):
+    if isinstance(options.get("runlocal"), bool) and options.pop("runlocal"):
         config.update(num_steps=20)
     return arguments.apply(config, options)

@@ -11,6 +11,7 @@ numbers only and share one compilation.
 import copy
 import functools
 import pathlib
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -37,7 +38,7 @@ def main(argv):
     del argv
     started = time.monotonic()
     config = _CONFIG.value.to_dict()
-    schema.check(config)
+    _check(config)
     dataset = data.from_config(config["data"], data_seed=config["data_seed"])
     evaluated = dataset.validation if _TUNE.value else dataset.test
     labelled = dataset.train.labelled_alone()
@@ -94,10 +95,11 @@ def fit(
         learner=learner,
         num_steps=config["num_steps"],
         size=min(config["batch_size"], len(split)),
+        micro_batches=config.get("micro_batches", 1),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("learner", "num_steps", "size"))
+@functools.partial(jax.jit, static_argnames=("learner", "num_steps", "size", "micro_batches"))
 def _train(
     states: train.TrainState,
     teacher: Mapping[str, train.TrainState],
@@ -108,13 +110,17 @@ def _train(
     learner: str,
     num_steps: int,
     size: int,
+    micro_batches: int,
 ) -> train.TrainState:
     def step(states, index):
         order = data.epoch_order(data_seed, index // (len(split) // size), len(split))
         batch = data.batch_at(split, order, data_seed, index, size)
 
         def member(state):
-            networks, _ = train.train_step({learner: state, **teacher}, batch, {learner: terms})
+            networks = {learner: state, **teacher}
+            networks, _ = train.train_step(
+                networks, batch, {learner: terms}, micro_batches=micro_batches
+            )
             return networks[learner]
 
         return jax.vmap(member)(states), None
@@ -173,5 +179,25 @@ def _distilled(config: Mapping[str, Any], temperature: float, **numbers: float) 
     return group
 
 
+def _check(config: Mapping[str, Any]) -> None:
+    """Leaves with one sentence if this script cannot do what the config says."""
+    try:
+        schema.check(config)
+    except ValueError as error:
+        sys.exit(f"{error}")
+    if config["mode"] != "offline" or config["teacher"].get("checkpoint"):
+        sys.exit(
+            "experiments.digits trains its own teacher: mode must be 'offline', no checkpoint."
+        )
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """absl's flag parsing, with one sentence for a config that cannot be made."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, OSError, TypeError, ValueError) as error:
+        sys.exit(f"--config: {error}")
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=_parse)

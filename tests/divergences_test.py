@@ -368,6 +368,20 @@ def test_saturated_logits_are_finite(row, gap):
 
 
 @every_row
+def test_second_derivatives_without_a_removed_class_are_those_of_cutting_it_out(row):
+    student, teacher, numbers = row.draw(4)
+    kept = np.array([0, 1, 3])
+    numbers = {name: value[0] for name, value in numbers.items()}
+    pair = jnp.stack([student[0], teacher[0]]).astype(jnp.float32)
+    removed = pair.at[:, 2].set(-jnp.inf)
+    hessian = jax.jit(jax.hessian(lambda logits: row.function(*logits, **numbers)))
+    found, expected = np.asarray(hessian(removed)), np.asarray(hessian(pair[:, kept]))
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(found[:, kept][..., kept], expected, atol=2e-6 * scale)
+    assert not found[:, 2].any() and not found[..., 2].any()
+
+
+@every_row
 def test_nan_logit_gives_nan_in_its_row_alone(row):
     args = row.draw(dtype=np.float32)
     whole = value_and_gradients(row.function, *args)

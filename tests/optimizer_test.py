@@ -28,7 +28,7 @@ def run(rule, params, gradients):
         hyperparams=dict(rule.numbers),
     )
     for gradient in gradients:
-        state = state.updated(gradient)
+        state = state.apply_gradients(grads=gradient)
         yield state.params
 
 
@@ -96,7 +96,7 @@ def test_moving_average_is_the_recursion():
     state = create(ema_decay=0.75)
     average = state.params
     for _ in range(3):
-        state = state.updated(jax.tree.map(jnp.ones_like, state.params))
+        state = state.apply_gradients(grads=jax.tree.map(jnp.ones_like, state.params))
         average = jax.tree.map(lambda a, p: 0.75 * a + 0.25 * p, average, state.params)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state.ema_params, average
@@ -112,7 +112,8 @@ def test_two_states_of_one_kind_have_one_structure():
 
 
 def test_a_frozen_network_keeps_what_evaluation_uses():
-    state = create(ema_decay=0.5).updated(jax.tree.map(jnp.ones_like, create().params))
+    state = create(ema_decay=0.5)
+    state = state.apply_gradients(grads=jax.tree.map(jnp.ones_like, state.params))
     teacher = train.frozen(state)
     jax.tree.map(np.testing.assert_array_equal, teacher.params, state.ema_params)
     assert not jax.tree.leaves(teacher.opt_state)

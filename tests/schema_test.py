@@ -89,8 +89,17 @@ REFUSED = {
         "data__label": 3
     },
     "data.validation is missing; digits takes validation, labelled.": {"data__validation": None},
-    "student.optimizer is missing; give dict(name='adam', learning_rate=...).": {
+    "student.optimizer must be a group dict(name='adam', learning_rate=...); found None.": {
         "student__optimizer": None
+    },
+    "student.ema_decay must be at least 0 and less than 1; found 1.0.": {"student__ema_decay": 1.0},
+    "student.optimizer.learning_rate must stay at least 0 and finite; found -1.0 on its way.": {
+        "student__optimizer__learning_rate": {
+            "fn": "piecewise",
+            "start": 1.0,
+            "factor": -1.0,
+            "boundaries": (500,),
+        }
     },
     "student.model must be one of cnn, mlp; found 'mpl' (did you mean 'mlp'?).": {
         "student__model": "mpl"

@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import re
 
 import jax
 import numpy as np
@@ -312,3 +313,74 @@ def test_log_softmax_of_the_library_is_that_of_jax():
     """The oracle of these tests is jax.nn; this pins the two to each other."""
     logits = make_batch()["inputs"]
     np.testing.assert_allclose(log_softmax(logits), jax.nn.log_softmax(logits), atol=1e-6)
+
+
+def test_the_heads_of_cached_outputs_are_not_split():
+    networks, batch = offline(), make_batch()
+    teacher = networks["teacher"]
+    outputs = teacher.forward(teacher.params, batch["inputs"], train=False)[0]
+
+    def of_heads(student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
+        return jnp.sum(student.logits, -1) * jnp.sum(teacher.unembedding)
+
+    objectives = {"student": {"heads": Term(bind(of_heads), jnp.ones(()))}}
+    expected, _ = train_step(networks, batch, objectives)
+    cached = batch | {"outputs": {"teacher": outputs}}
+    found, _ = train_step(networks, cached, objectives, micro_batches=2)
+    trees_equal(found["student"].params, expected["student"].params, rtol=1e-5, atol=1e-5)
+
+
+def test_a_new_state_with_a_moving_average_can_be_donated():
+    networks = offline() | {"student": make_state(ema_decay=0.9)}
+    step = jax.jit(lambda n, b, o: train_step(n, b, o), donate_argnums=0)
+    assert step(networks, make_batch(), {"student": make_terms()})[0]["student"].step == 1
+
+
+def without(entry):
+    return {name: value for name, value in make_batch().items() if name != entry}
+
+
+REFUSED = {
+    "objectives must be {learner: {name: Term}}; found {}.": dict(objectives={}),
+    "objectives name 'pupil', but the networks are student, teacher.": dict(
+        objectives={"pupil": make_terms()}
+    ),
+    "the objective of 'student' is empty; it needs at least one term.": dict(
+        objectives={"student": {}}
+    ),
+    "'teacher' has no optimiser; leave it out of the objectives.": dict(
+        objectives={"teacher": make_terms(other="student")}
+    ),
+    "student.terms.distill names 'peer', but the networks are student, teacher.": dict(
+        objectives={"student": make_terms(other="peer")}
+    ),
+    "the batch lacks 'labelled'; it has inputs, labels, where.": dict(batch=without("labelled")),
+    "the batch lacks 'inputs'; it has labelled, labels, where.": dict(batch=without("inputs")),
+    "batch['where'] must be bool; found float32.": dict(
+        batch=make_batch() | {"where": jnp.ones(B)}
+    ),
+    "batch['outputs'] has 'student', which learns and must be run.": dict(
+        batch=make_batch() | {"outputs": {"student": Outputs(logits=jnp.ones((B, K)))}}
+    ),
+    "micro_batches must be at least 1; found 0.": dict(micro_batches=0),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refusals(message):
+    change = REFUSED[message]
+    batch = change.get("batch", make_batch())
+    objectives = change.get("objectives", {"student": make_terms()})
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        train_step(offline(), batch, objectives, micro_batches=change.get("micro_batches", 1))
+
+
+def test_an_unbound_optimiser_is_refused():
+    with pytest.raises(TypeError, match=r"^optimizer must be a function of abkd_jax\.train\.opt"):
+        make_state(rule=optax.sgd(0.1))
+
+
+def test_an_empty_batch_moves_nothing():
+    networks, batch = offline(), jax.tree.map(lambda x: x[:0], make_batch())
+    after, _ = train_step(networks, batch, {"student": make_terms()})
+    trees_equal(after["student"].params, networks["student"].params, rtol=0, atol=0)

@@ -47,6 +47,8 @@ def total(
         if isinstance(term.weight, Schedule):
             raise ValueError(f"term {name!r}: its weight is a schedule; call at_step(terms, step).")
         where = batch[term.where]
+        if where.dtype != bool:
+            raise ValueError(f"batch[{term.where!r}] must be bool; found {where.dtype}.")
         values = term.loss(student, others[term.other], batch)
         chex.assert_shape(
             values,

@@ -1,5 +1,7 @@
 """Networks small enough to train in seconds on a CPU."""
 
+import math
+
 from flax import linen as nn
 from jax import Array
 from jax import numpy as jnp
@@ -33,7 +35,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool) -> Outputs:
         """`[B, ...]` to `Outputs`; training makes no difference."""
-        x, features = inputs.reshape(inputs.shape[0], -1), []
+        x, features = inputs.reshape(inputs.shape[0], math.prod(inputs.shape[1:])), []
         for width in self.widths:
             x = nn.relu(nn.Dense(width)(x))
             features.append(x)

@@ -52,8 +52,8 @@ class TrainState(train_state.TrainState):
         """The moving average of the parameters if there is one, else the parameters."""
         return self.params if self.ema_params is None else self.ema_params
 
-    def updated(self, grads: Any) -> "TrainState":
-        """After one step of the optimiser, with its numbers as they stand at this step."""
+    def apply_gradients(self, *, grads: Any) -> "TrainState":
+        """The state after one step of the optimiser, with its numbers as they stand at this one."""
         numbers = at_step(self.hyperparams, self.step)
         updates, opt_state = self.tx.update(
             grads, self.opt_state._replace(hyperparams=numbers), self.params
@@ -85,7 +85,15 @@ def create(
 
     Returns:
         The state at step 0.
+
+    Raises:
+        TypeError: if the optimiser is not one of this library, bound.
     """
+    if not isinstance(optimizer, Bound):
+        raise TypeError(
+            "optimizer must be a function of abkd_jax.train.optimizer, bound, such as "
+            f"bind(sgd, learning_rate=0.1); found {optimizer!r}."
+        )
     variables = _variables(module, init_seed, inputs)
     params = variables["params"]
     tx = optimizers.of(optimizer)
@@ -99,12 +107,12 @@ def create(
         batch_stats=variables.get("batch_stats", {}),
         hyperparams=dict(optimizer.numbers),
         ema_decay=ema_decay if decays else as_number(ema_decay, "ema_decay"),
-        ema_params=None if ema_decay is None else params,
+        ema_params=None if ema_decay is None else jax.tree.map(jnp.copy, params),
     )
 
 
 def frozen(state: TrainState) -> TrainState:
-    """The network alone, without an optimiser: a teacher."""
+    """The network alone, without an optimiser: a teacher. Its arrays are those of the state."""
     return TrainState(
         step=state.step,
         apply_fn=state.apply_fn,

@@ -30,8 +30,8 @@ def train_step(
     Args:
         networks: by name.
         batch: `inputs`, the masks that the terms name, what the losses read, and optionally `key`
-            (for dropout) and `outputs` {name: Outputs}, which replace a frozen network's forward
-            pass.
+            (for dropout) and `outputs` {name: Outputs}, which replace the forward pass of frozen
+            networks (these are still to be named in `networks`).
         objectives: {name of a learner: {name: Term}}.
         micro_batches: into how many parts of equal size to split the batch, one after the other;
             the gradient is that of the whole batch, whatever the masks (batch norm sees the parts).
@@ -41,9 +41,10 @@ def train_step(
         `name/gradient_norm`, before the update.
 
     Raises:
-        ValueError: if the batch does not split evenly, or a loss that couples the batch would see
-            only a part of it.
+        ValueError: if a network, a mask or an entry of the batch is missing, the batch does not
+            split evenly, or a loss that couples the batch would see only a part of it.
     """
+    _check(networks, batch, objectives, micro_batches)
     terms = {name: at_step(dict(objectives[name]), networks[name].step) for name in objectives}
     counts = {name: term_counts(terms[name], batch) for name in terms}
     learn = functools.partial(_gradients, networks, terms, counts)
@@ -51,7 +52,8 @@ def train_step(
         grads, (stats, metrics) = learn({n: networks[n].batch_stats for n in terms}, batch)
     else:
         grads, (stats, metrics) = _accumulated(learn, networks, terms, batch, micro_batches)
-    updated = {n: networks[n].replace(batch_stats=stats[n]).updated(grads[n]) for n in terms}
+    updated = {n: networks[n].replace(batch_stats=stats[n]) for n in terms}
+    updated = {n: state.apply_gradients(grads=grads[n]) for n, state in updated.items()}
     norms = {f"{name}/gradient_norm": optax.tree.norm(grads[name]) for name in terms}
     return networks | updated, metrics | norms
 
@@ -69,6 +71,7 @@ def eval_step(networks: Networks, batch: Batch) -> tuple[dict[str, Any], dict[st
         pair, {"student|teacher": `metrics.agreement_sums`}; and per-example arrays, {name: logits
         and `metrics.per_example`}.
     """
+    _check_entries(batch, ("inputs", "labels", "where"))
     outputs = {name: _frozen_forward(name, networks[name], batch) for name in networks}
     logits = {name: out.logits for name, out in outputs.items()}
     labels, where = batch["labels"], batch["where"]
@@ -122,20 +125,60 @@ def _accumulated(learn, networks, terms, batch, micro_batches):
                     f"be 1; found {micro_batches}."
                 )
     split = lambda x: x.reshape(micro_batches, size // micro_batches, *x.shape[1:])  # noqa: E731
-    parts = jax.tree.map(split, {name: part for name, part in batch.items() if name != "key"})
+    given = batch.get("outputs", {})
+    rows = {name: o.replace(unembedding=None, bias=None) for name, o in given.items()}
+    parts = {name: part for name, part in batch.items() if name != "key"} | {"outputs": rows}
+    parts = jax.tree.map(split, parts)
     if "key" in batch:
         parts["key"] = jax.random.split(batch["key"], micro_batches)
 
+    def learn_from(stats, part):
+        heads = {n: {"unembedding": o.unembedding, "bias": o.bias} for n, o in given.items()}
+        whole = {name: rows.replace(**heads[name]) for name, rows in part["outputs"].items()}
+        return learn(stats, part | {"outputs": whole})
+
     def step(carry, part):
         stats, summed = carry
-        grads, (stats, metrics) = learn(stats, part)
+        grads, (stats, metrics) = learn_from(stats, part)
         return (stats, jax.tree.map(jnp.add, summed, (grads, metrics))), None
 
     stats = {name: networks[name].batch_stats for name in terms}
-    shapes = jax.eval_shape(learn, stats, jax.tree.map(lambda x: x[0], parts))
+    shapes = jax.eval_shape(learn_from, stats, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[1][1]))
     (stats, (grads, metrics)), _ = jax.lax.scan(step, (stats, zeros), parts)
     return grads, (stats, metrics)
+
+
+def _check(networks, batch, objectives, micro_batches):
+    """Refuses what the step would only trip over."""
+    if not objectives or not all(isinstance(terms, Mapping) for terms in objectives.values()):
+        raise ValueError(f"objectives must be {{learner: {{name: Term}}}}; found {objectives!r}.")
+    if micro_batches < 1:
+        raise ValueError(f"micro_batches must be at least 1; found {micro_batches}.")
+    known = ", ".join(networks)
+    masks = set()
+    for learner, terms in objectives.items():
+        if learner not in networks:
+            raise ValueError(f"objectives name {learner!r}, but the networks are {known}.")
+        if not terms:
+            raise ValueError(f"the objective of {learner!r} is empty; it needs at least one term.")
+        if not networks[learner].hyperparams:
+            raise ValueError(f"{learner!r} has no optimiser; leave it out of the objectives.")
+        if learner in batch.get("outputs", {}):
+            raise ValueError(f"batch['outputs'] has {learner!r}, which learns and must be run.")
+        for name, term in terms.items():
+            if term.other not in networks:
+                raise ValueError(
+                    f"{learner}.terms.{name} names {term.other!r}, but the networks are {known}."
+                )
+            masks.add(term.where)
+    _check_entries(batch, ("inputs", *sorted(masks)))
+
+
+def _check_entries(batch, needed):
+    for entry in needed:
+        if entry not in batch:
+            raise ValueError(f"the batch lacks {entry!r}; it has {', '.join(batch)}.")
 
 
 def _frozen_forward(name: str, state: TrainState, batch: Batch) -> Outputs:
