@@ -76,9 +76,11 @@ def alpha_beta(
     Source: Wang et al., "ABKD", ICML 2025, https://arxiv.org/abs/2505.04560; Cichocki et al.,
     "Generalized alpha-beta divergences", Entropy 13, 2011.
     """
+    student_logits, teacher_logits = numerics.check_logits(student_logits, teacher_logits)
     log_p, log_q, u = _log_probabilities(student_logits, teacher_logits)
+    m = _log_larger(*map(numerics.log_softmax, (teacher_logits, student_logits)))
     alpha, beta = numerics.per_row("alpha", alpha, u), numerics.per_row("beta", beta, u)
-    return jnp.sum(_alpha_beta_terms(log_p, log_q, u, alpha, beta), axis=-1)
+    return jnp.sum(_alpha_beta_terms(log_p, log_q, u, m, alpha, beta), axis=-1)
 
 
 @jax.jit
@@ -206,25 +208,29 @@ def tempered(
 
 
 def _log_probabilities(student_logits: Array, teacher_logits: Array) -> tuple[Array, Array, Array]:
-    """log p, log q and their difference, each as accurate as it can be."""
+    """log p, log q to absolute precision, and their difference to relative precision."""
     student_logits, teacher_logits = numerics.check_logits(student_logits, teacher_logits)
-    log_p, log_q = numerics.log_softmax(teacher_logits), numerics.log_softmax(student_logits)
+    log_p, log_q = map(numerics.log_probabilities, (teacher_logits, student_logits))
     return log_p, log_q, numerics.log_ratio(student_logits, teacher_logits)
 
 
 @jax.custom_jvp
 def _alpha_beta_terms(
-    log_p: Array, log_q: Array, u: Array, alpha: float | Array, beta: float | Array
+    log_p: Array, log_q: Array, u: Array, m: Array, alpha: float | Array, beta: float | Array
 ) -> Array:
-    """The summands of `alpha_beta`; u is log_p - log_q, whose digits a subtraction would lose."""
+    """The summands of `alpha_beta`.
+
+    u is log_p - log_q, whose digits a subtraction would lose. m is their maximum once more, with
+    its digits where it is near 0: only the derivatives in alpha and beta read it.
+    """
     log_scale, factor = _scale_and_factor(_log_larger(log_p, log_q), u, alpha, beta)
     square = _square(u, log_scale)
     return jnp.where(square >= _LARGEST_ROOT**2, numerics.SATURATION, _saturated(square * factor))
 
 
 def _alpha_beta_terms_jvp(primals, tangents):
-    log_p, log_q, u, alpha, beta = primals
-    d_log_p, d_log_q, _, d_alpha, d_beta = tangents  # u moves with log_p and log_q
+    log_p, log_q, u, exact_m, alpha, beta = primals
+    d_log_p, d_log_q, _, _, d_alpha, d_beta = tangents  # u and m move with log_p and log_q
     m = _log_larger(log_p, log_q)
     value = _alpha_beta_terms(*primals)
     tangent = jnp.zeros_like(value)
@@ -232,7 +238,7 @@ def _alpha_beta_terms_jvp(primals, tangents):
         tangent += _slope(m, -u, beta, alpha) * d_log_p
     if not isinstance(d_log_q, SymbolicZero):
         tangent += _slope(m, u, alpha, beta) * d_log_q
-    scale_and_factor = functools.partial(_scale_and_factor, m, u)
+    scale_and_factor = functools.partial(_scale_and_factor, exact_m, u)
     if not isinstance(d_alpha, SymbolicZero):
         tangent += _slope_in(lambda a: scale_and_factor(a, beta), alpha, u) * d_alpha
     if not isinstance(d_beta, SymbolicZero):

@@ -189,13 +189,27 @@ def log_softmax(logits: Array) -> Array:
     Returns:
         `[..., K]`, at most 0.
     """
-    shifted, _, rest = _shifted_exp(logits)
-    return shifted - jnp.log1p(rest)
+    shifted, exp = _shifted_exp(logits)
+    below = jnp.sum(jnp.where(shifted == 0, 0.0, exp), axis=-1, keepdims=True)
+    ties = jnp.round(jnp.sum(exp, axis=-1, keepdims=True) - below)
+    return shifted - jnp.log1p(below + jnp.maximum(ties - 1.0, 0.0))
+
+
+@jax.custom_jvp
+def log_probabilities(logits: Array) -> Array:
+    """`log_softmax` to full absolute precision: all that its exp needs, and one sum less."""
+    shifted, exp = _shifted_exp(logits)
+    return shifted - jnp.log(_normaliser(exp))
 
 
 @log_softmax.defjvp
 def _log_softmax_jvp(primals, tangents):
-    log_probs = log_softmax(*primals)
+    return log_softmax(*primals), _centred(tangents[0], log_probabilities(*primals))
+
+
+@log_probabilities.defjvp
+def _log_probabilities_jvp(primals, tangents):
+    log_probs = log_probabilities(*primals)
     return log_probs, _centred(tangents[0], log_probs)
 
 
@@ -215,8 +229,8 @@ def log_ratio(student_logits: Array, teacher_logits: Array) -> Array:
         `[..., K]`, within +-MAX_LOG_RATIO, which stands where one side alone is -inf; 0 where both
         are.
     """
-    _, exp_s, rest_s = _shifted_exp(student_logits)
-    _, exp_t, rest_t = _shifted_exp(teacher_logits)
+    _, exp_s = _shifted_exp(student_logits)
+    _, exp_t = _shifted_exp(teacher_logits)
     no_s, no_t = jnp.isneginf(student_logits), jnp.isneginf(teacher_logits)
     s, t = jnp.where(no_s, 0.0, student_logits), jnp.where(no_t, 0.0, teacher_logits)
     difference, error = _exact_difference(t, s)
@@ -231,16 +245,16 @@ def log_ratio(student_logits: Array, teacher_logits: Array) -> Array:
     near = jnp.where(close, jnp.abs(h), 0.0)
     product = h * exp_series(near, 1) * jnp.maximum(exp_t, exp_s)
     gap = jnp.sum(jnp.where(close, product, exp_t - exp_s), axis=-1, keepdims=True)
-    normaliser = 1.0 + jnp.minimum(rest_t, rest_s)
-    u = h - jnp.sign(gap) * jnp.log1p(jnp.abs(gap) / normaliser)
+    smaller = jnp.minimum(_normaliser(exp_t), _normaliser(exp_s))
+    u = h - jnp.sign(gap) * jnp.log1p(jnp.abs(gap) / smaller)
     return jnp.where(no_s & no_t, 0.0, jnp.clip(u, -MAX_LOG_RATIO, MAX_LOG_RATIO))
 
 
 @log_ratio.defjvp
 def _log_ratio_jvp(primals, tangents):
     student_logits, teacher_logits = primals
-    d_log_q = _centred(tangents[0], log_softmax(student_logits))
-    d_log_p = _centred(tangents[1], log_softmax(teacher_logits))
+    d_log_q = _centred(tangents[0], log_probabilities(student_logits))
+    d_log_p = _centred(tangents[1], log_probabilities(teacher_logits))
     removed = jnp.isneginf(student_logits) & jnp.isneginf(teacher_logits)
     return log_ratio(*primals), jnp.where(removed, 0.0, d_log_p - d_log_q)
 
@@ -250,14 +264,15 @@ def _finite_max(logits: Array) -> Array:
     return jnp.where(jnp.isneginf(top), 0.0, top)
 
 
-def _shifted_exp(logits: Array) -> tuple[Array, Array, Array]:
-    """logits - max, its exp, and the sum of that exp less 1: the normaliser as 1 + rest."""
-    top = _finite_max(logits)
-    shifted = logits - top
-    exp = jnp.exp(shifted)
-    below = jnp.sum(jnp.where(logits == top, 0.0, exp), axis=-1, keepdims=True)
-    ties = jnp.round(jnp.sum(exp, axis=-1, keepdims=True) - below)
-    return shifted, exp, below + jnp.maximum(ties - 1.0, 0.0)
+def _shifted_exp(logits: Array) -> tuple[Array, Array]:
+    """logits - max, and its exp."""
+    shifted = logits - _finite_max(logits)
+    return shifted, jnp.exp(shifted)
+
+
+def _normaliser(exp: Array) -> Array:
+    """The sum of `_shifted_exp`, at least 1 also where a row has no class."""
+    return jnp.maximum(jnp.sum(exp, axis=-1, keepdims=True), 1.0)
 
 
 def _exact_difference(a: Array, b: Array) -> tuple[Array, Array]:

@@ -66,13 +66,14 @@ def _competitors(batch: int, classes: int) -> dict[str, Callable[[], object]]:
         (2.0 * rng.normal(size=(batch, classes))).astype(np.float32) for _ in range(2)
     )
     s, t = jnp.asarray(student), jnp.asarray(teacher)
+    numbers = jnp.asarray(_ALPHA), jnp.asarray(_BETA)  # on the device, as bound numbers are
 
     def call(divergence):
         def mean(s, t, a, b):
             return jnp.mean(divergence(s, t, a, b))
 
         compiled = jax.jit(jax.value_and_grad(mean))
-        return lambda: jax.block_until_ready(compiled(s, t, _ALPHA, _BETA))
+        return lambda: jax.block_until_ready(compiled(s, t, *numbers))
 
     competitors = {name: call(divergence) for name, divergence in _LIBRARY.items()}
     competitors[_TEXTBOOK] = call(lambda s, t, a, b: _textbook(jax.nn.softmax, s, t, a, b))
