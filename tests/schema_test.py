@@ -55,7 +55,9 @@ def test_objectives_of_each_phase():
 
 
 def test_a_teacher_from_a_checkpoint_needs_no_terms():
-    schema.check(config(teacher__terms=None, teacher__checkpoint="runs/teacher"))
+    values = config(teacher__terms=None, teacher__checkpoint="runs/teacher")
+    schema.check(values)
+    assert set(schema.networks(values)) == {"teacher", "student"}
 
 
 def test_online_networks_all_learn():

@@ -55,7 +55,7 @@ def make_terms(weight=1.0, alpha=0.8, beta=0.3, temperature=2.0, other="teacher"
     }
 
 
-def trees_equal(a, b, rtol=1e-6, atol=1e-7):
+def assert_trees_equal(a, b, rtol=1e-6, atol=1e-7):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
 
 
@@ -84,8 +84,8 @@ def test_one_step_is_the_gradient_step_written_out():
     np.testing.assert_allclose(metrics["student/loss"], value, rtol=1e-5)
     np.testing.assert_allclose(metrics["student/gradient_norm"], optax.tree.norm(grads), rtol=1e-5)
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
-    trees_equal(after["student"].params, expected, rtol=1e-5, atol=1e-6)
-    trees_equal(after["teacher"].params, networks["teacher"].params, rtol=0, atol=0)
+    assert_trees_equal(after["student"].params, expected, rtol=1e-5, atol=1e-6)
+    assert_trees_equal(after["teacher"].params, networks["teacher"].params, rtol=0, atol=0)
     assert after["student"].step == 1 and after["teacher"].step == 0
 
 
@@ -111,7 +111,7 @@ def test_learners_update_simultaneously_from_the_outputs_before_the_update():
     for learner, other in (("a", "b"), ("b", "a")):
         pair = {learner: networks[learner], other: train.frozen(networks[other])}
         alone, alone_metrics = train_step(pair, batch, {learner: objectives[learner]})
-        trees_equal(both[learner].params, alone[learner].params)
+        assert_trees_equal(both[learner].params, alone[learner].params)
         np.testing.assert_allclose(
             metrics[f"{learner}/loss"], alone_metrics[f"{learner}/loss"], rtol=1e-6
         )
@@ -128,7 +128,7 @@ def test_outputs_in_the_batch_replace_the_forward_pass():
     expected, _ = train_step(networks, batch, objectives)
     for micro_batches in (1, 2):
         found, _ = train_step(poisoned, cached, objectives, micro_batches=micro_batches)
-        trees_equal(found["student"].params, expected["student"].params, atol=1e-6)
+        assert_trees_equal(found["student"].params, expected["student"].params, atol=1e-6)
 
 
 @pytest.mark.parametrize("micro_batches", [2, 4, 16])
@@ -136,8 +136,8 @@ def test_accumulation_is_exact_whatever_the_masks(micro_batches):
     networks, batch, objectives = offline(), make_batch(), {"student": make_terms()}
     whole, metrics = train_step(networks, batch, objectives)
     parts, part_metrics = train_step(networks, batch, objectives, micro_batches=micro_batches)
-    trees_equal(whole["student"].params, parts["student"].params, rtol=1e-5, atol=1e-6)
-    trees_equal(metrics, part_metrics, rtol=1e-5)
+    assert_trees_equal(whole["student"].params, parts["student"].params, rtol=1e-5, atol=1e-6)
+    assert_trees_equal(metrics, part_metrics, rtol=1e-5)
 
 
 def test_accumulation_refusals():
@@ -169,7 +169,9 @@ def test_batch_norm_statistics_move_for_learners_only():
     after, _ = train_step(networks, batch, {"student": make_terms()})
     before, moved = networks["student"].batch_stats, after["student"].batch_stats
     assert not np.allclose(jax.tree.leaves(before)[0], jax.tree.leaves(moved)[0])
-    trees_equal(after["teacher"].batch_stats, networks["teacher"].batch_stats, rtol=0, atol=0)
+    assert_trees_equal(
+        after["teacher"].batch_stats, networks["teacher"].batch_stats, rtol=0, atol=0
+    )
     parts, _ = train_step(networks, batch, {"student": make_terms()}, micro_batches=2)
     assert not np.allclose(jax.tree.leaves(before)[0], jax.tree.leaves(parts["student"])[0].sum())
 
@@ -217,7 +219,7 @@ def test_schedules_are_evaluated_inside_the_step_and_compile_once():
         expected, _ = train_step(fixed, make_batch(), {"student": terms})
         objective = {"student": make_terms(weight, alpha)}
         scheduled, _ = train_step(scheduled, make_batch(), objective)
-        trees_equal(scheduled["student"].params, expected["student"].params, 1e-5, 1e-6)
+        assert_trees_equal(scheduled["student"].params, expected["student"].params, 1e-5, 1e-6)
         before = before or train_step._cache_size()
     assert train_step._cache_size() == before
 
@@ -239,7 +241,7 @@ def test_members_by_vmap_equal_single_runs():
     for index in range(3):
         single = member(index, rates[index], alphas[index])
         swept_member = jax.tree.map(operator.itemgetter(index), swept)
-        trees_equal(swept_member, single, rtol=2e-5, atol=1e-6)
+        assert_trees_equal(swept_member, single, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("devices", [2, 8])
@@ -251,8 +253,8 @@ def test_a_mesh_of_devices_equals_one(devices):
     )
     place = lambda spec, tree: jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*spec)))  # noqa: E731
     found, metrics = train_step(place((), networks), place(("data",), batch), place((), objectives))
-    trees_equal(found["student"].params, expected["student"].params, rtol=1e-5, atol=1e-6)
-    trees_equal(metrics, expected_metrics, rtol=1e-5)
+    assert_trees_equal(found["student"].params, expected["student"].params, rtol=1e-5, atol=1e-6)
+    assert_trees_equal(metrics, expected_metrics, rtol=1e-5)
 
 
 def test_scanned_steps_equal_single_steps():
@@ -263,7 +265,7 @@ def test_scanned_steps_equal_single_steps():
         single, _ = train_step(single, batch, objectives)
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)
     scanned, _ = jax.lax.scan(lambda n, b: train_step(n, b, objectives), networks, stacked)
-    trees_equal(scanned["student"].params, single["student"].params, rtol=1e-5, atol=1e-6)
+    assert_trees_equal(scanned["student"].params, single["student"].params, rtol=1e-5, atol=1e-6)
 
 
 def test_a_fully_masked_batch_moves_nothing_and_is_finite():
@@ -271,7 +273,7 @@ def test_a_fully_masked_batch_moves_nothing_and_is_finite():
     batch = batch | {name: jnp.zeros(B, bool) for name in ("where", "labelled")}
     after, metrics = train_step(networks, batch, {"student": make_terms()})
     assert all(np.asarray(value) == 0 for value in metrics.values())
-    trees_equal(after["student"].params, networks["student"].params, rtol=0, atol=0)
+    assert_trees_equal(after["student"].params, networks["student"].params, rtol=0, atol=0)
 
 
 def test_eval_step_counts_real_examples_and_uses_the_moving_average():
@@ -281,7 +283,7 @@ def test_eval_step_counts_real_examples_and_uses_the_moving_average():
     averaged = averaged.replace(ema_params=state.params)
     sums, examples = eval_step(networks, batch)
     ema_sums, _ = eval_step(networks | {"student": averaged}, batch)
-    trees_equal(sums["student"], ema_sums["student"])
+    assert_trees_equal(sums["student"], ema_sums["student"])
     logits = np.asarray(examples["student"]["logits"])
     valid = np.asarray(batch["where"]) & (np.asarray(batch["labels"]) >= 0)
     right = logits.argmax(-1) == np.asarray(batch["labels"])
@@ -327,7 +329,7 @@ def test_the_heads_of_cached_outputs_are_not_split():
     expected, _ = train_step(networks, batch, objectives)
     cached = batch | {"outputs": {"teacher": outputs}}
     found, _ = train_step(networks, cached, objectives, micro_batches=2)
-    trees_equal(found["student"].params, expected["student"].params, rtol=1e-5, atol=1e-5)
+    assert_trees_equal(found["student"].params, expected["student"].params, rtol=1e-5, atol=1e-5)
 
 
 def test_a_new_state_with_a_moving_average_can_be_donated():
@@ -383,4 +385,4 @@ def test_an_unbound_optimiser_is_refused():
 def test_an_empty_batch_moves_nothing():
     networks, batch = offline(), jax.tree.map(lambda x: x[:0], make_batch())
     after, _ = train_step(networks, batch, {"student": make_terms()})
-    trees_equal(after["student"].params, networks["student"].params, rtol=0, atol=0)
+    assert_trees_equal(after["student"].params, networks["student"].params, rtol=0, atol=0)
