@@ -8,6 +8,7 @@ depth it stands.
 
 import ast
 import functools
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -104,10 +105,7 @@ def _places(
     group: Any, kind: Any, field: str, plugins: tuple[str, ...]
 ) -> Iterator[tuple[str, str]]:
     """(name, where it stands) for each number of a function; the outermost of a name comes last."""
-    if not isinstance(group, Mapping) or "fn" not in group:
-        raise ValueError(f"{field} must be a function, such as forward_kl; found {group!r}.")
-    fn = objective.lookup(group["fn"], kind, field=f"{field}.fn", plugins=plugins)
-    parameters = hyperparameters(fn)
+    parameters = _parameters(group, kind, field, plugins)
     for name, parameter in parameters.items():
         if parameter.annotation in (Divergence, Loss) and name in group:
             yield from _places(group[name], parameter.annotation, f"{field}.{name}", plugins)
@@ -120,10 +118,8 @@ def _places(
 
 def _with_floats(group: Any, kind: Any, field: str, plugins: tuple[str, ...]) -> Any:
     """The group with whole numbers as floats, wherever the function takes a number."""
-    if not isinstance(group, Mapping) or "fn" not in group:
-        raise ValueError(f"{field} must be a function, such as forward_kl; found {group!r}.")
-    fn = objective.lookup(group["fn"], kind, field=f"{field}.fn", plugins=plugins)
-    kinds = {name: parameter.annotation for name, parameter in hyperparameters(fn).items()}
+    parameters = _parameters(group, kind, field, plugins)
+    kinds = {name: parameter.annotation for name, parameter in parameters.items()}
     values = dict(group)
     for name, value in group.items():
         if kinds.get(name) in (Divergence, Loss):
@@ -131,6 +127,16 @@ def _with_floats(group: Any, kind: Any, field: str, plugins: tuple[str, ...]) ->
         elif is_number(kinds.get(name)):
             values[name] = _as_float(value)
     return values
+
+
+def _parameters(
+    group: Any, kind: Any, field: str, plugins: tuple[str, ...]
+) -> dict[str, inspect.Parameter]:
+    """The hyperparameters of the function that a group names."""
+    if not isinstance(group, Mapping) or "fn" not in group:
+        raise ValueError(f"{field} must be a function, such as forward_kl; found {group!r}.")
+    fn = objective.lookup(group["fn"], kind, field=f"{field}.fn", plugins=plugins)
+    return hyperparameters(fn)
 
 
 def _as_float(value: Any) -> Any:
