@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python -m experiments.digits
+	$(BIN)/python -m abkd_jax.main --config=configs/digits.py --workdir=runs/digits
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -n 2 $(PYTEST)

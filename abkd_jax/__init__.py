@@ -8,8 +8,11 @@ from abkd_jax.divergences import (
     tempered,
     total_variation,
 )
-from abkd_jax.losses import cross_entropy, on_logits, total
-from abkd_jax.train import TrainState, create, eval_step, frozen, train_step
+from abkd_jax.losses import cross_entropy, entropy_gated, on_logits, total
+from abkd_jax.models import as_outputs
+from abkd_jax.train import TrainState, adopt, create, eval_step, frozen, train_step
+from abkd_jax.train.loop import train_and_evaluate
+from abkd_jax.train.workdir import load
 from abkd_jax.types import (
     Batch,
     Bound,
@@ -32,20 +35,25 @@ __all__ = [
     "Schedule",
     "Term",
     "TrainState",
+    "adopt",
     "alpha_beta",
+    "as_outputs",
     "at_step",
     "bind",
     "create",
     "cross_entropy",
+    "entropy_gated",
     "eval_step",
     "forward_kl",
     "frozen",
     "jensen_shannon",
+    "load",
     "on_logits",
     "reverse_kl",
     "schedule",
     "tempered",
     "total",
     "total_variation",
+    "train_and_evaluate",
     "train_step",
 ]

@@ -13,22 +13,46 @@ from abkd_jax.types import Bound, Schedule, Term, nearest
 
 MODES = {"offline": ("teacher", "student"), "online": ()}  # and the networks that each must have
 REQUIRED = ("mode", "data", "batch_size", "num_steps", "init_seed", "data_seed")
-OPTIONAL = ("micro_batches", "plugins")
+DEFAULTS = {
+    "checkpoint_every": 500,  # steps; each time the validation set is evaluated, too
+    "log_every": 100,  # steps
+    "steps_per_call": 0,  # 0: one on a CPU, ten on accelerators
+    "devices": 0,  # 0: all that there are
+    "micro_batches": 1,
+    "plugins": (),
+}
 NETWORK_FIELDS = ("model", "optimizer", "terms", "checkpoint", "ema_decay")
+GIVEN = "given"  # the model of a network, or the name of a data set, that the caller hands over
 
 
 class Network(NamedTuple):
     """What a network's group stands for.
 
     Attributes:
-        module: the flax module.
+        module: the flax module; None for a network that the caller hands over.
         optimizer: a function of `train.optimizer`, bound.
         ema_decay: of the moving average of its parameters; None for none.
     """
 
-    module: Module
+    module: Module | None
     optimizer: Bound
     ema_decay: Array | Schedule | None
+
+
+class Phase(NamedTuple):
+    """A part of a run that trains some networks at once.
+
+    Attributes:
+        name: of the folder below workdir that holds it; "" for the last phase, which is workdir's.
+        learners: the networks that learn.
+        frozen: the networks that they see, and that do not learn.
+        split: "teacher" (all labels), "labelled" (the labelled examples alone) or "train".
+    """
+
+    name: str
+    learners: tuple[str, ...]
+    frozen: tuple[str, ...]
+    split: str
 
 
 def networks(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -40,8 +64,8 @@ def networks(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     }
 
 
-def network(config: Mapping[str, Any], name: str, *, num_classes: int) -> Network:
-    """Builds what a network's group stands for.
+def module(config: Mapping[str, Any], name: str, *, num_classes: int) -> Module:
+    """The flax module of a network's group.
 
     Args:
         config: as a plain dict.
@@ -49,7 +73,26 @@ def network(config: Mapping[str, Any], name: str, *, num_classes: int) -> Networ
         num_classes: K.
 
     Returns:
-        Module, optimiser and moving average.
+        The module.
+
+    Raises:
+        ValueError: one sentence that names the field, what was found and what was expected.
+    """
+    group = config[name]
+    hypers = {key: value for key, value in group.items() if key not in NETWORK_FIELDS}
+    return models.from_config(group["model"], hypers, num_classes=num_classes, field=name)
+
+
+def network(config: Mapping[str, Any], name: str, *, num_classes: int) -> Network:
+    """What it takes to train a network of the config.
+
+    Args:
+        config: as a plain dict.
+        name: of the network.
+        num_classes: K.
+
+    Returns:
+        Module (None for one that the caller hands over), optimiser and moving average.
 
     Raises:
         ValueError: one sentence that names the field, what was found and what was expected.
@@ -60,10 +103,9 @@ def network(config: Mapping[str, Any], name: str, *, num_classes: int) -> Networ
             f"{name}.optimizer must be a group dict(name='adam', learning_rate=...); "
             f"found {group.get('optimizer')!r}."
         )
-    hypers = {key: value for key, value in group.items() if key not in NETWORK_FIELDS}
     decay, num_steps = group.get("ema_decay"), config["num_steps"]
     return Network(
-        models.from_config(group["model"], hypers, num_classes=num_classes, field=name),
+        None if group["model"] == GIVEN else module(config, name, num_classes=num_classes),
         optimizer.from_config(group["optimizer"], field=f"{name}.optimizer", num_steps=num_steps),
         None if decay is None else number(decay, f"{name}.ema_decay", num_steps),
     )
@@ -98,16 +140,53 @@ def objectives(
     }
 
 
-def check(config: Mapping[str, Any]) -> None:
-    """Refuses a config from which no run can be built, before anything is built.
+def phases(config: Mapping[str, Any]) -> list[Phase]:
+    """The phases of a run, in order.
+
+    Offline, each teacher that is to be trained has a phase of its own, and so has the `baseline`,
+    which sees the labelled examples alone; then the student learns from the teachers. Online, all
+    learn at once. A network with a `checkpoint`, or that is given without terms, is never trained.
 
     Args:
         config: as a plain dict.
 
+    Returns:
+        The phases.
+    """
+    found = networks(config)
+    learn = [name for name, group in found.items() if not _is_ready(group)]
+    if config["mode"] == "online":
+        frozen = tuple(name for name in found if name not in learn)
+        return [Phase("", tuple(learn), frozen, "train")]
+    teachers = tuple(name for name in found if name not in ("student", "baseline"))
+    run = [Phase(name, (name,), (), "teacher") for name in teachers if name in learn]
+    if "baseline" in found:
+        run.append(Phase("baseline", ("baseline",), (), "labelled"))
+    return [*run, Phase("", ("student",), teachers, "train")]
+
+
+def ready(config: Mapping[str, Any]) -> list[str]:
+    """The networks of a config that are not trained: from a checkpoint, or given without terms."""
+    return [name for name, group in networks(config).items() if _is_ready(group)]
+
+
+def _is_ready(group: Mapping[str, Any]) -> bool:
+    given = group["model"] == GIVEN and not group.get("terms")
+    return bool(group.get("checkpoint")) or given
+
+
+def check(config: Mapping[str, Any], *, given: Iterable[str] = (), has_data: bool = False) -> None:
+    """Refuses a config from which no run can be built, before anything is built.
+
+    Args:
+        config: as a plain dict.
+        given: the names of the networks that the caller hands over.
+        has_data: whether the caller hands over the data.
+
     Raises:
         ValueError: one sentence that names the field, what was found and what was expected.
     """
-    known = (*REQUIRED, *OPTIONAL)
+    known = (*REQUIRED, *DEFAULTS)
     found = networks(config)
     for key in REQUIRED:
         if key not in config:
@@ -119,21 +198,57 @@ def check(config: Mapping[str, Any]) -> None:
                 f"the config has the unknown {what} {key!r}{nearest(key, known)}; it takes "
                 f"{', '.join(known)}, and networks, which have a model."
             )
-    for key in ("batch_size", "num_steps", "init_seed", "data_seed", "micro_batches"):
-        value, least = config.get(key, 1), 0 if key.endswith("seed") else 1
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{key} must be an integer of at least {least}; found {value!r}.")
+    for key in ("batch_size", "num_steps", "init_seed", "data_seed", *DEFAULTS):
+        if key != "plugins":
+            value, zero = config.get(key, 1), key.endswith("seed") or DEFAULTS.get(key) == 0
+            least = 0 if zero else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{key} must be an integer of at least {least}; found {value!r}.")
+            if key.endswith("seed") and value >= 2**31:
+                raise ValueError(f"{key} must be less than 2**31; found {value!r}.")
+    if config["batch_size"] % (parts := config.get("micro_batches", 1)):
+        raise ValueError(
+            f"batch_size must be a multiple of micro_batches, {parts}; found "
+            f"{config['batch_size']!r}."
+        )
     if not isinstance(config["mode"], str) or config["mode"] not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}; found {config['mode']!r}.")
     for name in MODES[config["mode"]]:
         if name not in found:
             raise ValueError(f"the config lacks the network {name!r}; {config['mode']} needs it.")
-    data.check(config["data"])
-    for name in found:
-        network(config, name, num_classes=2)
-    if config["mode"] == "online":
-        objectives(config, learners=found, present=found)
-    else:
-        objectives(config, learners=["student"], present=found)
-        if not config["teacher"].get("checkpoint"):
-            objectives(config, learners=["teacher"], present=["teacher"])
+    if not has_data:
+        data.check(config["data"])
+    _check_networks(config, found, set(given))
+
+
+def _check_networks(config, found, given):
+    """Refuses networks that cannot be built, and objectives that do not fit them."""
+    if not found:
+        raise ValueError("the config has no network, a group with a model; it needs at least one.")
+    for name in given:
+        if name not in found:
+            raise ValueError(
+                f"networks has {name!r}, which the config lacks; add {name}=dict(model='given')."
+            )
+    for name, group in found.items():
+        if (group["model"] == GIVEN) != (name in given):
+            raise ValueError(
+                f"{name}.model must be 'given' exactly if networks= has {name!r}; "
+                f"found {group['model']!r}."
+            )
+        if name not in given:
+            module(config, name, num_classes=2)
+        if not isinstance(group.get("checkpoint", ""), str):
+            raise ValueError(
+                f"{name}.checkpoint must be the workdir of another run, or ''; found "
+                f"{group['checkpoint']!r}."
+            )
+    for phase in phases(config):
+        if not phase.learners:
+            raise ValueError("no network is left to learn: each has a checkpoint or no terms.")
+        for name in phase.learners:
+            if found[name].get("checkpoint"):
+                raise ValueError(f"{name}.checkpoint must be empty: this network is to learn.")
+            network(config, name, num_classes=2)
+        present = (*phase.learners, *phase.frozen)
+        objectives(config, learners=phase.learners, present=present)

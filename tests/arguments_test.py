@@ -134,8 +134,9 @@ def test_the_term(argument, changes):
 
 def test_runlocal_shrinks_the_run_alone():
     config = get_config("runlocal").to_dict()
-    assert 0 < config["num_steps"] < DEFAULT["num_steps"]
-    assert config | {"num_steps": DEFAULT["num_steps"]} == DEFAULT
+    intervals = ("num_steps", "checkpoint_every", "log_every")
+    assert all(0 < config[name] < DEFAULT[name] for name in intervals)
+    assert config | {name: DEFAULT[name] for name in intervals} == DEFAULT
     assert get_config("runlocal=False").to_dict() == DEFAULT
 
 

@@ -191,9 +191,13 @@ def test_modules_of_one_config_are_one_to_jit():
 @pytest.mark.parametrize(
     "model,hypers,message",
     [
-        ("mpl", {}, "peer.model must be one of cnn, mlp; found 'mpl' (did you mean 'mlp'?)."),
-        ("resnet", {}, "peer.model must be one of cnn, mlp; found 'resnet'."),
-        (None, {}, "peer.model must be one of cnn, mlp; found None."),
+        (
+            "mpl",
+            {},
+            "peer.model must be one of cnn, mlp, resnet; found 'mpl' (did you mean 'mlp'?).",
+        ),
+        ("vit", {}, "peer.model must be one of cnn, mlp, resnet; found 'vit'."),
+        (None, {}, "peer.model must be one of cnn, mlp, resnet; found None."),
         (
             "mlp",
             dict(width=(16,)),

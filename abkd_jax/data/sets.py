@@ -1,6 +1,6 @@
-"""Splits held in memory, and the batches drawn from them."""
+"""Splits held in memory, and the batches drawn from them and from streams."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -8,6 +8,8 @@ from flax import struct
 from jax import Array
 from jax import numpy as jnp
 
+from abkd_jax.data.augment import Preprocess, augmentation_key, augmented, normalized, step_key
+from abkd_jax.data.stream import Stream, Streamed
 from abkd_jax.types import Batch
 
 
@@ -16,8 +18,8 @@ class Split:
     """Examples, all on the device.
 
     Attributes:
-        inputs: `[N, ...]` float32.
-        labels: `[N]` int32.
+        inputs: `[N, ...]`; float32, or uint8 for images as they are stored.
+        labels: `[N]` int32; -1 where the label is not known.
         labelled: `[N]` bool; False withholds the label from training.
     """
 
@@ -29,8 +31,8 @@ class Split:
         return self.labels.shape[0]
 
     def with_all_labels(self) -> "Split":
-        """The same examples with no label withheld: what a teacher is trained on."""
-        return self.replace(labelled=jnp.ones_like(self.labelled))
+        """The same examples with no known label withheld."""
+        return self.replace(labelled=self.labels >= 0)
 
     def labelled_alone(self) -> "Split":
         """The examples whose labels are not withheld."""
@@ -40,19 +42,27 @@ class Split:
 
 @struct.dataclass
 class DataSet:
-    """The three splits of a set; hyperparameters are chosen on `validation`, never on `test`.
+    """The splits of a set; hyperparameters are chosen on `validation`, never on `test`.
 
     Attributes:
-        train: with labels as they may be used in training.
-        validation: a part of the set's training examples.
+        train: what a student is trained on: labels withheld, classes omitted.
+        validation: a part of the set's training examples; None where a protocol holds none out, as
+            the published ones of CIFAR do.
         test: the set's test examples.
+        teacher: what a teacher is trained on: the training examples, no label withheld and no class
+            omitted.
+        preprocess: how the splits' examples become a network's inputs.
         num_classes: K.
+        class_names: K names, or none.
     """
 
-    train: Split
-    validation: Split
-    test: Split
+    train: Split | Stream
+    validation: Split | Stream | None
+    test: Split | Stream
+    teacher: Split | Stream
+    preprocess: Preprocess
     num_classes: int = struct.field(pytree_node=False)
+    class_names: tuple[str, ...] = struct.field(pytree_node=False, default=())
 
 
 def withhold_labels(split: Split, labelled: int, num_classes: int) -> Split:
@@ -71,7 +81,7 @@ def withhold_labels(split: Split, labelled: int, num_classes: int) -> Split:
     """
     labels = np.asarray(split.labels)
     per_class, remainder = divmod(labelled, num_classes)
-    available = int(np.bincount(labels, minlength=num_classes).min())
+    available = int(np.bincount(labels[labels >= 0], minlength=num_classes).min())
     if remainder or not 0 < per_class <= available:
         raise ValueError(
             f"data.labelled must be a multiple of the {num_classes} classes, with at most "
@@ -81,13 +91,39 @@ def withhold_labels(split: Split, labelled: int, num_classes: int) -> Split:
     return split.replace(labelled=jnp.zeros(len(split), bool).at[kept].set(True))
 
 
+def omit_classes(split: Split, classes: Sequence[int]) -> Split:
+    """The examples of all other classes; those whose label is not known stay.
+
+    Args:
+        split: any.
+        classes: the labels of what to leave out.
+
+    Returns:
+        The split without them.
+
+    Raises:
+        ValueError: if no example is left.
+    """
+    kept = np.flatnonzero(~np.isin(np.asarray(split.labels), list(classes)))
+    if not len(kept):
+        raise ValueError(f"data.omit leaves no training example; found {tuple(classes)}.")
+    return jax.tree.map(lambda part: part[kept], split)
+
+
 def epoch_order(data_seed: int | Array, epoch: int | Array, size: int) -> Array:
     """The order in which an epoch visits the examples: `[size]`, a function of its arguments."""
     of_order, _ = jax.random.split(jax.random.key(data_seed))  # not a key that a step uses
     return jax.random.permutation(jax.random.fold_in(of_order, epoch), size)
 
 
-def batch_at(split: Split, order: Array, data_seed: int | Array, step: Array, size: int) -> Batch:
+def batch_at(
+    split: Split,
+    order: Array,
+    data_seed: int | Array,
+    step: Array,
+    size: int,
+    preprocess: Preprocess | None = None,
+) -> Batch:
     """The batch of a step: the next `size` examples of the epoch's order.
 
     Args:
@@ -96,6 +132,7 @@ def batch_at(split: Split, order: Array, data_seed: int | Array, step: Array, si
         data_seed: also of the batch's key.
         step: counted from 0.
         size: B.
+        preprocess: of the inputs, augmentation included; None leaves them as they are stored.
 
     Returns:
         inputs `[B, ...]`, labels `[B]`, where `[B]`, labelled `[B]` and key.
@@ -103,25 +140,120 @@ def batch_at(split: Split, order: Array, data_seed: int | Array, step: Array, si
     Raises:
         ValueError: if the split has fewer examples than a batch.
     """
-    if not 0 < size <= len(split):
-        raise ValueError(f"batch_size must lie between 1 and {len(split)} examples; found {size}.")
+    _check_size(split, size)
     start = (step % (len(split) // size)) * size
     chosen = jax.lax.dynamic_slice_in_dim(order, start, size)
-    batch = _batch(split, chosen, jnp.ones(size, bool))
-    return batch | {"key": jax.random.fold_in(jax.random.key(data_seed), step)}
+    key = step_key(data_seed, step)
+    if preprocess is None:
+        inputs = split.inputs[chosen]
+    else:
+        inputs = augmented(split.inputs, chosen, augmentation_key(key), preprocess)
+    return _batch(split, inputs, chosen, jnp.ones(size, bool)) | {"key": key}
 
 
-def evaluation_batches(split: Split, size: int) -> Iterator[Batch]:
-    """The whole split in order, in batches of one shape; the last is padded, with where False."""
+def evaluation_batches(
+    split: Split | Stream, size: int, preprocess: Preprocess | None = None
+) -> Iterator[Batch]:
+    """The whole split in order, in batches of one shape; the last is padded, with where False.
+
+    Args:
+        split: in memory, or a stream, of which each process has its rows of each batch.
+        size: B.
+        preprocess: of the inputs, which are normalised and never augmented; None leaves them as
+            they are stored.
+
+    Yields:
+        inputs `[B, ...]`, labels `[B]`, where `[B]` and labelled `[B]`.
+
+    Raises:
+        ValueError: if a batch has no example.
+    """
     if size < 1:
         raise ValueError(f"the evaluation's batch size must be at least 1; found {size}.")
+    prepare = (lambda x: x) if preprocess is None else (lambda x: _normalized(x, preprocess))
+    if isinstance(split, Stream):
+        for batch in split.evaluation(size):
+            batch = jax.tree.map(jnp.asarray, batch)
+            yield batch | {"inputs": prepare(batch["inputs"]), "labelled": batch["where"]}
+        return
     for start in range(0, len(split), size):
         index = np.arange(start, start + size)
         where = jnp.asarray(index < len(split))
-        yield _batch(split, np.minimum(index, len(split) - 1), where)
+        chosen = np.minimum(index, len(split) - 1)
+        yield _batch(split, prepare(split.inputs[chosen]), chosen, where)
 
 
-def _batch(split: Split, chosen: Array, where: Array) -> dict[str, Array]:
+_normalized = jax.jit(normalized)
+
+
+@struct.dataclass
+class Resident:
+    """What a step takes of a split in memory: the split, and the order of the epoch.
+
+    Attributes:
+        split: all of it.
+        order: `[N]`.
+    """
+
+    split: Split
+    order: Array
+
+    def batch(
+        self, data_seed: int | Array, step: Array, size: int, preprocess: Preprocess | None = None
+    ) -> Batch:
+        """The batch of the step: `batch_at`."""
+        return batch_at(self.split, self.order, data_seed, step, size, preprocess)
+
+
+class Feed:
+    """What training steps take from the host, of a split in memory or of a stream.
+
+        feed = Feed(split, data_seed=0, size=128)
+        fed, until = feed(step)  # serves the steps step, ..., until - 1
+        batch = fed.batch(data_seed, step, size, preprocess)  # inside jit
+
+    A function of (data_seed, step), so that a run resumes at any step; steps in order are the fast
+    way through a stream. With several processes a stream's `fed` has this process's rows, out of
+    which the caller makes global arrays.
+    """
+
+    def __init__(self, split: Split | Stream, *, data_seed: int, size: int):
+        """A feed of batches of `size` examples.
+
+        Raises:
+            ValueError: if the split has fewer examples than a batch.
+        """
+        _check_size(split, size)
+        self._split, self._data_seed, self._size = split, data_seed, size
+        self._position = None  # the epoch of _order, or the step of the next of _batches
+        self._order = None
+        self._batches = None
+
+    def __call__(self, step: int) -> tuple[Resident | Streamed, int]:
+        """A pytree with the method `batch`, and the first later step that it does not serve."""
+        if isinstance(self._split, Stream):
+            if step != self._position:
+                self._batches = self._split.batches(self._data_seed, self._size, start=step)
+            fed = Streamed(**next(self._batches))
+            self._position = step + 1
+            return fed, step + 1
+        steps_per_epoch = len(self._split) // self._size
+        epoch = step // steps_per_epoch
+        if epoch != self._position:
+            self._order = _epoch_order(self._data_seed, epoch, len(self._split))
+            self._position = epoch
+        return Resident(self._split, self._order), (epoch + 1) * steps_per_epoch
+
+
+_epoch_order = jax.jit(epoch_order, static_argnums=2)
+
+
+def _check_size(split: Split | Stream, size: int) -> None:
+    if not 0 < size <= len(split):
+        raise ValueError(f"batch_size must lie between 1 and {len(split)} examples; found {size}.")
+
+
+def _batch(split: Split, inputs: Array, chosen: Array, where: Array) -> dict[str, Array]:
     labelled = where & split.labelled[chosen]
     labels = jnp.where(split.labelled[chosen], split.labels[chosen], -1)
-    return dict(inputs=split.inputs[chosen], labels=labels, where=where, labelled=labelled)
+    return dict(inputs=inputs, labels=labels, where=where, labelled=labelled)

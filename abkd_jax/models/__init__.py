@@ -5,12 +5,15 @@ from typing import Any
 
 from flax import linen as nn
 
+from abkd_jax.models.adapters import as_outputs, split_variables
+from abkd_jax.models.normalized import normalized
+from abkd_jax.models.resnet import resnet
 from abkd_jax.models.small import cnn, mlp
 from abkd_jax.types import call_named
 
-__all__ = ["cnn", "from_config", "mlp"]
+__all__ = ["as_outputs", "cnn", "from_config", "mlp", "normalized", "resnet", "split_variables"]
 
-_MODELS = {"cnn": cnn, "mlp": mlp}
+_MODELS = {"cnn": cnn, "mlp": mlp, "resnet": resnet}
 
 
 def from_config(

@@ -1,6 +1,6 @@
 """The linear map to logits, which shows its parts to losses."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flax import linen as nn
 from jax import Array
@@ -13,16 +13,20 @@ class Head(nn.Module):
 
     Attributes:
         num_classes: K.
+        kernel_init: (key, shape) -> the first kernel.
+        bias_init: (key, shape) -> the first bias.
     """
 
     num_classes: int
+    kernel_init: Callable[..., Array] = nn.initializers.lecun_normal()
+    bias_init: Callable[..., Array] = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, hidden: Array, features: Sequence[Array] = ()) -> Outputs:
         """`[..., D]`, and the arrays on the way to it, to `Outputs` with logits `[..., K]`."""
         shape = (hidden.shape[-1], self.num_classes)
-        unembedding = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros, shape[-1:])
+        unembedding = self.param("kernel", self.kernel_init, shape)
+        bias = self.param("bias", self.bias_init, shape[-1:])
         return Outputs(
             logits=hidden @ unembedding + bias,
             hidden=hidden,

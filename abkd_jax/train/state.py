@@ -11,6 +11,7 @@ from flax.training import train_state
 from jax import Array
 from jax import numpy as jnp
 
+from abkd_jax.models.adapters import as_outputs, split_variables
 from abkd_jax.train import optimizer as optimizers
 from abkd_jax.types import Bound, Outputs, Schedule, as_number, at_step
 
@@ -89,22 +90,61 @@ def create(
     Raises:
         TypeError: if the optimiser is not one of this library, bound.
     """
+    variables = _variables(module, init_seed, inputs)
+    return _learner(
+        linen_apply(module),
+        variables["params"],
+        variables.get("batch_stats", {}),
+        optimizer=optimizer,
+        ema_decay=ema_decay,
+    )
+
+
+def adopt(
+    apply_fn: Callable[..., Array | Outputs],
+    variables: Any,
+    *,
+    optimizer: Bound | None = None,
+    ema_decay: float | Array | Schedule | None = None,
+) -> TrainState:
+    """A network written elsewhere, with the variables that it has.
+
+    Args:
+        apply_fn: `(variables, inputs) -> logits`; see `models.as_outputs`.
+        variables: its first argument, a pytree.
+        optimizer: a function of `abkd_jax.train.optimizer`, bound; None freezes the network.
+        ema_decay: in [0, 1), of a moving average of the parameters; None for none.
+
+    Returns:
+        The state at step 0.
+
+    Raises:
+        TypeError: if the optimiser is not one of this library, bound.
+        ValueError: if a linen module has collections that a state has no place for.
+    """
+    params, batch_stats = split_variables(apply_fn, variables)
+    params, batch_stats = jax.tree.map(jnp.asarray, (params, batch_stats))
+    apply = as_outputs(apply_fn)
+    if optimizer is None:
+        return _inert(apply, params, batch_stats)
+    return _learner(apply, params, batch_stats, optimizer=optimizer, ema_decay=ema_decay)
+
+
+def _learner(apply_fn, params, batch_stats, *, optimizer, ema_decay) -> TrainState:
     if not isinstance(optimizer, Bound):
         raise TypeError(
             "optimizer must be a function of abkd_jax.train.optimizer, bound, such as "
             f"bind(sgd, learning_rate=0.1); found {optimizer!r}."
         )
-    variables = _variables(module, init_seed, inputs)
-    params = variables["params"]
     tx = optimizers.of(optimizer)
     decays = ema_decay is None or isinstance(ema_decay, Schedule)
     return TrainState(
         step=jnp.zeros((), int),
-        apply_fn=linen_apply(module),
+        apply_fn=apply_fn,
         params=params,
         tx=tx,
         opt_state=tx.init(params)._replace(hyperparams=at_step(dict(optimizer.numbers), 0)),
-        batch_stats=variables.get("batch_stats", {}),
+        batch_stats=batch_stats,
         hyperparams=dict(optimizer.numbers),
         ema_decay=ema_decay if decays else as_number(ema_decay, "ema_decay"),
         ema_params=None if ema_decay is None else jax.tree.map(jnp.copy, params),
@@ -113,13 +153,17 @@ def create(
 
 def frozen(state: TrainState) -> TrainState:
     """The network alone, without an optimiser: a teacher. Its arrays are those of the state."""
+    return _inert(state.apply_fn, state.eval_params, state.batch_stats).replace(step=state.step)
+
+
+def _inert(apply_fn, params, batch_stats) -> TrainState:
     return TrainState(
-        step=state.step,
-        apply_fn=state.apply_fn,
-        params=state.eval_params,
+        step=jnp.zeros((), int),
+        apply_fn=apply_fn,
+        params=params,
         tx=_IDENTITY,
-        opt_state=_IDENTITY.init(state.params),
-        batch_stats=state.batch_stats,
+        opt_state=_IDENTITY.init(params),
+        batch_stats=batch_stats,
     )
 
 

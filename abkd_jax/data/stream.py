@@ -1,0 +1,235 @@
+"""Sets too large for the device: decoded on the host while the device trains, by grain."""
+
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import struct
+from jax import Array
+from jax import numpy as jnp
+
+from abkd_jax.data.augment import Preprocess, augmentation_key, augmented, step_key
+from abkd_jax.types import Batch
+
+_AREAS = (0.08, 1.0)  # of a random crop, as a part of the image's area
+_RATIOS = (3 / 4, 4 / 3)  # of a random crop, width by height
+_RESIZE = 256 / 224  # an evaluated image's shorter side, by the side of the crop out of it
+
+
+class Stream:
+    """Examples that are read and decoded as they are needed, by threads of the host.
+
+    With several processes each has its part of every batch: rows [i * B/n, (i + 1) * B/n) of the
+    global batch are those of process i of n, so the number of processes changes no batch.
+
+    Attributes:
+        records: `records[row]` is (image [H, W, C] uint8, label), labels in 0..K-1.
+        rows: `[N]`, those of the records that belong to the split.
+        image_size: 0 for images as they are, all of one shape. Otherwise the side of the square
+            that a random crop of a training image, or the centre of an evaluated one, is resized
+            to.
+        flip: whether such a random crop is mirrored with probability 1/2. Images as they are, are
+            augmented on the device.
+        process_index: of this process, by default JAX's.
+        process_count: of all processes, by default JAX's.
+    """
+
+    def __init__(
+        self,
+        records: Any,
+        rows: np.ndarray,
+        *,
+        image_size: int = 0,
+        flip: bool = False,
+        process_index: int | None = None,
+        process_count: int | None = None,
+    ):
+        self.records = records
+        self.rows = np.asarray(rows)
+        self.image_size = image_size
+        self.flip = flip
+        self.process_index = jax.process_index() if process_index is None else process_index
+        self.process_count = jax.process_count() if process_count is None else process_count
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batches(self, data_seed: int, size: int, start: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """The training batches of steps start, start + 1, ...; each a function of (seed, step).
+
+        Args:
+            data_seed: of each epoch's order, and of the crops and flips.
+            size: B of the global batch; examples beyond a multiple of it wait for the next epoch.
+            start: the first step; nothing before it is read.
+
+        Yields:
+            inputs `[B / process_count, H, W, C]` uint8 and labels `[B / process_count]` int32.
+
+        Raises:
+            ValueError: if B is no multiple of the number of processes.
+        """
+        import grain  # not at the top: a program without streams has no need of it
+
+        kept = len(self) // size * size
+        examples = (
+            grain.MapDataset.source(self.rows)
+            .seed(data_seed % 2**32)
+            .shuffle()[:kept]
+            .random_map(self._for_training)
+            .repeat()
+        )
+        return self._read(examples, size, start)
+
+    def evaluation(self, size: int) -> Iterator[dict[str, np.ndarray]]:
+        """All examples once, in order and without randomness; the last batch is padded.
+
+        Args:
+            size: B of the global batch.
+
+        Yields:
+            As `batches` does, and where `[B / process_count]` bool, False for padding.
+
+        Raises:
+            ValueError: if B is no multiple of the number of processes.
+        """
+        import grain
+
+        positions = range(math.ceil(len(self) / size) * size)
+        examples = grain.MapDataset.source(positions).map(self._for_evaluation)
+        return self._read(examples, size, start=0)
+
+    def _read(self, examples: Sequence, size: int, start: int) -> Iterator[dict[str, np.ndarray]]:
+        """This process's part of the batches of a sequence, from a step on."""
+        import grain
+
+        if size % self.process_count:
+            raise ValueError(
+                f"batch_size must be a multiple of the {self.process_count} processes that read "
+                f"the stream; found {size}."
+            )
+        local = size // self.process_count
+        threads = min(16, os.cpu_count() or 1)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, local))
+        part = _Part(examples, size, local, self.process_index * local)
+        return iter(
+            grain.MapDataset.source(part)[start * local :].to_iter_dataset(options).batch(local)
+        )
+
+    def _for_training(self, row: int, rng: np.random.Generator) -> dict[str, Any]:
+        image, label = self.records[row]
+        if self.image_size:
+            box = random_box(*image.shape[:2], rng)
+            image = _resized(image, box, (self.image_size, self.image_size))
+            if self.flip and rng.random() < 0.5:
+                image = image[:, ::-1]
+        return {"inputs": image, "labels": np.int32(label)}
+
+    def _for_evaluation(self, position: int) -> dict[str, Any]:
+        image, label = self.records[self.rows[min(position, len(self) - 1)]]
+        if self.image_size:
+            image = center(image, self.image_size)
+        return {"inputs": image, "labels": np.int32(label), "where": position < len(self)}
+
+
+class _Part:
+    """The elements of a sequence of batches that are one process's."""
+
+    def __init__(self, examples: Sequence, size: int, local: int, offset: int):
+        self._examples, self._size, self._local, self._offset = examples, size, local, offset
+
+    def __len__(self) -> int:
+        return min(len(self._examples) // self._size * self._local, sys.maxsize)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        batch, row = divmod(index, self._local)
+        return self._examples[batch * self._size + self._offset + row]
+
+
+@struct.dataclass
+class Streamed:
+    """What a step takes of a stream: its batch, as it was read.
+
+    Attributes:
+        inputs: `[B, ...]`.
+        labels: `[B]` int32.
+    """
+
+    inputs: Array
+    labels: Array
+
+    def batch(
+        self, data_seed: int | Array, step: Array, size: int, preprocess: Preprocess | None = None
+    ) -> Batch:
+        """The batch of the step, as `batch_at` makes it; `size` is that of the arrays."""
+        del size
+        key = step_key(data_seed, step)
+        inputs = self.inputs
+        if preprocess is not None:
+            rows = jnp.arange(len(inputs))
+            inputs = augmented(inputs, rows, augmentation_key(key), preprocess)
+        where = jnp.ones(self.labels.shape, bool)
+        return dict(inputs=inputs, labels=self.labels, where=where, labelled=where, key=key)
+
+
+def random_box(
+    height: int, width: int, rng: np.random.Generator
+) -> tuple[float, float, float, float]:
+    """A random part of an image to train on.
+
+    Its area is uniform in 8 % to 100 % of the image's, the logarithm of its width by its height
+    uniform between those of 3/4 and 4/3, its place uniform among those inside the image. After ten
+    boxes that do not fit: the largest central one of the nearest ratio.
+
+    Args:
+        height: of the image.
+        width: of the image.
+        rng: the source of randomness.
+
+    Returns:
+        left, top, right and bottom, as Pillow counts them.
+
+    Source: Szegedy et al., "Going deeper with convolutions", 2015, section 6.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(*_AREAS)
+        ratio = math.exp(rng.uniform(*map(math.log, _RATIOS)))
+        across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < across <= width and 0 < down <= height:
+            left = int(rng.integers(width - across + 1))
+            top = int(rng.integers(height - down + 1))
+            return left, top, left + across, top + down
+    ratio = min(max(width / height, _RATIOS[0]), _RATIOS[1])
+    across, down = min(width, round(height * ratio)), min(height, round(width / ratio))
+    left, top = (width - across) // 2, (height - down) // 2
+    return left, top, left + across, top + down
+
+
+def center(image: np.ndarray, size: int) -> np.ndarray:
+    """The centre of an image for evaluation.
+
+    Args:
+        image: `[H, W, C]` uint8.
+        size: of the side of the result. The shorter side of the image is resized to 256/224 of it.
+
+    Returns:
+        `[size, size, C]` uint8.
+    """
+    height, width = image.shape[:2]
+    shorter = round(size * _RESIZE)
+    down, across = (side * shorter // min(height, width) for side in (height, width))
+    image = _resized(image, (0, 0, width, height), (across, down))
+    top, left = round((down - size) / 2), round((across - size) / 2)
+    return image[top : top + size, left : left + size]
+
+
+def _resized(image: np.ndarray, box: tuple[float, ...], size: tuple[int, int]) -> np.ndarray:
+    """A box of an image, resized with antialiasing: `[size[1], size[0], C]` uint8."""
+    from PIL import Image  # not at the top: for streams alone
+
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    resized = np.asarray(picture.crop(box).resize(size, Image.Resampling.BILINEAR))
+    return resized.reshape(*resized.shape[:2], -1)

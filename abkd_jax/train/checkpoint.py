@@ -1,0 +1,203 @@
+"""Checkpoints that a killed process, a full disk or a damaged file cannot take away.
+
+Orbax writes them in the background and commits each as a whole. Kept are the newest two and the
+best one. Each carries the checksums of its arrays: a newest checkpoint that cannot be read, or that
+reads as something else, is set aside and the one before is used.
+"""
+
+import hashlib
+import pathlib
+import sys
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import (
+    AnyPreservationPolicy,
+    BestN,
+    LatestN,
+)
+
+_UNKNOWN = -1.0  # the accuracy of a state that was saved without an evaluation: never the best
+
+
+class Checkpoints:
+    """The checkpoints of one phase of a run, by step."""
+
+    def __init__(self, directory: pathlib.Path):
+        """Opens the folder, which is made at the first save.
+
+        Args:
+            directory: that holds them.
+        """
+        self.directory = pathlib.Path(directory).resolve()
+        # `max_to_keep` with `best_fn` would delete the newest steps whenever accuracy falls.
+        kept = AnyPreservationPolicy([LatestN(2), BestN(get_metric_fn=_accuracy, n=1)])
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=kept, best_fn=_accuracy, cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._saved = self._manager.latest_step()
+
+    def save(self, step: int, tree: Any, *, accuracy: float | None = None) -> None:
+        """Saves in the background; the arrays may be donated or changed as soon as this returns.
+
+        Args:
+            step: that the state has reached.
+            tree: of arrays.
+            accuracy: by which the best is chosen; None leaves this one out of that.
+
+        Raises:
+            OSError: one sentence, if this checkpoint or the one before could not be written.
+        """
+        if step == self._saved:
+            return
+        # Orbax may read a CPU's buffers in place while it writes: give it some that nobody reuses.
+        tree = jax.tree.map(np.array if jax.process_count() == 1 else jax.numpy.copy, tree)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(tree), checksums=ocp.args.JsonSave(_checksums(tree))
+        )
+        metrics = {"accuracy": _UNKNOWN if accuracy is None else float(accuracy)}
+        self._guarded(step, lambda: self._manager.save(step, args=items, metrics=metrics))
+        self._saved = step
+
+    def wait(self) -> None:
+        """Returns when the last save is complete.
+
+        Raises:
+            OSError: one sentence, if it could not be written.
+        """
+        self._guarded(None, self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        """Ends the background work, whatever became of it."""
+        try:
+            self._manager.close()
+        except Exception as error:  # a failed save was reported when it failed
+            print(f"{self.directory}: {_first_line(error)}", file=sys.stderr)
+
+    def restore(self, like: Any = None) -> tuple[int, Any] | None:
+        """The newest checkpoint that is whole; damaged ones are set aside with a line on stderr.
+
+        Args:
+            like: a tree of arrays of the shapes and types to expect; None for whatever there is,
+                as nested dicts.
+
+        Returns:
+            (step, tree of host arrays), or None without a checkpoint.
+
+        Raises:
+            ValueError: if there are checkpoints, none of which can be read.
+        """
+        damaged = {}
+        for step in reversed(self.steps()):
+            try:
+                tree = self.restore_at(step, like)
+            except Exception as error:
+                damaged[step] = _first_line(error)
+                continue
+            for broken, reason in damaged.items():
+                print(
+                    f"{self.directory}: the checkpoint of step {broken} is damaged ({reason}); it "
+                    f"was moved to {self._set_aside(broken)}, and that of step {step} is used.",
+                    file=sys.stderr,
+                )
+            return step, tree
+        if damaged:
+            raise ValueError(
+                f"{self.directory}: no checkpoint can be read; that of step {max(damaged)}: "
+                f"{damaged[max(damaged)]}. Move the folder away to start anew."
+            )
+        return None
+
+    def restore_at(self, step: int, like: Any = None) -> Any:
+        """The checkpoint of one step, as host arrays; `like` is as in `restore`.
+
+        Raises:
+            ValueError: if its arrays are not those that were saved.
+        """
+        target = jax.tree.map(lambda x: np.empty(np.shape(x), x.dtype), like)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(target), checksums=ocp.args.JsonRestore()
+        )
+        restored = self._manager.restore(step, args=items)
+        tree = jax.tree.map(np.asarray, restored.state)
+        found = sorted(_checksums(tree).values())
+        if restored.checksums and found != sorted(restored.checksums.values()):
+            raise ValueError("its arrays are not those that were saved")
+        return tree
+
+    def steps(self) -> list[int]:
+        """The steps of which there are checkpoints."""
+        return sorted(self._manager.all_steps())
+
+    def best(self) -> tuple[int, float] | None:
+        """(step, accuracy) of the best checkpoint; None if none was evaluated."""
+        step = self._manager.best_step()
+        accuracy = None if step is None else self._manager.metrics(step)["accuracy"]
+        return None if accuracy in (None, _UNKNOWN) else (step, accuracy)
+
+    def _set_aside(self, step: int) -> pathlib.Path:
+        aside = self.directory.with_name(f"{self.directory.name}_damaged")
+        aside.mkdir(exist_ok=True)
+        name, number = str(step), 1
+        while (aside / name).exists():
+            name, number = f"{step}_{number}", number + 1
+        (self.directory / str(step)).rename(aside / name)
+        self._manager.reload()
+        self._saved = self._manager.latest_step()
+        return aside / name
+
+    def _guarded(self, step: int | None, write) -> None:
+        try:
+            write()
+        except Exception as error:
+            whole = [s for s in self.steps() if s != step]
+            kept = f"that of step {whole[-1]} is kept" if whole else "there is none before it"
+            raise OSError(
+                f"{self.directory}: a checkpoint could not be written ({_first_line(error)}); "
+                f"{kept}: make room and run the same command again."
+            ) from error
+
+
+def digest(tree: Any) -> str:
+    """The SHA-256 of a tree's arrays: of their paths, types, shapes and bytes.
+
+    Args:
+        tree: of arrays.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    sha = hashlib.sha256()
+    for path, array in _leaves(tree):
+        sha.update(f"{path} {array.dtype} {array.shape}".encode())
+        sha.update(np.ascontiguousarray(array).data)
+    return sha.hexdigest()
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+    """The CRC-32 of every array, by path: fast, and enough against accidents."""
+    if jax.process_count() > 1:
+        return {}
+    return {path: zlib.crc32(np.ascontiguousarray(array)) for path, array in _leaves(tree)}
+
+
+def _leaves(tree: Any) -> list[tuple[str, np.ndarray]]:
+    leaves = jax.tree.leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path), np.asarray(leaf)) for path, leaf in leaves]
+
+
+def _accuracy(metrics: Mapping[str, float]) -> float:
+    return metrics["accuracy"]
+
+
+def _first_line(error: BaseException) -> str:
+    """What went wrong, short; the cause, where the message wraps one."""
+    text = f"{error}".strip() or type(error).__name__
+    if "No space left" in text or "RESOURCE_EXHAUSTED" in text:
+        return "no space left on the device"
+    return text.splitlines()[0][:200].rstrip(".")

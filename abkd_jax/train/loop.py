@@ -1,0 +1,315 @@
+"""A run, from a config to a report: the teachers first, then the student, or all at once.
+
+Each phase is the same loop. It starts from the newest checkpoint of its folder, and all it does is
+a function of the config and the step, so that a run which was stopped at any moment goes on as if
+it had not been: a phase that was complete restores its last state and has no step left.
+"""
+
+import contextlib
+import functools
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+from jax import Array
+from jax import numpy as jnp
+
+from abkd_jax import data as datasets
+from abkd_jax import objective, schema, train
+from abkd_jax.train import checkpoint, evaluation, parallel
+from abkd_jax.train import workdir as folders
+from abkd_jax.train.fit import Fit, Run, begin, fit_phase
+from abkd_jax.train.interruption import Interruption
+from abkd_jax.train.step import Networks, Objectives
+
+_EXAMPLES = 8  # test examples whose distributions the report shows
+
+
+class Result(NamedTuple):
+    """What a phase ends with.
+
+    Attributes:
+        last: the networks that learned, after the last step.
+        best: the same as they were at best_step.
+        best_step: of the highest accuracy, on validation data where there are any.
+    """
+
+    last: Networks
+    best: Networks
+    best_step: int
+
+
+def train_and_evaluate(
+    config: ml_collections.ConfigDict | Mapping[str, Any],
+    workdir: str | os.PathLike,
+    *,
+    networks: Mapping[str, tuple[Callable, Any]] | None = None,
+    data: datasets.DataSet | None = None,
+    evaluate_only: bool = False,
+    profile: bool = False,
+) -> dict[str, Any]:
+    """Trains and evaluates all that a config asks for, or goes on where the workdir stands.
+
+    The first SIGTERM or SIGINT saves and leaves by SystemExit(0).
+
+    Args:
+        config: of the run; `abkd_jax.schema` checks it, configs/ has examples.
+        workdir: the folder of the run, which is made; not that of another config.
+        networks: {name: (apply_fn, variables)} for the networks of the config with model "given":
+            any function from variables and inputs to logits, see `models.as_outputs`.
+        data: a data set of your own (`data.from_arrays`), in place of the config's.
+        evaluate_only: evaluates the newest checkpoints, and trains nothing.
+        profile: writes a trace of a few steps of the last phase to workdir/profile.
+
+    Returns:
+        What result.json holds: {"networks": {name: {"last": scores, "best": ..., ...}}, ...}.
+
+    Raises:
+        ValueError: one sentence, if the config, the workdir or the data cannot be used.
+        OSError: one sentence, if a file cannot be written; what was saved before is kept.
+        FloatingPointError: one sentence, if a term or gradient is not finite; the batch and the
+            state before it are saved in workdir/nonfinite.
+    """
+    config = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+    given, has_data = networks or {}, data is not None
+    for name, pair in given.items():
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not callable(pair[0]):
+            raise ValueError(f"networks[{name!r}] must be (apply_fn, variables); found {pair!r}.")
+    if has_data:
+        config["data"] = {"name": schema.GIVEN, "sha256": checkpoint.digest(data)}
+    schema.check(config, given=given, has_data=has_data)
+    config = schema.DEFAULTS | config
+    mesh = parallel.mesh(config["devices"], batch_size=config["batch_size"])
+    folder = pathlib.Path(workdir)
+    with folders.locked(folder), Interruption() as interruption, _told_of_disks(folder):
+        if not has_data:
+            data = datasets.from_config(config["data"], data_seed=config["data_seed"])
+        run = Run(config, folder, data, given, mesh, interruption, profile)
+        phases = schema.phases(config)
+        states = {name: _ready(run, name) for name in schema.ready(config)}
+        states |= {name: _new(run, name) for phase in phases for name in phase.learners}
+        for phase in phases:  # all of them before the first trains, and before the folder is ours
+            _check(run, phase, states)
+        if evaluate_only and not (folder / "config.json").exists():
+            raise ValueError(f"{folder} has no checkpoint to evaluate; train first.")
+        folders.claim(folder, _about(run, phases[-1]))
+        results = {}
+        for phase in phases:
+            results[phase.name] = _phase(run, phase, states, trains=not evaluate_only)
+            states |= {n: train.frozen(state) for n, state in results[phase.name].last.items()}
+        return _conclude(run, states, results)
+
+
+def _about(run: Run, phase: schema.Phase) -> dict[str, Any]:
+    """What identifies the folder of a phase, and what it takes to load its networks."""
+    preprocess = run.data.preprocess
+    return {
+        "config": run.config,
+        "learners": phase.learners,
+        "num_classes": run.data.num_classes,
+        "preprocess": {
+            name: None if value is None else np.asarray(value, np.float64).tolist()
+            for name, value in (("mean", preprocess.mean), ("std", preprocess.std))
+        },
+    }
+
+
+def _ready(run: Run, name: str) -> train.TrainState:
+    """A network that is not trained here: given by the caller, or from another run's workdir."""
+    if name in run.given:
+        return train.adopt(*run.given[name])
+    source = pathlib.Path(run.config[name]["checkpoint"])
+    try:
+        own = name if name in folders.read_about(source)["learners"] else None
+        about, module, variables = folders.restore(source, own)
+    except ValueError as error:
+        raise ValueError(f"{name}.checkpoint: {error}") from None
+    here = _about(run, schema.phases(run.config)[-1])["preprocess"]
+    ours = schema.module(run.config, name, num_classes=run.data.num_classes)
+    for what, theirs, expected in (
+        ("the model", module, ours),
+        ("the normalisation", about["preprocess"], here),
+    ):
+        if theirs != expected:
+            raise ValueError(
+                f"{name}.checkpoint: {source} has {what} {theirs}, but this run has {expected}."
+            )
+    return train.adopt(module.apply, variables)
+
+
+def _phase(run: Run, phase: schema.Phase, states: Networks, *, trains: bool) -> Result:
+    """Trains the networks of a phase from where its folder stands, or only restores them."""
+    folder = run.workdir / phase.name
+    folder.mkdir(exist_ok=True)
+    folders.claim(folder, _about(run, phase))
+    learners, frozen = ({n: states[n] for n in names} for names in (phase.learners, phase.frozen))
+    objectives = _objectives(run, phase)
+    carry = begin(learners, objectives)
+    checkpoints = checkpoint.Checkpoints(folder / folders.CHECKPOINTS)
+    try:
+        step, carry = checkpoints.restore(carry) or (0, carry)
+        if not trains and step == 0:
+            raise ValueError(f"{folder} has no checkpoint to evaluate; train first.")
+        if trains and step < run.config["num_steps"]:
+            on_mesh = functools.partial(parallel.replicated, mesh=run.mesh)
+            split, size = _split(run, phase)
+            split = on_mesh(split) if isinstance(split, datasets.Split) else split
+            fit = Fit(run, phase, folder, on_mesh(frozen), objectives, split, size)
+            owned = on_mesh(jax.tree.map(jnp.copy, carry))  # no buffer twice, for each is donated
+            carry, step = fit_phase(fit, owned, step, checkpoints), run.config["num_steps"]
+        best_step, _ = checkpoints.best() or (step, None)
+        best = checkpoints.restore_at(best_step, carry) if best_step != step else carry
+        return Result(carry.learners, best.learners, best_step)
+    finally:
+        checkpoints.close()
+
+
+def _new(run: Run, name: str) -> train.TrainState:
+    """A network that is to learn, at step 0."""
+    built = schema.network(run.config, name, num_classes=run.data.num_classes)
+    how = {"optimizer": built.optimizer, "ema_decay": built.ema_decay}
+    if name in run.given:
+        return train.adopt(*run.given[name], **how)
+    inputs = _sample(run)
+    try:
+        return train.create(built.module, inputs, init_seed=run.config["init_seed"], **how)
+    except (TypeError, ValueError, IndexError) as error:
+        raise ValueError(_misfit(name, inputs, error)) from error
+
+
+def _objectives(run: Run, phase: schema.Phase) -> Objectives:
+    present = (*phase.learners, *phase.frozen)
+    return schema.objectives(run.config, learners=phase.learners, present=present)
+
+
+def _check(run: Run, phase: schema.Phase, states: Networks) -> None:
+    """Refuses networks that do not fit the data, and losses that read what they do not show."""
+    _split(run, phase)
+    objectives, inputs, outputs = _objectives(run, phase), _sample(run), {}
+    for name in (*phase.learners, *phase.frozen):
+        state = states[name]
+        forward = functools.partial(state.forward, train=name in objectives)
+        try:
+            outputs[name], _ = jax.eval_shape(forward, state.params, inputs, key=jax.random.key(0))
+        except (TypeError, ValueError, IndexError) as error:
+            raise ValueError(_misfit(name, inputs, error)) from error
+        shape, expected = outputs[name].logits.shape, (len(inputs), run.data.num_classes)
+        if shape != expected:
+            raise ValueError(f"{name} must give logits of shape {expected}; found {shape}.")
+    objective.check_needs(objectives, outputs)
+
+
+def _sample(run: Run) -> Array:
+    """Two examples as networks see them."""
+    return next(datasets.evaluation_batches(run.data.test, 2, run.data.preprocess))["inputs"]
+
+
+def _misfit(name: str, inputs: Array, error: Exception) -> str:
+    reason = f"{error}".strip().splitlines()[0].rstrip(".")
+    return f"{name}: its model cannot take inputs of shape {inputs.shape[1:]}: {reason}."
+
+
+def _split(run: Run, phase: schema.Phase) -> tuple[datasets.Split | datasets.Stream, int]:
+    """The examples of a phase, and how many of them are a batch."""
+    split = run.data.teacher if phase.split == "teacher" else run.data.train
+    size = run.config["batch_size"]
+    if phase.split == "labelled":
+        split = split.labelled_alone()
+        size = min(size, len(split))
+        size -= size % math.lcm(run.mesh.shape["data"], run.config["micro_batches"])
+    if not 0 < size <= len(split):
+        raise ValueError(
+            f"batch_size must be at most the {len(split)} examples to train "
+            f"{' and '.join(phase.learners)}, and at least one for each device; found {size}."
+        )
+    return split, size
+
+
+def _conclude(run: Run, states: Networks, results: Mapping[str, Result]) -> dict[str, Any]:
+    """Evaluates every network on the test set and writes result.json and the report."""
+    from abkd_jax.train import report  # matplotlib takes a second, which `import abkd_jax` saves
+
+    last, _, test = _scored(run, states)
+    found = {
+        name: {
+            "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+            "steps": int(state.step),
+            "last": last[name],
+            "best": None,
+            "sha256": None,
+        }
+        for name, state in states.items()
+    }
+    for result in results.values():
+        scores, accuracies, _ = _scored(run, result.best)
+        for name, state in result.last.items():
+            best = {"accuracy": accuracies[name], "scores": scores[name]}
+            found[name]["best"] = {"step": result.best_step} | best
+            parts = ("params", "opt_state", "batch_stats")
+            found[name]["sha256"] = {p: checkpoint.digest(getattr(state, p)) for p in parts}
+    value = {
+        "mode": run.config["mode"],
+        "num_classes": run.data.num_classes,
+        "class_names": list(run.data.class_names),
+        "evaluated_on": "test",
+        "selected_on": "test" if run.data.validation is None else "validation",
+        "networks": found,
+    }
+    folders.write_json(run.workdir / "result.json", value)
+    _write_examples(run, test)
+    report.write(run.workdir)
+    return value
+
+
+def _scored(
+    run: Run, networks: Networks
+) -> tuple[dict[str, Any], dict[str, float], evaluation.Gathered]:
+    """Scores on the test set, accuracies on the data that select, and the test set's logits."""
+    how = {"size": run.config["batch_size"], "preprocess": run.data.preprocess, "mesh": run.mesh}
+    networks = parallel.replicated(networks, run.mesh)
+    test = evaluation.gather(networks, run.data.test, **how)
+    selecting, temperatures = test, dict.fromkeys(networks)
+    if run.data.validation is not None:
+        selecting = evaluation.gather(networks, run.data.validation, **how)
+        temperatures = evaluation.temperatures(selecting)
+    scores = {
+        name: evaluation.scores(test.logits[name], test.labels, temperatures[name])
+        for name in networks
+    }
+    accuracies = {
+        name: float(np.mean(np.argmax(selecting.logits[name], axis=-1) == selecting.labels))
+        for name in networks
+    }
+    return scores, accuracies, test
+
+
+def _write_examples(run: Run, test: evaluation.Gathered) -> None:
+    """The first test examples, with the distributions of all networks."""
+    batch = next(datasets.evaluation_batches(run.data.test, _EXAMPLES))
+    count = int(np.sum(batch["where"]))
+    inputs = np.asarray(batch["inputs"])[:count]
+    parts = {"labels": test.labels[:count]}
+    if inputs.ndim == 4:
+        parts["images"] = inputs
+    for name, logits in test.logits.items():
+        parts[f"probabilities/{name}"] = np.asarray(jax.nn.softmax(logits[:count]))
+    np.savez(run.workdir / "examples.npz", **parts)
+
+
+@contextlib.contextmanager
+def _told_of_disks(workdir: pathlib.Path) -> Iterator[None]:
+    """One sentence for what the operating system refuses."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # a sentence already
+            raise
+        raise OSError(
+            f"{error.filename or workdir} cannot be written or read ({error.strerror}); the "
+            f"checkpoints in {workdir} are kept: mend this and run the same command again."
+        ) from error

@@ -1,0 +1,146 @@
+"""The metrics of a run as JSON lines, which are the record, and as TensorBoard events, a view."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FILE = "metrics.jsonl"
+
+
+class Writer:
+    """Writes rows of metrics, after those that a run had written up to the step it resumes at.
+
+    Every wall-clock number is to be named "time/...", so that all else is reproducible.
+    """
+
+    def __init__(self, directory: Path, step: int):
+        """Opens `directory/metrics.jsonl`, cut back to the step, and `directory/tensorboard`.
+
+        Args:
+            directory: made if it is missing.
+            step: the last step whose rows are kept; 0 for a new run.
+
+        Raises:
+            ValueError: if a row of the file, other than a torn last one, is no row.
+            OSError: if the file cannot be read or written.
+        """
+        from abkd_jax.train.events import Events  # tensorboardX imports torch where there is one
+
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        cut(directory, step)
+        # Unbuffered: a row is the operating system's at once, and a full disk shows at its row.
+        self._file = open(directory / FILE, "ab", buffering=0)
+        self._events = Events(directory / "tensorboard", step + 1)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends one row.
+
+        Args:
+            step: of the metrics.
+            metrics: by name, in the order in which they are written. A number of 32 bits is written
+                as the number of 64 bits that is equal to it; NaN and infinities, which JSON lacks,
+                as null.
+
+        Raises:
+            ValueError: if a metric is named "step".
+            OSError: if the file cannot be written.
+        """
+        if "step" in metrics:
+            raise ValueError("a metric cannot be named 'step', which is the row's own.")
+        values = {name: float(value) for name, value in metrics.items()}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        row = {"step": int(step)} | {name: finite.get(name) for name in values}
+        rest = memoryview(json.dumps(row, allow_nan=False).encode() + b"\n")
+        while rest:  # an unbuffered write may take a part only
+            rest = rest[self._file.write(rest) :]
+        self._events.write(int(step), finite)
+
+    def sync(self) -> None:
+        """Brings all rows to the disk, as before a checkpoint that is to find them there.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
+        os.fsync(self._file.fileno())
+        self._events.flush()
+
+    def close(self) -> None:
+        """Closes the files; closing twice does nothing."""
+        self._file.close()
+        self._events.close()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read(directory: Path) -> list[dict[str, Any]]:
+    """All rows of `directory/metrics.jsonl`; none where there is no such file.
+
+    Args:
+        directory: of the file.
+
+    Returns:
+        The rows in order; a torn last one is left out.
+
+    Raises:
+        ValueError: one sentence that names the file and the line that is no row.
+    """
+    return [row for row, _ in _rows(Path(directory) / FILE)]
+
+
+def cut(directory: Path, step: int) -> None:
+    """Cuts `directory/metrics.jsonl` back to the rows of a step and those before it.
+
+    The file is replaced as a whole, so an interruption leaves the old one or the new one. The kept
+    rows keep their bytes.
+
+    Args:
+        directory: of the file, which is made if it is missing.
+        step: the last step whose rows are kept.
+
+    Raises:
+        ValueError: one sentence that names the file and the line that is no row.
+        OSError: if the file cannot be read or written.
+    """
+    path = Path(directory) / FILE
+    kept = [line for row, line in _rows(path) if row["step"] <= step]
+    temporary = path.with_name(FILE + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(b"".join(line + b"\n" for line in kept))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _rows(path: Path) -> list[tuple[dict[str, Any], bytes]]:
+    """The rows with their lines. The last line may be torn, for the process may have been killed.
+
+    A last line that is whole but for its end is kept: no part of a JSON object is one.
+    """
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    if lines and not lines[-1]:
+        lines.pop()
+    rows = [_parsed(line) for line in lines]
+    if rows and rows[-1] is None:
+        rows.pop()
+    if None in rows:
+        raise ValueError(
+            f"{path} line {rows.index(None) + 1} must be a JSON object with an integer 'step'; "
+            f"found {lines[rows.index(None)][:80]!r}."
+        )
+    return list(zip(rows, lines, strict=False))  # a torn last line has no row
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:  # of JSON or of UTF-8
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None

@@ -1,0 +1,101 @@
+"""A table of configs over init seeds, each a run of its own that can be killed and resumed.
+
+    python -m experiments.seeds --workdir=runs/transfer --configs=configs/fashion_mnist.py
+    python -m experiments.seeds --workdir=runs/omitted --configs=configs/fashion_mnist.py:omit=5 \\
+        --of_class=5
+    python -m experiments.seeds --workdir=runs/online \\
+        --configs=configs/online_fashion_mnist.py:method=bdkd \\
+        --configs=configs/online_fashion_mnist.py:method=dml \\
+        --configs=configs/online_fashion_mnist.py:method=independent
+
+Figures are of the test set after the last step: mean +- standard deviation over the seeds. The
+second part of the table is after temperature scaling, fitted on validation data.
+"""
+
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from abkd_jax.train import loop
+
+_CONFIGS = flags.DEFINE_multi_string("configs", None, "Config files, with their arguments.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder that holds the runs.", required=True)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "How many init seeds.", lower_bound=1)
+_CLASS = flags.DEFINE_integer("of_class", None, "A class whose accuracy is to be shown, too.")
+_COLUMNS = (("nll", "NLL", 1, 3), ("ece", "ECE %", 100, 2), ("adaptive_ece", "aECE %", 100, 2))
+_WIDTH = 17
+
+
+def main(argv: list[str]) -> None:
+    """Runs what is missing, and prints the table."""
+    del argv
+    logging.set_verbosity(logging.ERROR)
+    rows = {}
+    for text in _CONFIGS.value:
+        config = _config(text)
+        folder = pathlib.Path(_WORKDIR.value) / re.sub(r"[^\w.=,-]+", "_", text)
+        results = [_run(config, folder, seed) for seed in range(_SEEDS.value)]
+        for name in results[0]["networks"]:
+            rows[f"{text.partition(':')[2] or text}: {name}"] = [
+                result["networks"][name]["last"] for result in results
+            ]
+    _print(rows)
+
+
+def _config(text: str) -> ml_collections.ConfigDict:
+    """The config of a file and its argument."""
+    holder = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", flag_values=holder)
+    try:
+        holder(["seeds", f"--config={text}"])
+    except (AttributeError, OSError, TypeError, ValueError) as error:
+        sys.exit(f"--configs={text}: {error}")
+    return config.value
+
+
+def _run(config: ml_collections.ConfigDict, folder: pathlib.Path, seed: int) -> Mapping[str, Any]:
+    """The result of one seed: read if the run is complete, else made."""
+    workdir = folder / f"seed_{seed}"
+    config = config.to_dict() | {"init_seed": seed}
+    print(f"{workdir}", file=sys.stderr)
+    try:
+        if not (workdir / "result.json").exists():
+            loop.train_and_evaluate(config, workdir)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"{error}")
+    return json.loads((workdir / "result.json").read_text())
+
+
+def _print(rows: Mapping[str, list[Mapping[str, Any]]]) -> None:
+    width = 2 + max(map(len, rows))
+    titles = [title for _, title, *_ in _COLUMNS]
+    extra = [] if _CLASS.value is None else [f"of class {_CLASS.value} %"]
+    header = ["accuracy %", *extra, *titles, "T", *(f"{title} scaled" for title in titles)]
+    print(" " * width + "".join(f"{title:>{_WIDTH}}" for title in header))
+    for name, scores in rows.items():
+        cells = [_cell([s["accuracy"] for s in scores], 100, 2)]
+        if _CLASS.value is not None:
+            cells.append(_cell([s["class_accuracy"][_CLASS.value] for s in scores], 100, 1))
+        cells += [_cell([s[key] for s in scores], *how) for key, _, *how in _COLUMNS]
+        if scores[0]["scaled"] is not None:
+            cells.append(_cell([s["temperature"] for s in scores], 1, 2))
+            cells += [_cell([s["scaled"][key] for s in scores], *how) for key, _, *how in _COLUMNS]
+        print(f"{name:{width}}" + "".join(f"{cell:>{_WIDTH}}" for cell in cells))
+
+
+def _cell(values: list[float], factor: float, digits: int) -> str:
+    values = factor * np.asarray(values, float)
+    spread = f" +- {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{spread}"
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,424 @@
+"""Networks that know nothing of this library, through its training step."""
+
+import functools
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax import numpy as jnp
+
+from abkd_jax import losses, models, train
+from abkd_jax.divergences import forward_kl
+from abkd_jax.models import as_outputs, split_variables
+from abkd_jax.train import TrainState, eval_step, optimizer, train_step
+from abkd_jax.types import Outputs, Term, bind
+
+K, D, B = 4, 6, 16
+
+
+class Plain(nn.Module):
+    """Logits, and no train."""
+
+    width: int = 8
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(K)(nn.relu(nn.Dense(self.width)(x)))
+
+
+class Normed(nn.Module):
+    """Batch norm and dropout."""
+
+    rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(nn.Dense(8)(x))
+        x = nn.Dropout(self.rate, deterministic=not train)(nn.relu(x))
+        return nn.Dense(K)(x)
+
+
+class Dropped(nn.Module):
+    """Dropout alone."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        return nn.Dense(K)(nn.Dropout(0.5, deterministic=not train)(nn.relu(nn.Dense(8)(x))))
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs, batch_norm=False):
+        self.first = nnx.Linear(D, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs) if batch_norm else None
+        self.last = nnx.Linear(8, K, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.first(x)
+        x = x if self.norm is None else self.norm(x)
+        return self.last(nnx.relu(x))
+
+
+def make_batch(seed=0):
+    rng = np.random.default_rng(seed)
+    where = np.arange(B) < B - 2
+    labels = jnp.asarray(rng.integers(0, K, B))
+    inputs = jnp.asarray(1 + 2 * rng.normal(size=(B, D)), jnp.float32)
+    return {"inputs": inputs, "labels": labels, "where": where, "labelled": where}
+
+
+def linen(module, seed=0):
+    return module.apply, module.init(jax.random.key(seed), jnp.zeros((1, D)), train=False)
+
+
+def plain_linen(seed=0):
+    module = Plain()
+    return module.apply, module.init(jax.random.key(seed), jnp.zeros((1, D)))
+
+
+def around_linen(seed=0):
+    """A function of a linen module's variables, which says itself what training is."""
+    module = Normed()
+    return lambda v, x: module.apply(v, x, train=False), linen(module, seed)[1]
+
+
+def around_plain_linen(seed=0):
+    module = Plain()
+    return lambda v, x: module.apply(v, x), plain_linen(seed)[1]
+
+
+def nnx_network(seed=0):
+    graphdef, state = nnx.split(Nnx(nnx.Rngs(seed)))
+    return lambda state, x: nnx.merge(graphdef, state)(x), state
+
+
+def nnx_batch_norm(seed=0):
+    """In evaluation: its statistics are no parameters."""
+    model = Nnx(nnx.Rngs(seed), batch_norm=True)
+    model(make_batch()["inputs"])  # in training still: moves the statistics
+    model.eval()
+    graphdef, params, stats = nnx.split(model, nnx.Param, ...)
+    call = lambda v, x: nnx.merge(graphdef, v["params"], v["batch_stats"])(x)  # noqa: E731
+    return call, {"params": params, "batch_stats": stats}
+
+
+def haiku_style(seed=0):
+    """A pure function of a nested dictionary."""
+    keys = jax.random.split(jax.random.key(seed))
+    params = {
+        "linear": {"w": 0.5 * jax.random.normal(keys[0], (D, 8)), "b": jnp.zeros(8)},
+        "linear_1": {"w": 0.5 * jax.random.normal(keys[1], (8, K)), "b": jnp.zeros(K)},
+    }
+
+    def apply(params, x):
+        first, last = params["linear"], params["linear_1"]
+        return jax.nn.relu(x @ first["w"] + first["b"]) @ last["w"] + last["b"]
+
+    return apply, params
+
+
+def equinox_style(seed=0):
+    """A pytree that is no mapping, for one example, and parts of Outputs."""
+    first, last = jax.tree.leaves(haiku_style(seed)[1])[1::2]
+
+    def one(layers, x):
+        hidden = jnp.tanh(x @ layers[0])
+        return Outputs(logits=hidden @ layers[1], hidden=hidden)
+
+    return lambda layers, x: jax.vmap(one, (None, 0))(layers, x), (first, last)
+
+
+NETWORKS = {
+    "linen": plain_linen,
+    "linen, batch norm": lambda seed=0: linen(Normed(), seed),
+    "linen, batch norm and dropout": lambda seed=0: linen(Normed(rate=0.5), seed),
+    "linen, dropout": lambda seed=0: linen(Dropped(), seed),
+    "a function around linen": around_plain_linen,
+    "a function around linen with batch norm": around_linen,
+    "NNX": nnx_network,
+    "NNX, batch norm in evaluation": nnx_batch_norm,
+    "a pure function of dictionaries": haiku_style,
+    "a pure function of tuples": equinox_style,
+}
+every_network = pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+
+
+def make_state(apply_fn, variables):
+    params, batch_stats = split_variables(apply_fn, variables)
+    rule = bind(optimizer.sgd, learning_rate=0.1)
+    tx = optimizer.of(rule)
+    return TrainState(
+        step=jnp.zeros((), int),
+        apply_fn=as_outputs(apply_fn),
+        params=params,
+        tx=tx,
+        opt_state=tx.init(params)._replace(hyperparams=dict(rule.numbers)),
+        batch_stats=batch_stats,
+        hyperparams=dict(rule.numbers),
+    )
+
+
+def terms(task=1.0):
+    distill = bind(losses.on_logits, divergence=forward_kl)
+    return {
+        "task": Term(bind(losses.cross_entropy), jnp.asarray(task), where="labelled"),
+        "distill": Term(distill, jnp.ones(())),
+    }
+
+
+def changed(before, after):
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    return [not np.array_equal(a, b) for a, b in pairs]
+
+
+@every_network
+def test_as_a_student(make):
+    student, teacher = make_state(*make(0)), train.frozen(make_state(*haiku_style(1)))
+    networks, batch = {"student": student, "teacher": teacher}, make_batch()
+    values = []
+    for step in range(12):
+        batch["key"] = jax.random.key(step)
+        networks, metrics = train_step(networks, batch, {"student": terms()})
+        values.append(float(metrics["student/loss"]))
+    assert np.mean(values[-3:]) < np.mean(values[:3])
+    assert all(changed(student.params, networks["student"].params))
+    assert not any(changed(teacher.params, networks["teacher"].params))
+
+
+@every_network
+def test_as_a_teacher(make):
+    apply_fn, variables = make(0)
+    student, teacher = make_state(*haiku_style(1)), train.frozen(make_state(apply_fn, variables))
+    networks, batch = {"student": student, "teacher": teacher}, make_batch()
+    logits = networks["teacher"].forward(teacher.params, batch["inputs"], train=False)[0].logits
+    expected = apply_fn(variables, batch["inputs"])
+    expected = expected.logits if isinstance(expected, Outputs) else expected
+    np.testing.assert_allclose(logits, expected, rtol=1e-6, atol=1e-6)
+    objectives = {"student": terms(task=0.0)}
+    networks, first = train_step(networks, batch, objectives)
+    own, _ = student.forward(student.params, batch["inputs"], train=False)
+    log_p, log_q = (jax.nn.log_softmax(x) for x in (expected, own.logits))
+    kl = np.sum(np.exp(log_p) * (log_p - log_q), -1)[batch["where"]].mean()
+    np.testing.assert_allclose(first["student/distill"], kl, rtol=1e-4)
+    for _ in range(5):
+        networks, metrics = train_step(networks, batch, objectives)
+    assert metrics["student/distill"] < first["student/distill"]
+    assert not any(changed(teacher, networks["teacher"]))
+
+
+@every_network
+def test_evaluation(make):
+    apply_fn, variables = make(0)
+    _, examples = eval_step({"it": make_state(apply_fn, variables)}, make_batch())
+    expected = apply_fn(variables, make_batch()["inputs"])
+    expected = expected.logits if isinstance(expected, Outputs) else expected
+    np.testing.assert_allclose(examples["it"]["logits"], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make", [NETWORKS["linen, batch norm"], NETWORKS["linen, batch norm and dropout"]]
+)
+def test_linens_statistics_move_in_training_as_linen_moves_them(make):
+    apply_fn, variables = make(0)
+    state, batch = make_state(apply_fn, variables), make_batch()
+    assert set(variables) == {"params", "batch_stats"}
+    key = jax.random.key(3)
+    outputs, stats = state.forward(state.params, batch["inputs"], train=True, key=key)
+    logits, expected = apply_fn(
+        variables, batch["inputs"], train=True, rngs={"dropout": key}, mutable=["batch_stats"]
+    )
+    np.testing.assert_array_equal(outputs.logits, logits)
+    jax.tree.map(np.testing.assert_array_equal, stats, expected["batch_stats"])
+    assert all(changed(stats, state.batch_stats))
+    outputs, stats = state.forward(state.params, batch["inputs"], train=False)
+    np.testing.assert_array_equal(outputs.logits, apply_fn(variables, batch["inputs"]))
+    assert not any(changed(stats, state.batch_stats))
+    networks, _ = train_step(
+        {"student": state, "teacher": train.frozen(state)},
+        batch | {"key": key},
+        {"student": terms()},
+    )
+    assert all(changed(state.batch_stats, networks["student"].batch_stats))
+    assert not any(changed(state.batch_stats, networks["teacher"].batch_stats))
+
+
+def test_dropout_has_the_steps_key_in_training_only():
+    state, inputs = make_state(*linen(Dropped())), make_batch()["inputs"]
+    forward = functools.partial(state.forward, state.params, inputs)
+    logits = [forward(train=True, key=jax.random.key(k))[0].logits for k in (0, 0, 1)]
+    np.testing.assert_array_equal(logits[0], logits[1])
+    assert np.any(logits[0] != logits[2])
+    evaluations = [forward(train=False, key=k)[0].logits for k in (None, jax.random.key(1))]
+    np.testing.assert_array_equal(*evaluations)
+    assert np.any(evaluations[0] != logits[0])
+
+
+@pytest.mark.parametrize("make", [around_linen, nnx_batch_norm])
+def test_statistics_of_a_function_stay_and_are_not_learned(make):
+    state = make_state(*make())
+    assert jax.tree.leaves(state.batch_stats)
+    networks = {"student": state, "teacher": train.frozen(state)}
+    networks, _ = train_step(networks, make_batch(), {"student": terms()})
+    assert all(changed(state.params, networks["student"].params))
+    assert not any(changed(state.batch_stats, networks["student"].batch_stats))
+
+
+def test_a_function_is_told_of_train_and_key_if_it_takes_them():
+    def apply(params, x, *, train, key=None):
+        keep = jnp.ones(D) if key is None else jax.random.bernoulli(key, 0.5, (D,))
+        return (x * keep) @ params * (2.0 if train else 1.0)
+
+    params, inputs = jnp.ones((D, K)), make_batch()["inputs"]
+    state = make_state(apply, params)
+    evaluation, _ = state.forward(params, inputs, train=False)
+    np.testing.assert_allclose(evaluation.logits, inputs @ params, rtol=1e-6)
+    training, _ = state.forward(params, inputs, train=True)
+    np.testing.assert_allclose(training.logits, 2 * inputs @ params, rtol=1e-6)
+    dropped, _ = state.forward(params, inputs, train=True, key=jax.random.key(0))
+    assert np.any(dropped.logits != training.logits)
+    # Keywords of any name are no promise to understand these.
+    as_outputs(lambda params, x, **options: x @ params if not options else 1 / 0)(
+        {"params": params, "batch_stats": {}}, inputs, train=True, key=None
+    )
+
+
+def test_outputs_of_the_users_are_passed_on():
+    outputs, _ = make_state(*equinox_style()).forward(
+        equinox_style()[1], make_batch()["inputs"], train=False
+    )
+    assert outputs.hidden.shape == (B, 8) and outputs.unembedding is None
+    outputs, _ = make_state(*plain_linen()).forward(
+        split_variables(*plain_linen())[0], make_batch()["inputs"], train=False
+    )
+    assert outputs == Outputs(logits=outputs.logits)
+
+
+def test_the_librarys_own_modules_are_as_train_creates_them():
+    module = models.from_config("cnn", dict(widths=(4,), batch_norm=True), num_classes=K, field="x")
+    inputs = jnp.ones((2, 4, 4, 1))
+    own = train.create(
+        module, inputs, init_seed=0, optimizer=bind(optimizer.sgd, learning_rate=0.1)
+    )
+    other = make_state(module.apply, {"params": own.params, "batch_stats": own.batch_stats})
+    for mode in (False, True):
+        expected = own.forward(own.params, inputs, train=mode)
+        actual = other.forward(own.params, inputs, train=mode)
+        jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+# --- split_variables ----------------------------------------------------------------------------
+
+
+def test_splitting():
+    function = lambda variables, x: x  # noqa: E731
+    tree, stats = {"w": jnp.ones(2)}, {"mean": jnp.zeros(2)}
+    both, alone, empty = (
+        {"params": tree, "batch_stats": stats},
+        {"params": tree},
+        {"params": tree, "batch_stats": {}},
+    )
+    for linen_apply in (Plain().apply, Normed().apply):
+        assert split_variables(linen_apply, both) == (tree, stats)
+        assert split_variables(linen_apply, alone) == (tree, {})
+        assert split_variables(linen_apply, empty) == (tree, {})
+    assert split_variables(function, both) == (tree, stats)
+    others = (alone, empty, tree, both | {"cache": tree}, [tree], (), None, tree["w"])
+    for whole in others:
+        assert split_variables(function, whole) == (whole, {})
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"params": {"w": 1.0}, "batch_stats": {"mean": 0.0}},
+        {"params": {"w": 1.0}, "batch_stats": {}},
+        {"params": {"w": 1.0}},
+        {"batch_stats": {"w": 1.0}},
+        {"params": [], "batch_stats": {"mean": 0.0}, "cache": 1.0},
+        [1.0],
+    ],
+)
+def test_a_function_is_given_the_variables_that_were_split(variables):
+    seen = []
+
+    def function(variables, x):
+        seen.append(variables)
+        return x
+
+    params, batch_stats = split_variables(function, variables)
+    stored = {"params": params, "batch_stats": batch_stats}
+    _, after = as_outputs(function)(stored, jnp.ones(K), train=True, key=None)
+    assert seen == [variables] and after == batch_stats
+
+
+@pytest.mark.parametrize("names", [("params", "cache"), ("batch_stats",), ()])
+def test_collections_without_a_place_are_refused(names):
+    with pytest.raises(ValueError) as error:
+        split_variables(Plain().apply, {name: {"w": jnp.ones(2)} for name in names})
+    assert str(error.value) == (
+        "variables of a linen module must be params and, if there are any, batch_stats; found "
+        f"{', '.join(names) or 'none'}."
+    )
+
+
+# --- one adapter a network ----------------------------------------------------------------------
+
+
+def test_equal_modules_have_one_adapter():
+    assert Plain(8).apply != Plain(8).apply  # why the module is the key, not its method
+    assert as_outputs(Plain(8).apply) is as_outputs(Plain(8).apply)
+    assert as_outputs(Plain(8).apply) is not as_outputs(Plain(9).apply)
+    assert as_outputs(Plain(8).apply) is not as_outputs(Normed().apply)
+    function = haiku_style()[0]
+    assert as_outputs(function) is as_outputs(function)
+    assert as_outputs(function) is not as_outputs(haiku_style()[0])
+
+
+def test_states_of_equal_modules_share_a_compilation():
+    traces = itertools.count()
+
+    class Counting(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            next(traces)
+            return nn.Dense(K)(x)
+
+    def state(seed):
+        module = Counting()
+        return make_state(module.apply, module.init(jax.random.key(seed), jnp.zeros((1, D))))
+
+    states = [state(seed) for seed in range(3)]
+    before = next(traces)
+    for it in states:
+        eval_step({"it": it}, make_batch())
+    assert next(traces) == before + 2  # traced once
+
+
+@pytest.mark.parametrize(
+    "value,found",
+    [
+        ((jnp.ones(K),), "tuple"),
+        (None, "NoneType"),
+        ({"logits": jnp.ones(K)}, "dict"),
+        (1.0, "float"),
+    ],
+)
+def test_what_is_neither_logits_nor_outputs_is_refused(value, found):
+    def network(params, x):
+        return value
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return value
+
+    for apply_fn, name in ((network, "network"), (Network().apply, "Network.apply")):
+        for mode in (False, True):
+            with pytest.raises(TypeError) as error:
+                as_outputs(apply_fn)(
+                    {"params": {}, "batch_stats": {}}, jnp.ones((1, D)), train=mode, key=None
+                )
+            message = f"{name} must return logits [..., K] or Outputs; found {found}."
+            assert str(error.value) == message

@@ -1,0 +1,477 @@
+"""Image sets in TFDS's layout, written here: what is read from them, and every refusal."""
+
+import importlib
+import io
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from array_record.python import array_record_module
+from jax import numpy as jnp
+from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2
+
+from abkd_jax import data
+
+images = importlib.import_module("abkd_jax.data.images")  # not the function of that name
+
+SHARED = pathlib.Path(__file__).parents[2] / "shared/data/tfds"
+NAMES = ("ant", "bee", "cow")
+SIZES = {"train": 30, "test": 12}
+
+
+def pictures(size, shape=(4, 5, 3), seed=0):
+    """Random images, and labels that go round."""
+    drawn = np.random.default_rng(seed).integers(0, 256, (size, *shape), dtype=np.uint8)
+    return list(drawn), np.arange(size) % len(NAMES)
+
+
+def png(image):
+    buffer = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_records(path, examples):
+    """Serialised tf.train.Examples; values are bytes or integers."""
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+    for example in examples:
+        message = tf_example_pb2.Example()
+        for key, value in example.items():
+            feature = message.features.feature[key]
+            if isinstance(value, bytes):
+                feature.bytes_list.value.append(value)
+            else:
+                feature.int64_list.value.append(int(value))
+        writer.write(message.SerializeToString())
+    writer.close()
+
+
+def image_feature(shape):
+    dimensions = [str(-1 if side is None else side) for side in shape]
+    kind = "tensorflow_datasets.core.features.image_feature.Image"
+    return {
+        "image": {"dtype": "uint8", "shape": {"dimensions": dimensions}},
+        "pythonClassName": kind,
+    }
+
+
+LABEL = {
+    "classLabel": {"numClasses": str(len(NAMES))},
+    "pythonClassName": "tensorflow_datasets.core.features.class_label_feature.ClassLabel",
+}
+
+
+def write_set(root, splits, shape=(4, 5, 3), name="tiny", features=None, file_format=None):
+    """A prepared set in TFDS's layout; its folder."""
+    folder = root / name / "1.0.0"
+    folder.mkdir(parents=True)
+    features = features or {"image": image_feature(shape), "label": LABEL}
+    information = {
+        "fileFormat": file_format or "array_record",
+        "moduleName": "nowhere",
+        "name": name,
+        "splits": [
+            {
+                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+                "name": split,
+                "numBytes": "1000",
+                "shardLengths": [str(len(labels))],
+            }
+            for split, (_, labels) in splits.items()
+        ],
+        "version": "1.0.0",
+    }
+    kind = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+    (folder / "dataset_info.json").write_text(json.dumps(information))
+    (folder / "features.json").write_text(
+        json.dumps({"featuresDict": {"features": features}, "pythonClassName": kind})
+    )
+    (folder / "label.labels.txt").write_text("\n".join(NAMES))
+    for split, (drawn, labels) in splits.items():
+        path = folder / f"{name}-{split}.array_record-00000-of-00001"
+        pairs = zip(drawn, labels, strict=True)
+        write_records(path, [{"image": png(i), "label": label} for i, label in pairs])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return {name: pictures(size, seed=size) for name, size in SIZES.items()}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, splits):
+    folder = tmp_path_factory.mktemp("tfds")
+    write_set(folder, splits)
+    return folder
+
+
+def load(root, data_seed=0, **hypers):
+    group = dict(name="tiny", validation=0, data_dir=str(root)) | hypers
+    return data.from_config(group, data_seed=data_seed)
+
+
+def refusal(root, **hypers):
+    with pytest.raises(ValueError) as error:
+        load(root, **hypers)
+    return str(error.value)
+
+
+def rows_of(inputs, labels):
+    """Each image with its label as bytes, sorted."""
+    pairs = zip(inputs, labels, strict=True)
+    return sorted(np.asarray(image).tobytes() + bytes([label]) for image, label in pairs)
+
+
+# --- what is read -------------------------------------------------------------------------------
+
+
+def test_what_was_written_is_read(root, splits):
+    dataset = load(root)
+    assert dataset.validation is None
+    assert dataset.num_classes == 3 and dataset.class_names == NAMES
+    for name in SIZES:
+        split = getattr(dataset, name)
+        assert split.inputs.dtype == jnp.uint8 and split.labels.dtype == jnp.int32
+        assert split.inputs.shape == (SIZES[name], 4, 5, 3) and split.labelled.all()
+        assert rows_of(split.inputs, np.asarray(split.labels)) == rows_of(*splits[name])
+    np.testing.assert_array_equal(dataset.test.inputs, np.stack(splits["test"][0]))  # in order
+
+
+def test_a_greyscale_set_keeps_its_channel_axis(tmp_path):
+    drawn = {name: pictures(6, (3, 3, 1)) for name in SIZES}
+    write_set(tmp_path, drawn, (3, 3, 1))
+    dataset = load(tmp_path)
+    np.testing.assert_array_equal(dataset.test.inputs, np.stack(drawn["test"][0]))
+    assert dataset.preprocess.mean.shape == (1,)
+
+
+def test_the_validation_images_are_a_random_part_of_the_training_images(root, splits):
+    dataset = load(root, validation=9)
+    parts = [rows_of(s.inputs, np.asarray(s.labels)) for s in (dataset.train, dataset.validation)]
+    assert [len(part) for part in parts] == [21, 9]
+    assert sorted(parts[0] + parts[1]) == rows_of(*splits["train"])
+    again, other = load(root, validation=9), load(root, validation=9, data_seed=1)
+    np.testing.assert_array_equal(dataset.validation.inputs, again.validation.inputs)
+    assert rows_of(other.validation.inputs, np.asarray(other.validation.labels)) != parts[1]
+
+
+def test_labels_withheld_and_classes_omitted_are_the_students_loss_alone(root):
+    dataset = load(root, validation=3, labelled=6, omit=(1,))
+    kept = np.asarray(dataset.train.labels)[np.asarray(dataset.train.labelled)]
+    np.testing.assert_array_equal(np.bincount(kept, minlength=3), [2, 0, 2])
+    assert set(np.asarray(dataset.train.labels).tolist()) == {0, 2}
+    assert len(dataset.teacher) == 27 and dataset.teacher.labelled.all()
+    assert set(np.asarray(dataset.teacher.labels).tolist()) == {0, 1, 2}
+    assert set(np.asarray(dataset.test.labels).tolist()) == {0, 1, 2}
+
+
+def test_the_default_normalisation_is_that_of_the_training_images(root):
+    dataset = load(root, validation=9, omit=(0,), pad=2, flip=True)
+    pixels = np.asarray(dataset.teacher.inputs, np.float64) / 255
+    np.testing.assert_allclose(dataset.preprocess.mean, pixels.mean((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(dataset.preprocess.std, pixels.std((0, 1, 2)), rtol=1e-6)
+    assert (dataset.preprocess.pad, dataset.preprocess.flip) == (2, True)
+    given = load(root, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)).preprocess
+    np.testing.assert_allclose(given.mean, [0.1, 0.2, 0.3], rtol=1e-6)
+    np.testing.assert_allclose(given.std, [0.4, 0.5, 0.6], rtol=1e-6)
+
+
+def test_the_folder_may_come_from_the_environment(root, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(root))
+    assert len(load("").train) == SIZES["train"]
+
+
+def test_one_line_says_what_was_decoded_where_there_is_no_terminal(root, capsys):
+    load(root)
+    lines = capsys.readouterr().err.splitlines()
+    told = [line for line in lines if line.startswith("decoded ")]
+    assert [line.split(" in ")[0] for line in told] == [
+        "decoded 30 images of tiny (train)",
+        "decoded 12 images of tiny (test)",
+    ]
+
+
+# --- streams ------------------------------------------------------------------------------------
+
+NORMAL = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+
+
+def test_a_stream_has_the_images_of_the_set_in_memory(root):
+    streamed = load(root, validation=9, stream="always", pad=1, flip=True, **NORMAL)
+    resident = load(root, validation=9, stream="never", pad=1, flip=True, **NORMAL)
+    assert isinstance(streamed.train, data.Stream) and streamed.teacher is streamed.train
+    assert isinstance(resident.train, data.Split)
+    assert streamed.preprocess.pad == 1 and streamed.preprocess.flip
+    for name in ("train", "validation", "test"):
+        ours, theirs = getattr(streamed, name), getattr(resident, name)
+        assert len(ours) == len(theirs)
+        batches = [
+            list(data.evaluation_batches(split, 5, streamed.preprocess)) for split in (ours, theirs)
+        ]
+        for batch, expected in zip(*batches, strict=True):
+            where = np.asarray(expected["where"])
+            np.testing.assert_array_equal(batch["where"], where)
+            np.testing.assert_array_equal(batch["labelled"], expected["labelled"])
+            np.testing.assert_array_equal(batch["inputs"], expected["inputs"])
+            np.testing.assert_array_equal(batch["labels"], expected["labels"])
+
+
+def test_large_sets_are_streamed_of_themselves(root, monkeypatch):
+    num_bytes = sum(SIZES.values()) * 4 * 5 * 3
+    monkeypatch.setattr(images, "_RESIDENT_BYTES", num_bytes)
+    assert isinstance(load(root, **NORMAL).train, data.Split)
+    monkeypatch.setattr(images, "_RESIDENT_BYTES", num_bytes - 1)
+    dataset = load(root, **NORMAL)
+    assert isinstance(dataset.train, data.Stream) and dataset.validation is None
+
+
+@pytest.fixture(scope="module")
+def varied(tmp_path_factory):
+    """A set whose images vary in shape."""
+    folder = tmp_path_factory.mktemp("varied")
+    drawn = [pictures(1, (6 + i % 5, 5 + i % 7, 3), seed=i)[0][0] for i in range(12)]
+    write_set(folder, {name: (drawn, np.arange(12) % 3) for name in SIZES}, (None, None, 3))
+    return folder
+
+
+def test_images_of_varying_shape_are_streamed_at_one_size(varied):
+    dataset = load(varied, image_size=4, flip=True, **NORMAL)
+    assert dataset.train.flip and not dataset.preprocess.flip  # the host has flipped
+    fed, _ = data.Feed(dataset.train, data_seed=0, size=5)(0)
+    assert fed.inputs.shape == (5, 4, 4, 3) and fed.inputs.dtype == np.uint8
+    (batch,) = data.evaluation_batches(dataset.test, 12, dataset.preprocess)
+    assert batch["inputs"].shape == (12, 4, 4, 3)
+    np.testing.assert_array_equal(batch["labels"], np.arange(12) % 3)
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+REFUSED = [
+    (dict(validation=30), "data.validation must lie between 0 and 29; found 30."),
+    (dict(validation=-1), "data.validation must lie between 0 and 29; found -1."),
+    (dict(labelled=4),
+     "data.labelled must be a multiple of the 3 classes, with at most 10 examples of each; "
+     "found 4."),
+    (dict(omit=(0, 3)), "data.omit must name classes in 0..2; found (0, 3)."),
+    (dict(omit=(-1,)), "data.omit must name classes in 0..2; found (-1,)."),
+    (dict(omit=(0, 1, 2)), "data.omit leaves no training example; found (0, 1, 2)."),
+    (dict(mean=(0.5,) * 3),
+     "data.mean and data.std must be given together, or neither; found mean=(0.5, 0.5, 0.5) and "
+     "std=()."),
+    (dict(mean=(0.5,), std=(0.5,)),
+     "data.mean must have a number for each of the 3 channels; found (0.5,)."),
+    (dict(mean=(0.5,) * 3, std=(0.5,)),
+     "data.std must have a number for each of the 3 channels; found (0.5,)."),
+    (dict(mean=(0.5,) * 3, std=(0.5, 0.0, 0.5)),
+     "data.std must be positive in each channel; found (0.5, 0.0, 0.5)."),
+    (dict(pad=-1), "data.pad must be at least 0; found -1."),
+    (dict(test_split="tset"),
+     "data.test_split: the set 'tiny' has no split 'tset'; its splits are train, test."),
+    (dict(stream="yes"), "data.stream must be one of auto, always, never; found 'yes'."),
+    (dict(stream="always"),
+     "data.mean and data.std must be given for a stream, with a number for each of the 3 channels; "
+     "found mean=() and std=()."),
+    (dict(stream="always", labelled=3),
+     "data.labelled and data.omit need the images in memory, but 'tiny' is streamed; leave them "
+     "out, or set data.stream='never' and data.image_size=0."),
+    (dict(image_size=4, omit=(1,)),
+     "data.labelled and data.omit need the images in memory, but 'tiny' is streamed; leave them "
+     "out, or set data.stream='never' and data.image_size=0."),
+    (dict(stream="never", image_size=4),
+     "data.stream='never' cannot be combined with data.image_size, whose crops are made as the "
+     "images are read; set data.stream='auto', or data.image_size=0."),
+    (dict(image_size=4, pad=1, **NORMAL),
+     "data.pad must be 0 with data.image_size, which crops at random; found 1."),
+    (dict(image_size=-1), "data.image_size must be at least 0; found -1."),
+    (dict(validation=1.0), "data.validation must be of type int; found 1.0."),
+    (dict(mean=(1, 2, 3)), "data.mean must be a tuple of float; found (1, 2, 3)."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("hypers,message", REFUSED)
+def test_refusals(root, hypers, message):
+    assert refusal(root, **hypers) == message
+
+
+@pytest.mark.parametrize(
+    "group,message",
+    [
+        pytest.param(
+            dict(name="cifar10O", validation=0),
+            "data.name must be digits or an image-classification set of tensorflow_datasets; found "
+            "'cifar10O' (did you mean 'cifar10'?).",
+            id="a near miss",
+        ),
+        pytest.param(
+            dict(name="qqqqqq", validation=0),
+            "data.name must be digits or an image-classification set of tensorflow_datasets; found "
+            "'qqqqqq'.",
+            id="no near miss",
+        ),
+        pytest.param(
+            dict(name="cifar100", validation=0, flop=True),
+            "data.flop is unknown (did you mean 'flip'?); images takes validation, labelled, omit, "
+            "pad, flip, mean, std, data_dir, download, test_split, stream, image_size.",
+            id="an unknown keyword",
+        ),
+        pytest.param(
+            dict(name="cifar100"),
+            "data.validation is missing; images takes validation, labelled, omit, pad, flip, mean, "
+            "std, data_dir, download, test_split, stream, image_size.",
+            id="a missing keyword",
+        ),
+    ],
+)
+def test_a_group_is_refused_before_anything_is_read(group, message):
+    with pytest.raises(ValueError) as error:
+        data.check(group)
+    assert str(error.value) == message
+    with pytest.raises(ValueError) as error:
+        data.from_config(group, data_seed=0)
+    assert str(error.value) == message
+
+
+def test_a_known_group_is_not_read_by_its_check(tmp_path):
+    data.check(dict(name="cifar100", validation=0, data_dir=str(tmp_path / "absent")))
+
+
+def test_a_set_that_is_not_prepared(tmp_path):
+    assert refusal(tmp_path, name="mnist") == (
+        f"data.name: the set 'mnist' is not prepared in {tmp_path}; install TensorFlow with pip "
+        "install 'abkd_jax[prepare]' and set data.download=True to prepare it, or give a "
+        "data.data_dir or TFDS_DATA_DIR that has it in ArrayRecord format."
+    )
+
+
+def test_preparing_needs_tensorflow(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert refusal(tmp_path, name="mnist", download=True) == (
+        "data.download=True needs TensorFlow to prepare a set; install it with pip install "
+        "'abkd_jax[prepare]', or set data.data_dir to a folder that has the set."
+    )
+
+
+@pytest.mark.parametrize("name", ["cifar100/none", "cifar100:9.9.9", "tiny:2.0.0"])
+def test_a_config_or_a_version_that_a_set_does_not_have(root, name):
+    message = refusal(root, name=name)
+    assert message.startswith(
+        "data.name must be a set of tensorflow_datasets, with a config and a version that it has; "
+        f"found {name!r} ("
+    )
+    assert message.endswith(").") and "\n" not in message
+
+
+def test_another_format_than_array_record(tmp_path, splits):
+    write_set(tmp_path, splits, file_format="tfrecord")
+    assert refusal(tmp_path) == (
+        f"data.name: the set 'tiny' in {tmp_path} is in tfrecord format, and array_record is "
+        "needed; give another data.data_dir, which has it so or in which data.download=True "
+        "prepares it."
+    )
+
+
+def test_a_folder_that_does_not_exist(tmp_path, monkeypatch):
+    absent = tmp_path / "images.v2"  # a name that the refusal must not take for its own
+    expected = (
+        " must be a folder with prepared sets of TFDS; found "
+        f"{str(absent)!r}, which does not exist: correct it, or set data.download=True to prepare "
+        "the set there."
+    )
+    assert refusal(absent, name="mnist") == "data.data_dir" + expected
+    monkeypatch.setenv("TFDS_DATA_DIR", str(absent))
+    assert refusal("", name="mnist") == "TFDS_DATA_DIR" + expected
+
+
+@pytest.mark.parametrize("features", [{"image": image_feature((4, 5, 3))}, {"label": LABEL}])
+def test_a_set_that_is_not_for_classification(tmp_path, splits, features):
+    write_set(tmp_path, splits, features=features)
+    assert refusal(tmp_path) == (
+        "data.name must be a classification set, with an 8-bit 'image' and a class 'label'; tiny "
+        f"has {next(iter(features))}: choose another set."
+    )
+
+
+def test_a_set_without_training_images(tmp_path, splits):
+    write_set(tmp_path, {"test": splits["test"]})
+    assert refusal(tmp_path) == (
+        "data.name: the set 'tiny' has no split 'train'; its splits are test."
+    )
+
+
+def test_a_constant_channel_has_no_default_normalisation(tmp_path):
+    drawn, labels = pictures(6)
+    for image in drawn:
+        image[..., 1] = 7
+    write_set(tmp_path, {name: (drawn, labels) for name in SIZES})
+    message = refusal(tmp_path)
+    assert message.startswith("data.std must be positive in each channel; that of the training")
+    assert message.endswith(": give data.mean and data.std.")
+    assert load(tmp_path, **NORMAL).preprocess.std.shape == (3,)
+
+
+def test_images_of_varying_shape_need_a_size(varied):
+    message = refusal(varied)
+    assert message.startswith("data.image_size is missing: the images of tiny (train) in ")
+    assert message.endswith(" vary in shape; give data.image_size, such as 224.")
+
+
+def _truncated(path):
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+
+
+def _overwritten(path):
+    whole = bytearray(path.read_bytes())
+    at = whole.index(b"IDAT")
+    whole[at - 30 : at + 30] = bytes(60)
+    path.write_bytes(whole)
+
+
+def _not_an_image(path):
+    write_records(path, [{"image": b"no image", "label": 0}] * SIZES["train"])
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [_truncated, _overwritten, _not_an_image, pathlib.Path.unlink, lambda p: p.write_bytes(b"")],
+)
+@pytest.mark.parametrize("stream", ["never", "always"])
+def test_files_that_are_damaged(tmp_path, splits, harm, stream):
+    folder = write_set(tmp_path, splits)
+    harm(folder / "tiny-train.array_record-00000-of-00001")
+    with pytest.raises(ValueError) as error:
+        dataset = load(tmp_path, stream=stream, **NORMAL)
+        data.Feed(dataset.train, data_seed=0, size=SIZES["train"])(0)
+    message = str(error.value)
+    assert message.startswith(f"data.name: the files of tiny (train) in {folder} cannot be read (")
+    assert message.endswith("); copy or prepare the set again.") and "\n" not in message
+
+
+# --- the published sets, where they are ---------------------------------------------------------
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the prepared sets are not here")
+@pytest.mark.parametrize(
+    "name,sizes,shape",
+    [
+        ("cifar100", (50_000, 10_000), (32, 32, 3)),
+        ("fashion_mnist", (60_000, 10_000), (28, 28, 1)),
+    ],
+)
+def test_published_sets(name, sizes, shape):
+    dataset = load(SHARED, name=name)
+    splits = dataset.train, dataset.test
+    assert tuple(map(len, splits)) == sizes
+    for split in splits:
+        assert split.inputs.shape[1:] == shape
+        counts = np.bincount(split.labels, minlength=dataset.num_classes)
+        np.testing.assert_array_equal(counts, len(split) // dataset.num_classes)
+    assert len(dataset.class_names) == dataset.num_classes
+    if name == "cifar100":
+        mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+        np.testing.assert_allclose(dataset.preprocess.mean, mean, atol=1e-3)
+        np.testing.assert_allclose(dataset.preprocess.std, std, atol=1e-3)

@@ -1,0 +1,575 @@
+"""The report: its tables, captions and figures, for every kind of run and for broken files."""
+
+import copy
+import itertools
+import json
+import math
+import re
+
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+
+from abkd_jax.train import report, writer
+
+RELIABILITY = dict(
+    count=[0, 10, 30, 60],
+    confidence=[None, 0.4, 0.6, 0.9],
+    accuracy=[None, 0.3, 0.5, 0.8],
+)
+
+
+def scores(accuracy, class_accuracy, **changes):
+    given = dict(
+        accuracy=accuracy,
+        top5=0.99126,
+        nll=0.123456,
+        brier=0.087654,
+        ece=0.034567,
+        adaptive_ece=0.021234,
+        class_accuracy=class_accuracy,
+        count=1234,
+        temperature=1.54321,
+        reliability=RELIABILITY,
+        scaled=dict(
+            nll=0.1,
+            brier=0.08,
+            ece=0.01,
+            adaptive_ece=0.02,
+            reliability=dict(
+                count=[5, 5, 30, 60],
+                confidence=[0.2, 0.35, 0.55, 0.85],
+                accuracy=[0.25, 0.3, 0.5, 0.8],
+            ),
+        ),
+    )
+    return given | changes
+
+
+def network(accuracy, class_accuracy, *, best=None, **changes):
+    last = scores(accuracy, class_accuracy, **changes)
+    return dict(parameters=12345, steps=1500, last=last, best=best)
+
+
+OFFLINE = dict(
+    mode="offline",
+    num_classes=6,
+    class_names=None,
+    evaluated_on="test",
+    selected_on="validation",
+    networks=dict(
+        teacher=network(0.98765, [1.0] * 6),
+        baseline=network(0.8, [0.8, 0.8, 0.8, 0.8, 0.8, None]),
+        student=network(0.95432, [0.9, 0.7, 0.8, 0.85, 0.95, 1.0]),
+    ),
+)
+ONLINE = dict(
+    mode="online",
+    num_classes=2,
+    class_names=["no", "yes"],
+    evaluated_on="test",
+    selected_on="test",
+    networks=dict(a=network(0.9, [0.9, 0.9]), b=network(0.8, [0.8, 0.8])),
+)
+CONFIG = dict(
+    config=dict(
+        mode="offline",
+        data=dict(name="digits", validation=297, labelled=120),
+        teacher=dict(model="mlp"),
+        student=dict(
+            model="mlp",
+            terms=dict(
+                distill=dict(
+                    fn="on_logits",
+                    weight=1.0,
+                    divergence=dict(
+                        fn="alpha_beta", alpha=dict(fn="linear", start=1.0, end=0.3), beta=0.5
+                    ),
+                )
+            ),
+        ),
+    ),
+    versions=dict(jax="0.10.2", flax="0.12.1"),
+    commit="abc1234",
+    device="cpu: 2 cores",
+)
+
+
+def fill(workdir, result, *, config=CONFIG, rows=True, images=None, num_examples=8):
+    """Writes the files of a run."""
+    result = json.loads(json.dumps(result))
+    (workdir / "config.json").write_text(json.dumps(config))
+    (workdir / "result.json").write_text(json.dumps(result))
+    names, num_classes = list(result["networks"]), result["num_classes"]
+    if rows and result["mode"] == "online":
+        write_rows(workdir, names, result["selected_on"])
+    elif rows:
+        for name in names:
+            of_name = workdir if name == "student" else workdir / name
+            write_rows(of_name, [name], result["selected_on"])
+    rng = np.random.default_rng(0)
+    arrays = {"labels": np.arange(num_examples) % num_classes}
+    for name in names:
+        arrays[f"probabilities/{name}"] = rng.dirichlet(np.ones(num_classes), num_examples)
+    if images is not None:
+        arrays["images"] = images
+    np.savez(workdir / "examples.npz", **arrays)
+    return workdir
+
+
+def write_rows(directory, names, split):
+    with writer.Writer(directory, 0) as rows:
+        for step in (100, 200, 300):
+            rows.write(
+                step,
+                {f"{name}/loss": 10.0 ** (1 - step / 100) for name in names}
+                | {"time/seconds": 0.5},
+            )
+        accuracies = {f"{split}/{name}/accuracy": 0.25 + 0.5 * i for i, name in enumerate(names)}
+        rows.write(200, accuracies | {"time/seconds": 0.25})
+
+
+def cells(page, header, name):
+    """A row of the table whose header begins so, as {column: cell}."""
+    lines = page.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(header))
+    columns = [cell.strip() for cell in lines[start].strip("|").split("|")]
+    for line in itertools.takewhile(bool, lines[start + 2 :]):
+        row = [cell.strip() for cell in line.strip("|").split("|")]
+        if row[: len(name)] == list(name):
+            return dict(zip(columns, row, strict=True))
+    raise AssertionError(f"{name} is not in the table")
+
+
+def without(result, key):
+    changed = copy.deepcopy(result)
+    for value in changed["networks"].values():
+        value["last"][key] = None
+    return changed
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def test_the_table_is_rounded_as_its_columns_say(tmp_path):
+    page = report.write(fill(tmp_path, OFFLINE)).read_text()
+    assert cells(page, "| network | accuracy", ["student"]) == {
+        "network": "student",
+        "accuracy %": "95.43",
+        "top-5 %": "99.13",
+        "NLL (nats)": "0.1235",
+        "ECE %": "3.46",
+        "adaptive ECE %": "2.12",
+        "Brier": "0.0877",
+        "parameters": "12,345",
+        "steps": "1,500",
+        "time": "1.8 s",  # 3 * 0.5 + 0.25
+    }
+    assert cells(page, "| network | accuracy", ["teacher"])["accuracy %"] == "98.77"
+    assert "After the last step, on 1,234 test examples:" in page
+
+
+def test_the_page_says_what_was_run_with_what(tmp_path):
+    page = report.write(fill(tmp_path, OFFLINE)).read_text()
+    assert page.startswith("# Knowledge distillation on digits\n")
+    assert (
+        "An offline run on the data set `digits` with the networks `teacher`, `baseline`, "
+        "`student`. The student is distilled by "
+        "`alpha_beta(alpha=linear(start=1.0, end=0.3), beta=0.5)`. The teacher was trained on all "
+        "labels. Trained on 120 labels, 20 of each of the 6 classes: baseline, student."
+    ) in page
+    assert "Made with jax 0.10.2, flax 0.12.1; commit `abc1234`; on cpu: 2 cores." in page
+
+
+def test_a_loaded_teacher_a_loss_without_divergence_and_no_commit(tmp_path):
+    config = copy.deepcopy(CONFIG) | {"commit": None}
+    config["config"]["teacher"]["checkpoint"] = "some/where"
+    distill = dict(fn="dkd", weight=1.0, where="where", other="teacher", temperature=4.0)
+    config["config"]["student"]["terms"]["distill"] = distill
+    del config["config"]["data"]["labelled"]
+    fill(tmp_path, OFFLINE, config=config)
+    (tmp_path / "teacher" / "metrics.jsonl").unlink()
+    page = report.write(tmp_path).read_text()
+    assert "The teacher was loaded from `some/where`." in page
+    assert "The student is distilled by `dkd(temperature=4.0)`." in page
+    assert "labels" not in page.split("## Results")[0]
+    assert "; commit unknown;" in page
+    assert cells(page, "| network | accuracy", ["teacher"])["time"] == "-"
+    assert cells(page, "| network | accuracy", ["student"])["time"] == "1.8 s"
+
+
+def test_scaling_has_a_table_of_before_and_after(tmp_path):
+    page = report.write(fill(tmp_path, OFFLINE)).read_text()
+    assert list(cells(page, "| network | scaling", ["teacher", "before"]).values()) == (
+        "teacher before 1 0.1235 3.46 2.12 0.0877".split()
+    )
+    assert list(cells(page, "| network | scaling", ["teacher", "after"]).values()) == (
+        "teacher after 1.543 0.1000 1.00 2.00 0.0800".split()
+    )
+
+
+def test_without_validation_data_there_is_no_scaling(tmp_path):
+    page = report.write(fill(tmp_path, without(without(OFFLINE, "scaled"), "temperature")))
+    page = page.read_text()
+    assert "There is no temperature scaling, for no validation data" in page
+    assert "| network | scaling" not in page
+
+
+@pytest.mark.parametrize(
+    "selected,said",
+    [
+        ("validation", "highest validation accuracy, measured on test data, which had no part"),
+        (
+            "test",
+            "highest test accuracy. These figures are selected on test data, as the published",
+        ),
+    ],
+)
+def test_the_best_step_says_what_it_was_selected_on(tmp_path, selected, said):
+    result = copy.deepcopy(OFFLINE) | {"selected_on": selected}
+    best = dict(step=1200, accuracy=0.9712, scores=scores(0.96, [1.0] * 6))
+    result["networks"]["student"]["best"] = best
+    result["networks"]["teacher"]["best"] = best | {"step": 1500}  # the last one
+    page = report.write(fill(tmp_path, result)).read_text()
+    assert said in page
+    row = cells(page, "| network | step", ["student"])
+    assert row["step"] == "1,200"
+    assert row[f"{selected} accuracy %"] == "97.12" and row["accuracy %"] == "96.00"
+    with pytest.raises(AssertionError, match="not in the table"):
+        cells(page, "| network | step", ["teacher"])
+
+
+def test_no_best_step_is_no_table(tmp_path):
+    assert "highest" not in report.write(fill(tmp_path, OFFLINE)).read_text()
+
+
+@pytest.mark.parametrize("missing", [None, math.nan])
+def test_the_classes_that_gain_and_lose(tmp_path, missing):
+    result = copy.deepcopy(OFFLINE)
+    result["networks"]["baseline"]["last"]["class_accuracy"][5] = missing
+    page = report.write(fill(tmp_path, result)).read_text()
+    # Class 2 does not differ, and class 5 is not in the baseline's test set.
+    assert (
+        "- gained most: class 4 (+15.0 points, 80.0 → 95.0 %), "
+        "class 0 (+10.0 points, 80.0 → 90.0 %), class 3 (+5.0 points, 80.0 → 85.0 %)\n"
+        "- lost most: class 1 (-10.0 points, 80.0 → 70.0 %)\n"
+    ) in page
+
+
+def test_classes_that_do_not_differ_are_not_listed(tmp_path):
+    result = copy.deepcopy(OFFLINE)
+    result["networks"]["student"] = result["networks"]["baseline"]
+    assert "## Classes" not in report.write(fill(tmp_path, result)).read_text()
+
+
+def test_an_online_run(tmp_path):
+    page = report.write(fill(tmp_path, ONLINE)).read_text()
+    assert "An online run on the data set `digits` with the networks `a`, `b`." in page
+    assert "so the time is that of all" in page
+    for name in "ab":
+        assert cells(page, "| network | accuracy", [name])["time"] == "1.8 s"
+    # The label is always among the five likeliest of two classes.
+    assert cells(page, "| network | accuracy", ["a"])["top-5 %"] == "-"
+
+
+def test_names_cannot_break_the_page(tmp_path):
+    result = copy.deepcopy(OFFLINE) | {"class_names": ["a*b_c|"] * 6}
+    page = report.write(fill(tmp_path, result)).read_text()
+    assert r"class a\*b\_c\| (+15.0 points" in page
+
+
+def test_nothing_measured_is_a_dash(tmp_path):
+    result = without(without(OFFLINE, "nll"), "ece")
+    row = cells(report.write(fill(tmp_path, result)).read_text(), "| network | acc", ["student"])
+    assert row["NLL (nats)"] == row["ECE %"] == "-"
+
+
+@pytest.mark.parametrize(
+    "seconds,text",
+    [([], "-"), ([None, 1.26], "1.3 s"), ([59.0, 66.4], "2 min 05 s"), ([7500], "2 h 05 min")],
+)
+def test_times(seconds, text):
+    assert report._time([{"step": 1, "time/seconds": value} for value in seconds]) == text
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def test_the_figures_are_in_the_page_with_captions_and_as_large_as_they_should_be(tmp_path):
+    path = report.write(fill(tmp_path, OFFLINE))
+    assert path == tmp_path / "report.md"
+    page = path.read_text()
+    sizes = {}
+    for number, name in enumerate(("learning_curves", "reliability", "examples"), start=1):
+        assert re.search(rf"!\[.+\]\(figures/{name}\.png\)\n\n\*Figure {number}\. .+\.\*\n", page)
+        sizes[name] = matplotlib.image.imread(tmp_path / "figures" / f"{name}.png").shape[:2]
+    assert sizes["learning_curves"] == (600, 1200)
+    assert sizes["reliability"][1] == sizes["examples"][1] == 1200
+
+
+def test_the_report_is_a_function_of_the_files(tmp_path):
+    fill(tmp_path, OFFLINE, images=np.zeros((8, 5, 5, 1), np.uint8))
+
+    def contents():
+        report.write(tmp_path)
+        made = [tmp_path / "report.md", *sorted((tmp_path / "figures").iterdir())]
+        return [path.read_bytes() for path in made]
+
+    first = contents()
+    assert len(first) == 4
+    assert contents() == first
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json", "examples.npz"])
+@pytest.mark.parametrize("content", [None, b"", b"{", b"\xff\xfe"])
+def test_a_missing_or_broken_file_is_one_sentence(tmp_path, name, content):
+    fill(tmp_path, OFFLINE)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name} is missing or unreadable")):
+        report.write(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name,path",
+    [
+        ("config.json", "versions"),
+        ("config.json", "config.data"),
+        ("config.json", "config.data.name"),
+        ("result.json", "num_classes"),
+        ("result.json", "networks.student.best"),
+        ("result.json", "networks.student.last.class_accuracy"),
+        ("result.json", "networks.teacher.last.scaled.ece"),
+    ],
+)
+def test_an_incomplete_file_is_one_sentence(tmp_path, name, path):
+    fill(tmp_path, OFFLINE)
+    content = json.loads((tmp_path / name).read_text())
+    *groups, key = path.split(".")
+    inner = content
+    for group in groups:
+        inner = inner[group]
+    del inner[key]
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name} lacks {path!r}.")):
+        report.write(tmp_path)
+
+
+def test_examples_without_labels_are_refused(tmp_path):
+    fill(tmp_path, OFFLINE)
+    np.savez(tmp_path / "examples.npz", images=np.zeros((1, 2, 2, 1)))
+    with pytest.raises(ValueError, match=r"examples\.npz lacks 'labels'"):
+        report.write(tmp_path)
+
+
+# --- the figures ----------------------------------------------------------------------------------
+
+
+def texts(figure):
+    """All that is written in a figure, with its size."""
+    figure.canvas.draw()
+    for axes in figure.axes:
+        yield axes.title
+        yield axes.xaxis.label
+        yield axes.yaxis.label
+        yield from axes.get_xticklabels() + axes.get_yticklabels()
+    for legend in figure.legends:
+        yield from legend.get_texts()
+
+
+@pytest.mark.parametrize("figure", [report.learning_curves, report.reliability, report.examples])
+def test_a_figure_is_legible_at_half_its_width(tmp_path, figure):
+    made = figure(report.load(fill(tmp_path, OFFLINE)))
+    assert made.get_size_inches()[0] == 8
+    assert min(text.get_fontsize() for text in texts(made) if text.get_text()) >= 11
+
+
+def test_learning_curves_show_the_rows(tmp_path):
+    run = report.load(fill(tmp_path, OFFLINE))
+    figure = report.learning_curves(run)
+    left, right = figure.axes
+    assert (left.get_title(), left.get_xlabel(), left.get_ylabel()) == (
+        "Training loss",
+        "step",
+        "loss",
+    )
+    assert (right.get_title(), right.get_ylabel()) == ("Validation accuracy", "accuracy (%)")
+    assert [line.get_label() for line in left.lines] == ["teacher", "baseline", "student"]
+    for line in left.lines:
+        np.testing.assert_allclose(line.get_xydata(), [[100, 1], [200, 0.1], [300, 0.01]])
+    for line in right.lines:
+        np.testing.assert_allclose(line.get_xydata(), [[200, 25]])
+        assert line.get_marker() == "o"  # one point is no line
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["teacher", "baseline", "student"]
+
+
+def test_learning_curves_on_test_data(tmp_path):
+    run = report.load(fill(tmp_path, ONLINE))
+    right = report.learning_curves(run).axes[1]
+    assert right.get_title() == "Test accuracy"
+    assert [line.get_ydata()[0] for line in right.lines] == [25, 75]
+
+
+@pytest.mark.parametrize(
+    "losses,scale",
+    [
+        ([1.0, 0.01], "linear"),
+        ([1.0, 0.009], "log"),
+        ([1.0, 0.0], "linear"),
+        ([None, None], "linear"),
+        ([None, 1.0, 1e-3], "log"),
+    ],
+)
+def test_a_loss_of_more_than_two_decades_is_on_a_log_axis(tmp_path, losses, scale):
+    fill(tmp_path, ONLINE, rows=False)
+    with writer.Writer(tmp_path, 0) as rows:
+        for step, loss in enumerate(losses):
+            rows.write(step, {"a/loss": math.nan if loss is None else loss})
+    left = report.learning_curves(report.load(tmp_path)).axes[0]
+    assert left.get_yscale() == scale
+    np.testing.assert_array_equal(np.isnan(left.lines[0].get_ydata()), [x is None for x in losses])
+
+
+def test_no_rows_are_said(tmp_path):
+    fill(tmp_path, OFFLINE, rows=False)
+    figure = report.learning_curves(report.load(tmp_path))
+    assert [axes.texts[0].get_text() for axes in figure.axes] == ["no rows in metrics.jsonl"] * 2
+    assert not figure.legends
+    report.write(tmp_path)
+
+
+def test_reliability_shows_the_bins(tmp_path):
+    run = report.load(fill(tmp_path, OFFLINE))
+    figure = report.reliability(run)
+    assert len(figure.axes) == 6
+    panel, below = figure.axes[:2]
+    assert panel.get_title() == "teacher\nECE 3.5 → 1.0 %"
+    assert panel.get_ylabel() == "accuracy (%)" and below.get_xlabel() == "confidence (%)"
+    bars = [(bar.get_x(), bar.get_width(), bar.get_height()) for bar in panel.patches]
+    np.testing.assert_allclose(bars, [(25, 25, 30), (50, 25, 50), (75, 25, 80)])  # one is empty
+    diagonal, scaled = panel.lines
+    np.testing.assert_allclose(diagonal.get_xydata(), [[0, 0], [100, 100]])
+    np.testing.assert_allclose(
+        scaled.get_xydata(), [[20, 25], [35, 30], [55, 50], [85, 80]], rtol=1e-6
+    )
+    assert below.get_ylabel() == "share (%)"
+    np.testing.assert_allclose([bar.get_height() for bar in below.patches], [0, 10, 30, 60])
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["as trained", "temperature-scaled", "perfect"]
+
+
+def test_reliability_without_scaling(tmp_path):
+    figure = report.reliability(report.load(fill(tmp_path, without(OFFLINE, "scaled"))))
+    assert figure.axes[0].get_title() == "teacher\nECE 3.5 %"
+    assert len(figure.axes[0].lines) == 1
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["as trained", "perfect"]
+
+
+def test_reliability_has_four_panels_a_row_at_most(tmp_path):
+    networks = {name: network(0.9, [0.9, 0.9]) for name in "abcde"}
+    figure = report.reliability(report.load(fill(tmp_path, ONLINE | {"networks": networks})))
+    figure.canvas.draw()
+    panels = figure.axes[::2]
+    places = [panel.get_position() for panel in panels]
+    assert len({round(place.y0, 3) for place in places[:4]}) == 1
+    assert places[4].y1 < places[0].y0
+    assert places[4].x0 == pytest.approx(places[0].x0, abs=0.01)
+
+
+def test_a_network_has_one_colour(tmp_path):
+    run = report.load(fill(tmp_path, OFFLINE))
+    curves, diagrams = report.learning_curves(run), report.reliability(run)
+    bars = report.examples(run)
+    for index, name in enumerate(run.networks):
+        colour = to_hex(curves.axes[0].lines[index].get_color())
+        assert colour == run.colour(name).lower()
+        assert to_hex(diagrams.axes[2 * index].patches[0].get_facecolor()) == colour
+        assert to_hex(bars.axes[0].containers[index][0].get_facecolor()) == colour
+    assert len({run.colour(name) for name in run.networks}) == 3
+
+
+def test_examples_show_the_true_class_and_the_likeliest(tmp_path):
+    fill(tmp_path, ONLINE | {"num_classes": 9, "class_names": None})
+    probabilities = np.full((1, 9), 0.004)
+    probabilities[0, [1, 2, 3, 4, 5, 6]] = [0.3, 0.2, 0.1, 0.15, 0.05, 0.05]
+    other = np.full((1, 9), 0.001)
+    other[0, 8] = 0.992
+    np.savez(
+        tmp_path / "examples.npz",
+        labels=np.array([7]),
+        **{"probabilities/a": probabilities, "probabilities/b": other},
+    )
+    (axes,) = report.examples(report.load(tmp_path)).axes
+    labels = axes.get_yticklabels()
+    assert [label.get_text() for label in labels] == ["7 ✓", "8", "1", "2", "4", "3"]
+    assert [label.get_fontweight() for label in labels] == ["bold"] + ["normal"] * 5
+    a, b = axes.containers
+    np.testing.assert_allclose([bar.get_width() for bar in a], [0.4, 0.4, 30, 20, 15, 10])
+    np.testing.assert_allclose([bar.get_width() for bar in b], [0.1, 99.2, 0.1, 0.1, 0.1, 0.1])
+    assert axes.get_xlabel() == "probability (%)"
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the true class is on top
+
+
+@pytest.mark.parametrize(
+    "shape,dtype,high,expected",
+    [
+        ((8, 4, 4, 1), np.uint8, 255, (4, 4)),
+        ((8, 4, 4, 3), np.uint8, 255, (4, 4, 3)),
+        ((8, 4, 4, 1), np.float32, 1, (4, 4)),
+        ((8, 4, 4, 3), np.float32, 1, (4, 4, 3)),
+    ],
+)
+def test_examples_show_their_images(tmp_path, shape, dtype, high, expected):
+    images = np.full(shape, high, dtype)
+    images[:, 0, 0] = 0
+    figure = report.examples(report.load(fill(tmp_path, OFFLINE, images=images)))
+    assert len(figure.axes) == 16
+    pictures = [axes.images[0].get_array() for axes in figure.axes if axes.images]
+    assert len(pictures) == 8
+    for picture in pictures:
+        assert picture.shape == expected
+        assert picture[0, 0].max() == 0 and picture[1, 1].min() == 1
+    report.write(tmp_path)
+
+
+@pytest.mark.parametrize("images", [None, np.zeros((8, 16)), np.zeros((8, 4, 4, 2))])
+def test_what_is_no_image_is_not_drawn(tmp_path, images):
+    figure = report.examples(report.load(fill(tmp_path, OFFLINE, images=images)))
+    assert len(figure.axes) == 8 and not any(axes.images for axes in figure.axes)
+
+
+@pytest.mark.parametrize("num_examples,shown", [(3, 3), (20, 8)])
+def test_eight_examples_at_most(tmp_path, num_examples, shown):
+    figure = report.examples(report.load(fill(tmp_path, OFFLINE, num_examples=num_examples)))
+    assert len(figure.axes) == shown
+    labelled = [axes.get_xlabel() for axes in figure.axes]
+    assert labelled[-2:] == ["probability (%)"] * 2 and not any(labelled[:-2])
+
+
+def test_no_examples_are_said(tmp_path):
+    (axes,) = report.examples(report.load(fill(tmp_path, OFFLINE, num_examples=0))).axes
+    assert axes.texts[0].get_text() == "no examples in examples.npz"
+
+
+def test_a_hundred_classes_with_long_names(tmp_path):
+    names = [f"a_${i}_name_that_is_much_too_long_for_its_place_{i}" for i in range(100)]
+    networks = {"the_only_network_with_a_long_name": network(0.5, [0.5] * 100)}
+    result = ONLINE | {"num_classes": 100, "class_names": names, "networks": networks}
+    fill(tmp_path, result)
+    report.write(tmp_path)
+    figure = report.examples(report.load(tmp_path))
+    figure.canvas.draw()
+    shown = [label.get_text() for axes in figure.axes for label in axes.get_yticklabels()]
+    assert "a_$0_na…lace_0 ✓" in shown
+    assert all(axes.get_position().width > 0.15 for axes in figure.axes)
+
+
+def test_one_network_and_two_classes(tmp_path):
+    result = ONLINE | {"networks": {"a": network(0.9, [0.9, None])}}
+    page = report.write(fill(tmp_path, result)).read_text()
+    assert cells(page, "| network | accuracy", ["a"])["accuracy %"] == "90.00"
+    assert "trained at once" not in page

@@ -1,0 +1,355 @@
+"""entropy_gated (BD-KD) against numpy: the gate, the gain, gradients, what it is made of."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import scipy.special
+from jax import numpy as jnp
+
+from abkd_jax.divergences import forward_kl, reverse_kl
+from abkd_jax.losses import chunked_total, entropy_gated, on_logits, total
+from abkd_jax.objective import objective
+from abkd_jax.types import Batch, Outputs, Term, bind
+
+B, K = 12, 6
+INF = np.inf
+
+FORWARD, REVERSE = (bind(on_logits, divergence=kl) for kl in (forward_kl, reverse_kl))
+
+
+def gated(gain=2.0, forward=FORWARD, reverse=REVERSE):
+    return bind(entropy_gated, forward=forward, reverse=reverse, gain=gain)
+
+
+def make(size=B, seed=0):
+    """Logits of student and teacher, of as many scales as rows."""
+    rng = np.random.default_rng(seed)
+    draw = lambda: rng.normal(size=(size, K)) * rng.uniform(0.3, 4, (size, 1))  # noqa: E731
+    student, teacher = draw(), draw()
+    sign = np.sign(entropy(teacher) - entropy(student))
+    assert {-1.0, 1.0} == set(sign)  # both sides of the gate
+    return student.astype(np.float32), teacher.astype(np.float32)
+
+
+@jax.jit
+def evaluate(bound, student, teacher, batch=None):
+    return bound(Outputs(logits=student), Outputs(logits=teacher), batch or {})
+
+
+@jax.jit
+def slopes(bound, student, teacher):
+    summed = lambda *args: jnp.sum(evaluate(*args))  # noqa: E731
+    return jax.grad(summed, argnums=(0, 1, 2))(bound, student, teacher)
+
+
+def entropy(logits):
+    return scipy.special.entr(scipy.special.softmax(np.asarray(logits, np.float64), -1)).sum(-1)
+
+
+def kl(p_logits, q_logits):
+    p, q = (scipy.special.softmax(np.asarray(x, np.float64), -1) for x in (p_logits, q_logits))
+    return scipy.special.rel_entr(p, q).sum(-1)
+
+
+def expected(student, teacher, gain):
+    h_student, h_teacher = entropy(student), entropy(teacher)
+    forward = np.where(h_teacher > h_student, gain, 1.0) * kl(teacher, student)
+    return forward + np.where(h_student > h_teacher, gain, 1.0) * kl(student, teacher)
+
+
+LN2, LN3 = np.log(2), np.log(3)
+BY_HAND = [
+    # student, teacher, gain, value: p = (1/2, 1/2), q = (3/4, 1/4), or the other way around
+    pytest.param(
+        [LN3, 0],
+        [0, 0],
+        2.0,
+        2 * np.log(4 / 3) / 2 + np.log(27 / 16) / 4,
+        id="an overconfident student",
+    ),
+    pytest.param(
+        [0, 0],
+        [LN3, 0],
+        2.0,
+        np.log(27 / 16) / 4 + 2 * np.log(4 / 3) / 2,
+        id="an underconfident one",
+    ),
+    pytest.param(
+        [LN3, 0],
+        [0, 0],
+        3.0,
+        3 * np.log(4 / 3) / 2 + np.log(27 / 16) / 4,
+        id="the gain of ABKD's code",
+    ),
+    pytest.param([LN3, 0], [LN3, 0], 2.0, 0.0, id="equal"),
+    pytest.param([LN3, 0], [0, 0], 1.0, LN3 / 4, id="a gain of 1: Jeffreys"),
+    pytest.param([LN3, 0, -INF], [0, 0, -INF], 1.0, LN3 / 4, id="a class removed"),
+]
+
+
+@pytest.mark.parametrize("student,teacher,gain,value", BY_HAND)
+def test_by_hand(student, teacher, gain, value):
+    actual = evaluate(gated(gain), *(jnp.asarray(x, jnp.float32) for x in (student, teacher)))
+    assert actual.shape == ()
+    np.testing.assert_allclose(actual, value, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.5, 1.0, 2.0, 3.0])
+def test_values_against_numpy(gain):
+    student, teacher = make()
+    actual = evaluate(gated(gain), student, teacher)
+    assert actual.shape == (B,) and actual.dtype == np.float32
+    np.testing.assert_allclose(actual, expected(student, teacher, gain), rtol=1e-5)
+
+
+def test_the_default_gain_is_two():
+    student, teacher = make()
+    default = evaluate(bind(entropy_gated, forward=FORWARD, reverse=REVERSE), student, teacher)
+    np.testing.assert_array_equal(default, evaluate(gated(2.0), student, teacher))
+
+
+def test_float64():
+    with jax.enable_x64(True):
+        student, teacher = (x.astype(np.float64) for x in make())
+        parts = [bind(on_logits, divergence=f) for f in (forward_kl, reverse_kl)]
+        actual = evaluate(gated(2.0, *parts), student, teacher)
+        assert actual.dtype == np.float64
+        np.testing.assert_allclose(actual, expected(student, teacher, 2.0), rtol=1e-12)
+
+
+def test_bfloat16_is_computed_in_float32():
+    student, teacher = (jnp.asarray(x, jnp.bfloat16) for x in make())
+    actual = evaluate(gated(), student, teacher)
+    assert actual.dtype == np.float32
+    wide = evaluate(gated(), *(x.astype(jnp.float32) for x in (student, teacher)))
+    np.testing.assert_allclose(actual, wide, rtol=1e-6)
+
+
+def test_a_tie_weighs_both_parts_with_one():
+    student, _ = make()
+    np.testing.assert_array_equal(evaluate(gated(7.0, UNIT, UNIT), student, student), np.full(B, 2))
+    # Other distributions with the entropy ln 2 to the last bit, in whatever order it is summed.
+    other, same = (jnp.asarray(x, jnp.float32) for x in ([0, 0, -INF], [-INF, 0, 0]))
+    assert evaluate(gated(7.0, UNIT, UNIT), same, other) == 2
+
+
+def unit(student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
+    """1 for each example."""
+    del batch
+    return jnp.ones(jnp.broadcast_shapes(student.logits.shape, teacher.logits.shape)[:-1])
+
+
+def zero(student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
+    """0 for each example."""
+    return 0 * unit(student, teacher, batch)
+
+
+UNIT, ZERO = bind(unit), bind(zero)
+
+
+def test_the_weights_themselves():
+    student, teacher = make()
+    overconfident = entropy(teacher) > entropy(student)
+    forward = evaluate(gated(3.0, UNIT, ZERO), student, teacher)
+    np.testing.assert_array_equal(forward, np.where(overconfident, 3.0, 1.0))
+    reverse = evaluate(gated(3.0, ZERO, UNIT), student, teacher)
+    np.testing.assert_array_equal(reverse, np.where(overconfident, 1.0, 3.0))
+
+
+# --- the controls -------------------------------------------------------------------------------
+
+
+def test_a_gain_of_one_is_jeffreys():
+    student, teacher = make()
+    values = [evaluate(part, student, teacher) for part in (FORWARD, REVERSE)]
+    np.testing.assert_allclose(evaluate(gated(1.0), student, teacher), sum(values), rtol=1e-6)
+    actual = slopes(gated(1.0), student, teacher)[1:]
+    parts = [slopes(part, student, teacher)[1:] for part in (FORWARD, REVERSE)]
+    for slope, *exact in zip(actual, *parts, strict=True):
+        np.testing.assert_allclose(slope, sum(exact), rtol=1e-5, atol=1e-6)
+
+
+def test_forward_alone_is_mutual_learning():
+    student, teacher = make()
+    actual = evaluate(gated(1.0, FORWARD, ZERO), student, teacher)
+    np.testing.assert_array_equal(actual, evaluate(FORWARD, student, teacher))
+
+
+def test_the_teachers_term_is_forward_kl_with_the_teacher_in_training():
+    """BD-KD's paper calls it reverse KL, KL(p_s || p_t), from the student's side."""
+    student, teacher = make()
+    values = evaluate(FORWARD, teacher, student)
+    np.testing.assert_allclose(values, kl(student, teacher), rtol=1e-5)
+    _, in_teacher, _ = slopes(FORWARD, teacher, student)
+    exact = scipy.special.softmax(teacher, -1) - scipy.special.softmax(student, -1)
+    np.testing.assert_allclose(in_teacher, exact, rtol=1e-5, atol=1e-6)
+
+
+# --- gradients ----------------------------------------------------------------------------------
+
+
+def test_gradients_against_finite_differences():
+    with jax.enable_x64(True):
+        student, teacher = (x.astype(np.float64) for x in make())
+        assert np.min(np.abs(entropy(student) - entropy(teacher))) > 1e-3
+        parts = [bind(on_logits, divergence=f) for f in (forward_kl, reverse_kl)]
+        in_bound, *in_logits = slopes(gated(2.0, *parts), student, teacher)
+        value = lambda s, t, gain=2.0: evaluate(gated(gain, *parts), s, t)  # noqa: E731
+        step = 1e-6
+        rise = value(student, teacher, 2 + step) - value(student, teacher, 2 - step)
+        np.testing.assert_allclose(in_bound.numbers["gain"], rise.sum() / (2 * step), rtol=1e-7)
+        for k in range(K):
+            move = step * np.eye(K)[k]
+            rises = (
+                value(student + move, teacher) - value(student - move, teacher),
+                value(student, teacher + move) - value(student, teacher - move),
+            )
+            for slope, rise in zip(in_logits, rises, strict=True):
+                np.testing.assert_allclose(slope[:, k], rise / (2 * step), rtol=1e-6, atol=1e-8)
+
+
+def test_the_gradient_of_the_gain_is_the_part_that_it_multiplies():
+    student, teacher = make()
+    slope = slopes(gated(), student, teacher)[0].numbers["gain"]
+    overconfident = entropy(teacher) > entropy(student)
+    part = np.where(overconfident, kl(teacher, student), kl(student, teacher))
+    np.testing.assert_allclose(slope, part.sum(), rtol=1e-5)
+
+
+def test_no_gradient_passes_through_the_gate():
+    for slope in slopes(gated(2.0, UNIT, UNIT), *make())[1:]:
+        np.testing.assert_array_equal(slope, np.zeros((B, K)))
+    same, _ = make()  # at ties as well
+    for slope in slopes(gated(), same, same)[1:]:
+        np.testing.assert_allclose(slope, np.zeros((B, K)), atol=1e-6)
+
+
+# --- shapes and masks ---------------------------------------------------------------------------
+
+
+def test_a_batch_is_a_vmap_of_its_rows():
+    student, teacher = make()
+    rows = jax.jit(jax.vmap(evaluate, (None, 0, 0)))(gated(), student, teacher)
+    np.testing.assert_allclose(rows, evaluate(gated(), student, teacher), rtol=1e-6)
+    blocks = evaluate(gated(), *(x.reshape(3, 4, K) for x in (student, teacher)))
+    np.testing.assert_allclose(blocks, np.reshape(rows, (3, 4)), rtol=1e-6)
+
+
+def test_without_jit():
+    student, teacher = make()
+    actual = gated()(Outputs(logits=student), Outputs(logits=teacher), {})
+    np.testing.assert_allclose(actual, evaluate(gated(), student, teacher), rtol=1e-6)
+
+
+def test_removed_classes_equal_cutting_them():
+    student, teacher = make()
+    kept = np.array([0, 2, 3])
+    whole = [np.where(np.isin(np.arange(K), kept), x, np.float32(-INF)) for x in (student, teacher)]
+    cut = [x[:, kept] for x in (student, teacher)]
+    np.testing.assert_allclose(evaluate(gated(), *whole), evaluate(gated(), *cut), rtol=1e-5)
+    in_whole, in_cut = slopes(gated(), *whole), slopes(gated(), *cut)
+    np.testing.assert_allclose(in_whole[0].numbers["gain"], in_cut[0].numbers["gain"], rtol=1e-5)
+    for wide, narrow in zip(in_whole[1:], in_cut[1:], strict=True):
+        np.testing.assert_allclose(wide[:, kept], narrow, rtol=1e-4, atol=1e-6)
+        assert np.all(np.delete(wide, kept, 1) == 0)
+
+
+def test_one_gain_per_example():
+    student, teacher = make()
+    gains = np.linspace(1, 3, B, dtype=np.float32)
+    actual = evaluate(gated(gains), student, teacher)
+    np.testing.assert_allclose(actual, expected(student, teacher, gains), rtol=1e-5)
+
+
+def test_masks_do_not_matter_to_its_values():
+    student, teacher = make()
+    where = np.arange(B) % 3 > 0
+    batch = {"where": where, "labelled": where, "labels": np.full(B, -1)}
+    values = evaluate(gated(), student, teacher)
+    np.testing.assert_array_equal(evaluate(gated(), student, teacher, batch), values)
+    hidden = [np.where(where[:, None], x, np.float32(np.nan)) for x in (student, teacher)]
+    term = {"it": Term(gated(), jnp.ones(()))}
+    outputs = [Outputs(logits=x) for x in hidden]
+    value, _ = total(term, outputs[0], {"teacher": outputs[1]}, batch)
+    np.testing.assert_allclose(value, values[where].mean(), rtol=1e-6)
+
+
+def test_in_chunks():
+    student, teacher = (Outputs(logits=x) for x in make())
+    term, batch = {"it": Term(gated(), jnp.ones(()))}, {"where": np.ones(B, bool)}
+    whole, _ = total(term, student, {"teacher": teacher}, batch)
+    parts, _ = jax.jit(functools.partial(chunked_total, chunk=5))(
+        term, student, {"teacher": teacher}, batch
+    )
+    np.testing.assert_allclose(parts, whole, rtol=1e-6)
+
+
+# --- what it is made of -------------------------------------------------------------------------
+
+
+def test_from_a_config():
+    part = lambda name: dict(fn="on_logits", temperature=1.0, divergence=dict(fn=name))  # noqa: E731
+    group = dict(
+        fn="entropy_gated",
+        weight=1.0,
+        gain=2.0,
+        forward=part("forward_kl"),
+        reverse=part("reverse_kl"),
+    )
+    networks = dict(learner="student", networks=("student", "teacher"), num_steps=8)
+    terms = objective({"bdkd": group}, field="student.terms", **networks)
+    assert terms["bdkd"].other == "teacher"
+    student, teacher = make()
+    np.testing.assert_allclose(
+        evaluate(terms["bdkd"].loss, student, teacher), expected(student, teacher, 2.0), rtol=1e-5
+    )
+    with pytest.raises(
+        ValueError, match=r"^student\.terms\.bdkd\.forward\.fn: forward_kl is a div"
+    ):
+        objective(
+            {"bdkd": group | {"forward": dict(fn="forward_kl")}}, field="student.terms", **networks
+        )
+    with pytest.raises(ValueError, match=r"^student\.terms\.bdkd.*'reverse'"):
+        objective(
+            {"bdkd": {key: value for key, value in group.items() if key != "reverse"}},
+            field="student.terms",
+            **networks,
+        )
+
+
+def test_needs_and_coupling_follow_from_the_parts():
+    def coupled(student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
+        return unit(student, teacher, batch)
+
+    coupled.couples_batch, coupled.needs = True, ("hidden",)
+    assert gated().needs == {"logits"} and not gated().couples_batch
+    assert gated(2.0, FORWARD, coupled).needs == {"logits", "hidden"}
+    assert gated(2.0, FORWARD, coupled).couples_batch and gated(2.0, coupled, UNIT).couples_batch
+
+
+def test_a_part_that_is_not_one_value_per_example_is_refused():
+    def reduced(student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
+        return jnp.mean(unit(student, teacher, batch))
+
+    for name, bound in (
+        ("forward", gated(2.0, reduced, UNIT)),
+        ("reverse", gated(2.0, UNIT, reduced)),
+    ):
+        with pytest.raises(AssertionError) as error:
+            evaluate(bound, *make())
+        assert (
+            f"the part {name!r} of entropy_gated must give one value per example, [12]; found []."
+            in str(error.value)
+        )
+
+
+def test_logits_that_are_missing_or_do_not_fit_are_refused():
+    student, teacher = make()
+    with pytest.raises(ValueError, match="teacher_logits must be an array"):
+        gated()(Outputs(logits=student), Outputs(), {})
+    with pytest.raises(AssertionError, match="same number of classes"):
+        gated()(Outputs(logits=student), Outputs(logits=teacher[:, 1:]), {})
+    with pytest.raises(ValueError, match=r"^gain must be a number, or broadcast"):
+        evaluate(gated(jnp.ones(B + 1)), student, teacher)
