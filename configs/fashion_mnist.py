@@ -32,7 +32,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
             teacher=dict(
                 model="mlp",
                 widths=(512, 512),
-                optimizer=dict(name="adam", learning_rate=1e-3),
+                optimizer=dict(name="adam", learning_rate=dict(fn="cosine", start=1e-3, end=0.0)),
                 terms=dict(task=dict(fn="cross_entropy", weight=1.0)),
                 checkpoint="",
             ),
@@ -45,7 +45,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
             student=dict(
                 model="mlp",
                 widths=(32,),
-                optimizer=dict(name="adam", learning_rate=3e-3),
+                optimizer=dict(name="adam", learning_rate=dict(fn="cosine", start=3e-3, end=0.0)),
                 terms=dict(
                     distill=dict(
                         fn="on_logits",
