@@ -21,14 +21,14 @@ import numpy as np
 from absl import app, flags
 from jax import Array
 from jax import numpy as jnp
-from ml_collections import config_flags
 
 from abkd_jax import data, schema, train
+from abkd_jax import flags as config_flags
 from abkd_jax.metrics import summarize
 from abkd_jax.types import Term
 
 _DEFAULT = pathlib.Path(__file__).parents[1] / "configs" / "digits.py"
-_CONFIG = config_flags.DEFINE_config_file("config", str(_DEFAULT), "What to train.")
+_CONFIG = config_flags.define_config(str(_DEFAULT))
 _TUNE = flags.DEFINE_bool("tune", False, "Print the validation grid in place of the table.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "How many init seeds.", lower_bound=1)
 
@@ -191,13 +191,6 @@ def _check(config: Mapping[str, Any]) -> None:
         )
 
 
-def _parse(argv: list[str]) -> list[str]:
-    """absl's flag parsing, with one sentence for a config that cannot be made."""
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, OSError, TypeError, ValueError) as error:
-        sys.exit(f"--config: {error}")
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    parse = functools.partial(config_flags.parse, known=("config", "tune", "seeds"))
+    app.run(main, flags_parser=parse)

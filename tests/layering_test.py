@@ -22,6 +22,7 @@ FLOORS = {
     "losses": 2,
     "objective": 3,
     "arguments": 3,
+    "flags": 3,
     "analysis": 3,
     "train": 3,
     "schema": 3,

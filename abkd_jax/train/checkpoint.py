@@ -1,11 +1,12 @@
 """Checkpoints that a killed process, a full disk or a damaged file cannot take away.
 
 Orbax writes them in the background and commits each as a whole. Kept are the newest two and the
-best one. Each carries the checksums of its arrays: a newest checkpoint that cannot be read, or that
-reads as something else, is set aside and the one before is used.
+best one. Each carries checksums: a newest checkpoint that cannot be read, or that reads as
+something else, is set aside and the one before is used.
 """
 
 import hashlib
+import json
 import pathlib
 import sys
 import zlib
@@ -34,6 +35,7 @@ class Checkpoints:
             directory: that holds them.
         """
         self.directory = pathlib.Path(directory).resolve()
+        _hide_unreadable_accuracies(self.directory)
         # `max_to_keep` with `best_fn` would delete the newest steps whenever accuracy falls.
         kept = AnyPreservationPolicy([LatestN(2), BestN(get_metric_fn=_accuracy, n=1)])
         options = ocp.CheckpointManagerOptions(
@@ -57,10 +59,11 @@ class Checkpoints:
             return
         # Orbax may read a CPU's buffers in place while it writes: give it some that nobody reuses.
         tree = jax.tree.map(np.array if jax.process_count() == 1 else jax.numpy.copy, tree)
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(tree), checksums=ocp.args.JsonSave(_checksums(tree))
-        )
         metrics = {"accuracy": _UNKNOWN if accuracy is None else float(accuracy)}
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(tree),
+            checksums=ocp.args.JsonSave(_checksums(tree, metrics)),
+        )
         self._guarded(step, lambda: self._manager.save(step, args=items, metrics=metrics))
         self._saved = step
 
@@ -95,7 +98,7 @@ class Checkpoints:
         damaged = {}
         for step in reversed(self.steps()):
             try:
-                tree = self.restore_at(step, like)
+                tree = self._read(step, like)
             except Exception as error:
                 damaged[step] = _first_line(error)
                 continue
@@ -117,18 +120,15 @@ class Checkpoints:
         """The checkpoint of one step, as host arrays; `like` is as in `restore`.
 
         Raises:
-            ValueError: if its arrays are not those that were saved.
+            ValueError: one sentence, if it is damaged.
         """
-        target = jax.tree.map(lambda x: np.empty(np.shape(x), x.dtype), like)
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(target), checksums=ocp.args.JsonRestore()
-        )
-        restored = self._manager.restore(step, args=items)
-        tree = jax.tree.map(np.asarray, restored.state)
-        found = sorted(_checksums(tree).values())
-        if restored.checksums and found != sorted(restored.checksums.values()):
-            raise ValueError("its arrays are not those that were saved")
-        return tree
+        try:
+            return self._read(step, like)
+        except Exception as error:
+            raise ValueError(
+                f"{self.directory}: the checkpoint of step {step} is damaged "
+                f"({_first_line(error)}); move it away and run the same command again."
+            ) from error
 
     def steps(self) -> list[int]:
         """The steps of which there are checkpoints."""
@@ -139,6 +139,21 @@ class Checkpoints:
         step = self._manager.best_step()
         accuracy = None if step is None else self._manager.metrics(step)["accuracy"]
         return None if accuracy in (None, _UNKNOWN) else (step, accuracy)
+
+    def _read(self, step: int, like: Any) -> Any:
+        target = jax.tree.map(lambda x: np.empty(np.shape(x), x.dtype), like)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(target), checksums=ocp.args.JsonRestore()
+        )
+        restored = self._manager.restore(step, args=items)
+        tree = jax.tree.map(np.asarray, restored.state)
+        found = _checksums(tree, self._manager.metrics(step))
+        if sorted(found.values()) != sorted(restored.checksums.values()):
+            raise ValueError("it is not what was saved")
+        for (path, array), (_, expected) in zip(_leaves(tree), _leaves(target), strict=False):
+            if array.shape != expected.shape:
+                raise ValueError(f"{path} has the shape {array.shape}, not {expected.shape}")
+        return tree
 
     def _set_aside(self, step: int) -> pathlib.Path:
         aside = self.directory.with_name(f"{self.directory.name}_damaged")
@@ -175,15 +190,16 @@ def digest(tree: Any) -> str:
     sha = hashlib.sha256()
     for path, array in _leaves(tree):
         sha.update(f"{path} {array.dtype} {array.shape}".encode())
-        sha.update(np.ascontiguousarray(array).data)
+        sha.update(np.ascontiguousarray(array).view(np.uint8))  # bfloat16 has no buffer
     return sha.hexdigest()
 
 
-def _checksums(tree: Any) -> dict[str, int]:
-    """The CRC-32 of every array, by path: fast, and enough against accidents."""
+def _checksums(tree: Any, metrics: Mapping[str, float] | None) -> dict[str, int]:
+    """The CRC-32 of every array, by path, and of the metrics: enough against accidents."""
     if jax.process_count() > 1:
         return {}
-    return {path: zlib.crc32(np.ascontiguousarray(array)) for path, array in _leaves(tree)}
+    sums = {path: zlib.crc32(np.ascontiguousarray(array)) for path, array in _leaves(tree)}
+    return sums | {"metrics": zlib.crc32(json.dumps(metrics).encode())}
 
 
 def _leaves(tree: Any) -> list[tuple[str, np.ndarray]]:
@@ -193,6 +209,15 @@ def _leaves(tree: Any) -> list[tuple[str, np.ndarray]]:
 
 def _accuracy(metrics: Mapping[str, float]) -> float:
     return metrics["accuracy"]
+
+
+def _hide_unreadable_accuracies(directory: pathlib.Path) -> None:
+    """Without its accuracy a checkpoint is damaged; with half of it none could be opened."""
+    for path in directory.glob("[0-9]*/metrics/metrics"):
+        try:
+            json.loads(path.read_bytes())["accuracy"]
+        except (ValueError, KeyError, TypeError):
+            path.parent.rename(path.parent.with_name("metrics_damaged"))
 
 
 def _first_line(error: BaseException) -> str:

@@ -81,8 +81,8 @@ class Carry:
     Attributes:
         learners: the states of the networks that learn.
         sums: of the metrics of the steps since the last multiple of log_every.
-        bad_step: the first step with a metric that is not finite, or -1. From then on no network
-            is updated.
+        bad_step: the first step with a metric that is not finite, or after which a parameter is
+            not; -1 for none. From then on no network is updated.
         bad: the metrics of that step.
     """
 
@@ -223,12 +223,16 @@ def _steps(
         networks, metrics = train.train_step(
             carry.learners | frozen, batch, objectives, micro_batches=micro_batches
         )
-        finite = jnp.all(jnp.isfinite(jnp.stack(list(metrics.values()))))
+        learners = {name: networks[name] for name in carry.learners}
+        params = {name: state.params for name, state in learners.items()}
+        finite = jnp.all(
+            jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves((metrics, params))])
+        )
         updates = finite & (carry.bad_step < 0)
         first_bad = ~finite & (carry.bad_step < 0)
         fresh = step % log_every == 0
         return Carry(
-            learners=_where(updates, {n: networks[n] for n in carry.learners}, carry.learners),
+            learners=_where(updates, learners, carry.learners),
             sums={n: jnp.where(fresh, 0, x) + metrics[n] for n, x in carry.sums.items()},
             bad_step=jnp.where(first_bad, step, carry.bad_step),
             bad=_where(first_bad, metrics, carry.bad),
@@ -260,7 +264,8 @@ def _check_finite(fit: Fit, carry: Carry, feed: datasets.Feed) -> None:
     saved.save(step, carry)
     saved.wait()
     saved.close()
-    found = ", ".join(f"{n} {float(x)}" for n, x in carry.bad.items() if not np.isfinite(x))
+    bad = [f"{name} {float(x)}" for name, x in carry.bad.items() if not np.isfinite(x)]
+    found = ", ".join(bad) or "the parameters after its update"
     raise FloatingPointError(
         f"step {step} of {' and '.join(fit.phase.learners)} is not finite: {found}. Its batch and "
         f"the state before it are in {folder}; no checkpoint has a later state. Lower the learning "

@@ -6,6 +6,7 @@ it had not been: a phase that was complete restores its last state and has no st
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -137,9 +138,19 @@ def _ready(run: Run, name: str) -> train.TrainState:
     ):
         if theirs != expected:
             raise ValueError(
-                f"{name}.checkpoint: {source} has {what} {theirs}, but this run has {expected}."
+                f"{name}.checkpoint: {source} has {what} {_in_a_line(theirs)}, but this run has "
+                f"{_in_a_line(expected)}."
             )
     return train.adopt(module.apply, variables)
+
+
+def _in_a_line(value: Any) -> str:
+    """A flax module by its fields, in place of the many lines that it prints."""
+    if not dataclasses.is_dataclass(value):
+        return f"{value}"
+    own = (f.name for f in dataclasses.fields(value) if f.name not in ("parent", "name"))
+    fields = ", ".join(f"{name}={getattr(value, name)!r}" for name in own)
+    return f"{type(value).__name__}({fields})"
 
 
 def _phase(run: Run, phase: schema.Phase, states: Networks, *, trains: bool) -> Result:
@@ -189,7 +200,7 @@ def _objectives(run: Run, phase: schema.Phase) -> Objectives:
 
 def _check(run: Run, phase: schema.Phase, states: Networks) -> None:
     """Refuses networks that do not fit the data, and losses that read what they do not show."""
-    _split(run, phase)
+    _, size = _split(run, phase)
     objectives, inputs, outputs = _objectives(run, phase), _sample(run), {}
     for name in (*phase.learners, *phase.frozen):
         state = states[name]
@@ -202,6 +213,16 @@ def _check(run: Run, phase: schema.Phase, states: Networks) -> None:
         if shape != expected:
             raise ValueError(f"{name} must give logits of shape {expected}; found {shape}.")
     objective.check_needs(objectives, outputs)
+    flags = jax.ShapeDtypeStruct((size,), bool)
+    batch = {
+        "inputs": jax.ShapeDtypeStruct((size, *inputs.shape[1:]), inputs.dtype),
+        "labels": jax.ShapeDtypeStruct((size,), jnp.int32),
+        "where": flags,
+        "labelled": flags,
+        "key": jax.eval_shape(lambda: jax.random.key(0)),
+    }
+    step = functools.partial(train.train_step, micro_batches=run.config["micro_batches"])
+    jax.eval_shape(step, {name: states[name] for name in outputs}, batch, objectives)
 
 
 def _sample(run: Run) -> Array:
@@ -217,8 +238,8 @@ def _misfit(name: str, inputs: Array, error: Exception) -> str:
 def _split(run: Run, phase: schema.Phase) -> tuple[datasets.Split | datasets.Stream, int]:
     """The examples of a phase, and how many of them are a batch."""
     split = run.data.teacher if phase.split == "teacher" else run.data.train
-    size = run.config["batch_size"]
-    if phase.split == "labelled":
+    size, resident = run.config["batch_size"], isinstance(split, datasets.Split)
+    if phase.split == "labelled" and resident:  # a stream withholds no label
         split = split.labelled_alone()
         size = min(size, len(split))
         size -= size % math.lcm(run.mesh.shape["data"], run.config["micro_batches"])

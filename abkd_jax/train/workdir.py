@@ -73,7 +73,9 @@ def restore(
             raise ValueError(f"{workdir} has the networks {', '.join(learners)}; name one of them.")
         name = "student" if "student" in learners else learners[0]
     if name not in learners:
-        raise ValueError(f"{workdir} trained {', '.join(learners)}; found name {name!r}.")
+        own = workdir / name
+        hint = f", which is in {own}" if (own / "config.json").exists() else ""
+        raise ValueError(f"{workdir} trained {', '.join(learners)}; found name {name!r}{hint}.")
     if about["config"][name]["model"] == schema.GIVEN:
         raise ValueError(f"{name} was given by its caller, so that its model is not known here.")
     checkpoints = Checkpoints(workdir / CHECKPOINTS)

@@ -1,0 +1,89 @@
+"""The flag `--config` of every command, refused in one sentence where it cannot be read."""
+
+import pathlib
+import re
+import sys
+from collections.abc import Mapping, Sequence
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from abkd_jax.types import nearest
+
+_ARGV: list[str] = []  # of `parse`, where the flag --config finds its overrides
+_OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
+
+
+def define_config(default: str | None = None) -> flags.FlagHolder:
+    """The flag: a config file with its argument, whose values further flags override.
+
+    Args:
+        default: path of a config file; None for none.
+
+    Returns:
+        The flag's holder, with the config as its value.
+    """
+    help_ = "The config file, and its argument."
+    return config_flags.DEFINE_config_file("config", default, help_, sys_argv=_ARGV)
+
+
+def parse(argv: list[str], *, known: Sequence[str]) -> list[str]:
+    """Parses all flags of a command; what cannot be read leaves by SystemExit, with one sentence.
+
+    Args:
+        argv: the command's name and arguments.
+        known: the flags of the command, for the refusal of another.
+
+    Returns:
+        What is left of them.
+    """
+    overrides = [part for part in argv if _OVERRIDE.match(part)]
+    _ARGV[:] = [part for part in argv if part not in overrides]
+    rest = _parsed(_ARGV, known)  # the config as it is in its file, to check overrides against
+    if not flags.FLAGS.config:
+        return rest
+    for part in overrides:
+        _check_override(part, flags.FLAGS.config)
+    _ARGV[:] = argv
+    return _parsed(argv, known)
+
+
+def _parsed(argv: list[str], known: Sequence[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        sys.exit(
+            f"unknown flag --{error.flagname}{nearest(error.flagname, known)}; the flags are "
+            f"{', '.join(f'--{name}' for name in known)}, and --config.KEY=VALUE."
+        )
+    except Exception as error:  # a config file is a program, which may raise anything
+        *above, line = f"{error}".strip().splitlines() or [""]
+        if isinstance(error, flags.Error) and not above:
+            sys.exit(f"{line.removeprefix('flag ').rstrip('.')}; mend this flag.")
+        # absl wraps some exceptions of the file: their last line is that of the traceback.
+        kind, _, reason = line.partition(": ") if above else (type(error).__name__, "", line)
+        if kind == "ValueError":  # a sentence of this library
+            sys.exit(f"--config: {reason}")
+        sys.exit(f"--config: the file raises {kind} ({reason}); mend it.")
+    given = flags.FLAGS["config"]
+    path = given.config_filename.partition(":")[0] if given.present else None
+    if path is not None and not pathlib.Path(path).is_file():
+        sys.exit(f"--config: there is no file {path!r}; give one, such as configs/digits.py.")
+    if path is not None and not isinstance(flags.FLAGS.config, ConfigDict | Mapping):
+        sys.exit(f"--config: get_config of {path} must return a ConfigDict.")
+    return rest
+
+
+def _check_override(part: str, config: ConfigDict | None) -> None:
+    """Refuses the override of a key that the config does not have."""
+    path = _OVERRIDE.match(part)[1]
+    group = config
+    for key in path.split("."):
+        key = key.partition("[")[0]
+        known = list(group) if isinstance(group, ConfigDict | Mapping) else []
+        if key not in known:
+            sys.exit(
+                f"--config.{path}: the config has no {key!r} there{nearest(key, known)}"
+                f"{'; it has ' + ', '.join(known) if known else ''}."
+            )
+        group = group[key]

@@ -1,0 +1,93 @@
+"""Signals: the first is noted, the second acts, and afterwards all is as before."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from abkd_jax.train.interruption import Interruption
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@pytest.fixture
+def received():
+    """The signals that a handler of the caller got."""
+    found = []
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: found.append(number))
+    yield found
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_is_noted_and_the_second_acts_as_before(received, number):
+    with Interruption() as interruption:
+        assert interruption.requested is None
+        send(number)
+        assert interruption.requested == number.name and not received
+        send(number)
+        assert received == [number]
+
+
+def test_the_second_interrupt_from_the_keyboard_stops_the_program():
+    with pytest.raises(KeyboardInterrupt), Interruption() as interruption:
+        send(signal.SIGINT)
+        assert interruption.requested == "SIGINT"
+        send(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_of_each_kind_is_noted(received):
+    with Interruption() as interruption:
+        send(signal.SIGTERM)
+        send(signal.SIGINT)
+        assert interruption.requested == "SIGINT" and not received
+
+
+@pytest.mark.parametrize("sent", [(), SIGNALS, (signal.SIGTERM, signal.SIGTERM)])
+def test_the_handlers_are_given_back(received, sent):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with Interruption():
+        assert all(signal.getsignal(number) not in before for number in SIGNALS)
+        for number in sent:
+            send(number)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_the_handlers_are_given_back_after_an_error(received):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with pytest.raises(RuntimeError), Interruption():
+        raise RuntimeError
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_outside_of_the_main_thread_no_signal_is_taken(received):
+    before, noted = [signal.getsignal(number) for number in SIGNALS], []
+
+    def work():
+        with Interruption() as interruption:
+            noted.append([signal.getsignal(number) for number in SIGNALS] == before)
+            noted.append(interruption.requested)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert noted == [True, None]
+    send(signal.SIGTERM)
+    assert received == [signal.SIGTERM]
+
+
+def test_an_interruption_can_be_used_again(received):
+    interruption = Interruption()
+    for _ in range(2):
+        with interruption:
+            send(signal.SIGTERM)
+    assert interruption.requested == "SIGTERM" and not received

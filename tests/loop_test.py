@@ -1,0 +1,421 @@
+"""A run as a function: your own data and networks, what each phase sees, devices, refusals."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax import numpy as jnp
+
+from abkd_jax import data
+from abkd_jax.train.checkpoint import Checkpoints
+from abkd_jax.train.loop import train_and_evaluate
+
+K, DIM = 3, 6
+TASK = dict(fn="cross_entropy", weight=1.0, where="labelled")
+DISTILL = dict(
+    fn="on_logits",
+    weight=1.0,
+    temperature=2.0,
+    divergence=dict(fn="alpha_beta", alpha=0.8, beta=0.5),
+)
+SGD = dict(name="sgd", learning_rate=0.1)
+GIVEN = dict(model="given")
+
+
+def network(**changes):
+    return dict(model="mlp", widths=(5,), optimizer=SGD, terms=dict(task=TASK)) | changes
+
+
+def config(**changes):
+    """Five steps, offline."""
+    values = dict(
+        mode="offline",
+        data=dict(name="digits", validation=0),
+        teacher=network(),
+        student=network(terms=dict(distill=DISTILL)),
+        batch_size=16,
+        num_steps=5,
+        checkpoint_every=5,
+        log_every=5,
+        devices=1,
+        init_seed=0,
+        data_seed=0,
+    )
+    values |= changes
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def drawn(size, seed):
+    """Vectors around a corner for each class, and labels that go round."""
+    labels = np.arange(size) % K
+    noise = np.random.default_rng(seed).normal(size=(size, DIM))
+    return (2 * np.eye(K, DIM)[labels] + noise).astype(np.float32), labels
+
+
+def dataset(validation=True, train=None, **options):
+    held_out = drawn(30, 1) if validation else None
+    train = drawn(90, 0) if train is None else train
+    return data.from_arrays(
+        train=train, validation=held_out, test=drawn(36, 2), num_classes=K, **options
+    )
+
+
+def images(**options):
+    """uint8 images whose brightness tells the class."""
+
+    def examples(size, seed):
+        labels = np.arange(size) % K
+        noise = np.random.default_rng(seed).integers(0, 80, (size, 8, 8, 1))
+        return (noise + 80 * labels[:, None, None, None]).astype(np.uint8), labels
+
+    splits = {name: examples(48, seed) for seed, name in enumerate(("train", "test"))}
+    return data.from_arrays(**splits, validation=None, num_classes=K, **options)
+
+
+def parameters(workdir, name="student"):
+    """The network's parameters in the newest checkpoint."""
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    try:
+        return checkpoints.restore()[1]["learners"][name]["params"]
+    finally:
+        checkpoints.close()
+
+
+def differ(a, b):
+    return any(np.any(x != y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+
+def refusal(workdir, *args, **options):
+    with pytest.raises(ValueError) as refused:
+        train_and_evaluate(*args[:1], workdir, **options)
+    message = str(refused.value)
+    assert "\n" not in message and message.endswith(".")
+    return message
+
+
+# --- what comes out -----------------------------------------------------------------------------
+
+
+def test_a_run_on_feature_vectors(tmp_path):
+    baseline = network()
+    result = train_and_evaluate(config(baseline=baseline), tmp_path, data=dataset())
+    assert result["mode"] == "offline" and result["num_classes"] == K
+    assert (result["evaluated_on"], result["selected_on"]) == ("test", "validation")
+    assert list(result["networks"]) == ["teacher", "baseline", "student"]
+    for found in result["networks"].values():
+        assert found["steps"] == found["best"]["step"] == 5
+        assert found["parameters"] == (DIM + 1) * 5 + (5 + 1) * K
+        assert found["last"]["count"] == 36
+        assert found["last"]["scaled"]["nll"] > 0 and found["last"]["temperature"] > 0
+        # It was evaluated at the last step alone.
+        np.testing.assert_equal(found["last"], found["best"]["scores"])
+        assert set(found["sha256"]) == {"params", "opt_state", "batch_stats"}
+    for part in ("result.json", "report.md", "metrics.jsonl", "teacher/metrics.jsonl"):
+        assert (tmp_path / part).stat().st_size
+
+
+def test_a_run_on_images_without_validation_data(tmp_path):
+    cnn = network(model="cnn", widths=(4,))
+    made = config(teacher=cnn, student=cnn | dict(terms=dict(distill=DISTILL)))
+    result = train_and_evaluate(made, tmp_path, data=images(mean=(0.5,), std=(0.3,)))
+    assert result["selected_on"] == "test"
+    for found in result["networks"].values():
+        assert found["last"]["temperature"] is None and found["last"]["scaled"] is None
+        assert found["best"]["accuracy"] == pytest.approx(found["last"]["accuracy"], abs=1e-6)
+    with np.load(tmp_path / "examples.npz") as examples:
+        assert examples["images"].dtype == np.uint8 and examples["images"].shape[1:] == (8, 8, 1)
+
+
+def test_the_data_is_told_by_its_checksum(tmp_path):
+    made = config(teacher=network(), num_steps=1)
+    first = train_and_evaluate(made, tmp_path, data=dataset())
+    np.testing.assert_equal(train_and_evaluate(made, tmp_path, data=dataset()), first)
+    changed = drawn(90, 0)
+    changed[0][7, 3] += 1e-3
+    message = refusal(tmp_path, made, data=dataset(train=changed))
+    sums = r"data\.sha256 \('[0-9a-f]{64}' there, '[0-9a-f]{64}' here\)"
+    expected = f"{re.escape(str(tmp_path))} is the workdir of another run; these differ: {sums}. "
+    assert re.fullmatch(expected + "Choose another workdir, or the config of that run.", message)
+
+
+# --- networks of your own -----------------------------------------------------------------------
+
+KERNEL = np.random.default_rng(3).normal(size=(DIM, K)).astype(np.float32)
+
+
+def linen_teacher():
+    module = nn.Dense(K, use_bias=False)
+    return module.apply, {"params": {"kernel": KERNEL}}
+
+
+def nnx_teacher():
+    model = nnx.Linear(DIM, K, use_bias=False, rngs=nnx.Rngs(0))
+    model.kernel[...] = jnp.asarray(KERNEL)
+    graph, state = nnx.split(model)
+    return lambda state, inputs: nnx.merge(graph, state)(inputs), state
+
+
+def function_teacher():
+    return lambda kernel, inputs: inputs @ kernel, KERNEL
+
+
+def test_teachers_of_any_library_teach_the_same(tmp_path):
+    taught = []
+    for make in (linen_teacher, nnx_teacher, function_teacher):
+        workdir = tmp_path / make.__name__
+        given = {"teacher": make()}
+        result = train_and_evaluate(config(teacher=GIVEN), workdir, networks=given, data=dataset())
+        assert not (workdir / "teacher").exists()
+        teacher = result["networks"]["teacher"]
+        right = np.argmax(drawn(36, 2)[0] @ KERNEL, -1) == drawn(36, 2)[1]
+        assert teacher["last"]["accuracy"] == pytest.approx(right.mean(), abs=1e-6)
+        assert teacher["parameters"] == DIM * K
+        assert teacher["steps"] == 0 and teacher["best"] is None and teacher["sha256"] is None
+        taught.append(parameters(workdir))
+    for other in taught[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), taught[0], other)
+
+
+def test_a_student_of_your_own_learns(tmp_path):
+    """From nothing to the accuracy of a teacher that knows the corners."""
+    corners = 3 * np.eye(DIM, K, dtype=np.float32)
+    teacher, student = (
+        (lambda kernel, inputs: inputs @ kernel, corners),
+        (lambda params, inputs: inputs @ params["w"], {"w": np.zeros((DIM, K), np.float32)}),
+    )
+    given = {"teacher": teacher, "student": student}
+    own = dict(model="given", optimizer=SGD, terms=dict(distill=DISTILL))
+    made = config(teacher=GIVEN, student=own, num_steps=60, checkpoint_every=60)
+    result = train_and_evaluate(made, tmp_path, networks=given, data=dataset())
+    accuracy = {name: x["last"]["accuracy"] for name, x in result["networks"].items()}
+    assert accuracy["teacher"] > 0.8
+    assert accuracy["student"] >= accuracy["teacher"] - 0.1  # zeros: a third
+    assert np.any(parameters(tmp_path)["w"]) and not np.any(student[1]["w"])
+    again = train_and_evaluate(made, tmp_path, networks=given, data=dataset())
+    np.testing.assert_equal(again, result)
+
+
+# --- what each phase sees -----------------------------------------------------------------------
+
+
+def half_labelled(*, inputs=0.0, labels=0, size=90):
+    """Examples, of which a student sees 30 labels; the others are shifted as told."""
+    x, y = (part[:size] for part in drawn(90, 0))
+    x[30:] += inputs
+    y[30:] = (y[30:] + labels) % K
+    return dataset(train=(x, y), labelled=30)
+
+
+def test_who_sees_the_withheld_labels_and_the_unlabelled_examples(tmp_path):
+    """The teacher both; the student the examples alone; the baseline neither."""
+    student = network(terms=dict(distill=DISTILL, task=TASK))
+    made = config(baseline=network(), student=student)
+    sums = {}
+    changes = {
+        "as": {},
+        "labels": dict(labels=1),
+        "inputs": dict(inputs=0.5),
+        "fewer": dict(size=60),
+    }
+    for name, change in changes.items():
+        found = train_and_evaluate(made, tmp_path / name, data=half_labelled(**change))
+        sums[name] = {n: x["sha256"]["params"] for n, x in found["networks"].items()}
+    assert len({found["baseline"] for found in sums.values()}) == 1
+    assert sums["as"]["teacher"] != sums["labels"]["teacher"]
+    assert sums["as"]["teacher"] != sums["inputs"]["teacher"]
+    # With a teacher that does not depend on them, a student sees examples and no withheld label.
+    made, given = config(teacher=GIVEN, student=student), {"teacher": function_teacher()}
+    sums = {}
+    for name, change in changes.items():
+        workdir = tmp_path / f"given {name}"
+        train_and_evaluate(made, workdir, networks=given, data=half_labelled(**change))
+        sums[name] = parameters(workdir)
+    assert not differ(sums["as"], sums["labels"])
+    assert differ(sums["as"], sums["inputs"])
+
+
+def test_online_both_networks_learn_and_from_each_other(tmp_path):
+    mutual = network(terms=dict(task=TASK, distill=DISTILL))
+    alone = network(terms=dict(task=TASK, distill=DISTILL | dict(weight=0.0)))
+    learned = {}
+    for name, (teacher, student) in {
+        "mutual": (mutual, mutual | dict(widths=(4,))),
+        "alone": (alone, alone | dict(widths=(4,))),
+    }.items():
+        made = config(mode="online", teacher=teacher, student=student)
+        result = train_and_evaluate(made, tmp_path / name, data=dataset())
+        assert all(x["steps"] == 5 for x in result["networks"].values())
+        assert not (tmp_path / name / "teacher").exists()
+        learned[name] = {n: parameters(tmp_path / name, n) for n in ("teacher", "student")}
+    still = SGD | dict(learning_rate=0.0)
+    made = config(
+        mode="online",
+        teacher=mutual | dict(optimizer=still),
+        student=mutual | dict(widths=(4,), optimizer=still),
+    )
+    train_and_evaluate(made, tmp_path / "still", data=dataset())
+    for name in ("teacher", "student"):
+        assert differ(learned["mutual"][name], parameters(tmp_path / "still", name))
+        assert differ(learned["mutual"][name], learned["alone"][name])
+
+
+# --- steps in a call, and devices ---------------------------------------------------------------
+
+
+def close(a, b, rtol):
+    """Equal to a relative tolerance of each array's largest number."""
+    for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * np.abs(x).max())
+
+
+def test_steps_of_one_call_are_steps(tmp_path):
+    """Schedules, the order of the data and the end of an epoch included."""
+    scheduled = dict(fn="alpha_beta", alpha=dict(fn="linear", start=1.0, end=0.3), beta=0.5)
+    student = network(terms=dict(distill=DISTILL | dict(divergence=scheduled)))
+    learned = {}
+    for every, alpha in ((1, 0.3), (5, 0.3), (5, 1.0)):
+        scheduled["alpha"]["end"] = alpha
+        made = config(
+            teacher=GIVEN, student=student, steps_per_call=every, num_steps=10, log_every=10,
+            checkpoint_every=10,
+        )  # fmt: skip
+        workdir = tmp_path / f"{every} {alpha}"
+        given = {"teacher": function_teacher()}
+        train_and_evaluate(made, workdir, networks=given, data=dataset())
+        learned[every, alpha] = parameters(workdir)
+    close(learned[1, 0.3], learned[5, 0.3], rtol=1e-6)
+    with pytest.raises(AssertionError):  # so much that a schedule held still would show
+        close(learned[5, 1.0], learned[5, 0.3], rtol=1e-4)
+
+
+PLUGIN = '''
+"""A loss with which every example of a batch depends on all others."""
+
+from jax import Array
+from jax import numpy as jnp
+
+from abkd_jax.types import Batch, Outputs
+
+
+def centred(student: Outputs, teacher: Outputs, batch: Batch, *, scale: float | Array) -> Array:
+    """The squared distance from the teacher's mean logits, times that of the whole batch."""
+    distance = jnp.mean((student.logits - jnp.mean(teacher.logits, axis=0)) ** 2, axis=-1)
+    return scale * distance * jnp.mean(distance)
+
+
+centred.couples_batch = True
+'''
+COUPLED = dict(fn="losses_of_a_test.centred", scale=0.1, weight=1.0)
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    (tmp_path / "losses_of_a_test.py").write_text(PLUGIN)
+    monkeypatch.syspath_prepend(tmp_path)
+    return ("losses_of_a_test",)
+
+
+def test_any_number_of_devices_learns_the_same(tmp_path, plugin):
+    """Batch norm and a loss that couples the batch see the whole of it on 1, 2 and 8 devices."""
+    student = network(model="cnn", widths=(4, 4), batch_norm=True, terms=dict(coupled=COUPLED))
+    given = {"teacher": (lambda w, x: jnp.mean(x, (1, 2)) * w, jnp.asarray([[-1.0, 0.5, 2.0]]))}
+    learned = {}
+    for devices in (1, 2, 8):
+        made = config(teacher=GIVEN, student=student, plugins=plugin, devices=devices)
+        workdir = tmp_path / str(devices)
+        train_and_evaluate(made, workdir, networks=given, data=images(pad=1, flip=True))
+        learned[devices] = parameters(workdir)
+    made = config(
+        teacher=GIVEN, student=student | dict(optimizer=SGD | dict(learning_rate=0.0)),
+        plugins=plugin,
+    )  # fmt: skip
+    train_and_evaluate(made, tmp_path / "still", networks=given, data=images(pad=1, flip=True))
+    assert differ(learned[1], parameters(tmp_path / "still"))
+    # float32: sums over the batch are taken in another order, in each of five steps.
+    close(learned[1], learned[2], rtol=1e-5)
+    close(learned[1], learned[8], rtol=1e-5)
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+def untrained(workdir):
+    """Whether the folder is still nobody's, so that nothing was trained in it."""
+    return not [path for path in workdir.iterdir() if path.name != ".lock"]
+
+
+def test_a_coupled_loss_is_refused_in_parts_before_the_teacher_trains(tmp_path, plugin):
+    student = network(terms=dict(coupled=COUPLED))
+    made = config(student=student, plugins=plugin, micro_batches=2)
+    assert refusal(tmp_path / "run", made, data=dataset()) == (
+        "student.terms.coupled couples the examples of a batch, so micro_batches must be 1; "
+        "found 2."
+    )
+    assert untrained(tmp_path / "run")
+
+
+def test_the_baseline_takes_the_labels_that_there_are(tmp_path):
+    """10 of 30 labels make no batch of 16 in 4 parts; the largest that do are 8."""
+    made = config(baseline=network(), micro_batches=4, num_steps=1)
+    options = dict(train=drawn(90, 0), labelled=12)
+    result = train_and_evaluate(made, tmp_path, data=dataset(**options))
+    assert result["networks"]["baseline"]["steps"] == 1
+
+
+def test_a_model_that_cannot_take_the_inputs_is_refused_before_the_teacher_trains(tmp_path):
+    made = config(student=network(model="resnet", depth=8, terms=dict(distill=DISTILL)))
+    del made["student"]["widths"]
+    message = refusal(tmp_path, made, data=dataset())
+    assert message.startswith(f"student: its model cannot take inputs of shape ({DIM},): ")
+    made["student"] = network(model="cnn", terms=dict(distill=DISTILL))
+    message = refusal(tmp_path, made, data=dataset())
+    assert message.startswith(f"student: its model cannot take inputs of shape ({DIM},): ")
+    assert untrained(tmp_path)
+
+
+def product(kernel, inputs):
+    return inputs @ kernel
+
+
+OF_NETWORKS = [
+    (dict(), {"peer": (product, KERNEL)},
+     "networks has 'peer', which the config lacks; add peer=dict(model='given')."),
+    (dict(), {"teacher": (product, KERNEL)},
+     "teacher.model must be 'given' exactly if networks= has 'teacher'; found 'mlp'."),
+    (dict(teacher=GIVEN), {},
+     "teacher.model must be 'given' exactly if networks= has 'teacher'; found 'given'."),
+    (dict(teacher=GIVEN), {"teacher": 3},
+     "networks['teacher'] must be (apply_fn, variables); found 3."),
+    (dict(teacher=GIVEN), {"teacher": (product, KERNEL[:, :2])},
+     "teacher must give logits of shape (2, 3); found (2, 2)."),
+    (dict(teacher=GIVEN), {"teacher": (product, KERNEL[:4])},
+     "teacher: its model cannot take inputs of shape (6,): dot_general requires contracting "
+     "dimensions to have the same shape, got (6,) and (4,)."),
+    (dict(teacher=GIVEN), {"teacher": (lambda kernel, inputs: [inputs @ kernel], KERNEL)},
+     "teacher: its model cannot take inputs of shape (6,): <lambda> must return logits [..., K] "
+     "or Outputs; found list."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes,given,message", OF_NETWORKS)
+def test_networks_that_do_not_fit_are_refused(tmp_path, changes, given, message):
+    found = refusal(tmp_path, config(**changes), networks=given, data=dataset())
+    assert found == message
+    assert untrained(tmp_path)
+
+
+def test_a_batch_larger_than_the_data_is_refused(tmp_path):
+    made = config(baseline=network(), batch_size=91)
+    assert refusal(tmp_path, made, data=dataset()) == (
+        "batch_size must be at most the 90 examples to train teacher, and at least one for each "
+        "device; found 91."
+    )
+    omitted = dataset(omit=(2,))
+    assert refusal(tmp_path, config(batch_size=61), data=omitted) == (
+        "batch_size must be at most the 60 examples to train student, and at least one for each "
+        "device; found 61."
+    )
+    assert untrained(tmp_path)

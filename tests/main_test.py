@@ -1,0 +1,285 @@
+"""The command line: a run, the same again, and one sentence for each thing that it cannot do."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+from absl.testing import flagsaver
+
+from abkd_jax import main
+
+# of ml_collections
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_DIGITS = _ROOT / "configs" / "digits.py"
+_FAST = [f"--config={_DIGITS}:runlocal", "--config.devices=1"]
+
+# A config file that is the digits' and then something else.
+_CHANGED = """
+
+_unchanged = get_config
+
+
+def get_config(argument="runlocal"):
+    config = _unchanged(argument).unlock()
+    config.devices = 1
+    {}
+    return config
+"""
+
+
+def refusal(monkeypatch, *argv):
+    """What the command line says as it refuses."""
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # of the config before
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as refused:
+        main.main(main.parse(["main", *argv]))
+    message = refused.value.code
+    assert isinstance(message, str), message  # sys.exit prints it, and the exit status is 1
+    assert "\n" not in message and "Traceback" not in message and "Error:" not in message
+    return message
+
+
+def run(*argv, **environment):
+    """The command in a process of its own."""
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(_ROOT / ".jax_cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    environment = os.environ | cache | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | environment
+    command = [sys.executable, "-m", "abkd_jax.main", *argv]
+    return subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True)
+
+
+# --- flags --------------------------------------------------------------------------------------
+
+FLAGS = "the flags are --config, --workdir, --evaluate, --profile, and --config.KEY=VALUE."
+OF_FLAGS = [
+    ([], "--config is missing; give a config file: --config=configs/digits.py."),
+    (["--workdir=w"], "--config is missing; give a config file: --config=configs/digits.py."),
+    (["--config.batch_size=3"],
+     "--config is missing; give a config file: --config=configs/digits.py."),
+    ([*_FAST], "--workdir is missing; give the folder of the run: --workdir=runs/digits."),
+    ([*_FAST, "--workdir="],
+     "--workdir is missing; give the folder of the run: --workdir=runs/digits."),
+    (["--config=configs/no.py", "--workdir=w"],
+     "--config: there is no file 'configs/no.py'; give one, such as configs/digits.py."),
+    (["--config=configs/no.py", "--workdir=w", "--config.batch_size=3"],
+     "--config: there is no file 'configs/no.py'; give one, such as configs/digits.py."),
+    (["--config=", "--workdir=w"],
+     "--config: there is no file ''; give one, such as configs/digits.py."),
+    ([*_FAST, "--workdir=w", "--seed=1"], "unknown flag --seed; " + FLAGS),
+    ([*_FAST, "--worddir=w"],
+     "unknown flag --worddir (did you mean 'workdir'?); " + FLAGS),
+    ([*_FAST, "--workdir=w", "--evaluate=maybe"],
+     "--evaluate=maybe: ('Non-boolean argument to boolean flag', 'maybe'); mend this flag."),
+    ([*_FAST, "runs/w"], "unknown arguments: runs/w; every option starts with --."),
+    ([*_FAST, "--workdir=w", "--config.studnet.widths=(3,)"],
+     "--config.studnet.widths: the config has no 'studnet' there (did you mean 'student'?); it "
+     "has baseline, batch_size, checkpoint_every, data, data_seed, devices, init_seed, log_every, "
+     "micro_batches, mode, num_steps, plugins, steps_per_call, student, teacher."),
+    ([*_FAST, "--workdir=w", "--config.student.optimizer.momentum=1.0"],
+     "--config.student.optimizer.momentum: the config has no 'momentum' there; it has "
+     "learning_rate, name."),
+    ([*_FAST, "--workdir=w", "--config.batch_size.x=1"],
+     "--config.batch_size.x: the config has no 'x' there."),
+    ([*_FAST, "--workdir=w", "--config.batch_size=abc"],
+     "--config.batch_size=abc: invalid literal for int() with base 10: 'abc'; mend this flag."),
+    ([*_FAST, "--workdir=w", "--config.student.optimizer.learning_rate=fast"],
+     "--config.student.optimizer.learning_rate=fast: could not convert string to float: 'fast'; "
+     "mend this flag."),
+    ([*_FAST, "--workdir=w", "--config.student=3"],
+     "--config.student=3: Failed to parse '3' as a ConfigDict: `3` is not a dict; mend this "
+     "flag."),
+    ([*_FAST, "--workdir=w", "--config.data.name"],
+     "Missing value for flag --config.data.name; mend this flag."),
+    ([f"--config={_DIGITS}:divergence=nope", "--workdir=w"],
+     "--config: student.terms.distill.divergence.fn: there is no divergence 'nope'; known are "
+     "alpha_beta, forward_kl, jensen_shannon, reverse_kl, tempered, total_variation."),
+    ([f"--config={_DIGITS}:alhpa=1.", "--workdir=w"],
+     "--config: the config's argument has 'alhpa', which is no number of student.terms.distill "
+     "(did you mean 'alpha'?); it takes divergence, alpha, beta, weight, temperature, "
+     "temperature_power."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("argv,message", OF_FLAGS)
+def test_a_wrong_flag_is_refused(monkeypatch, argv, message):
+    assert refusal(monkeypatch, *argv) == message
+
+
+OF_FILES = [
+    ("def get_config(:\n", "SyntaxError (invalid syntax (config.py, line 1))"),
+    ("raise RuntimeError('boom')\n", "RuntimeError (boom)"),
+    ("import no_such_module\n", "ModuleNotFoundError (No module named 'no_such_module')"),
+    ("def get_config():\n    return {'a': 1 / 0}\n", "ZeroDivisionError (division by zero)"),
+    ("def get_config():\n    return {'a': 1 + 'a'}\n",
+     "TypeError (unsupported operand type(s) for +: 'int' and 'str')"),
+    ("x = 1\n", "AttributeError (module 'config_config' has no attribute 'get_config')"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text,reason", OF_FILES)
+def test_a_config_file_that_cannot_be_run_is_refused(monkeypatch, tmp_path, text, reason):
+    path = tmp_path / "config.py"
+    path.write_text(text)
+    message = refusal(monkeypatch, f"--config={path}", f"--workdir={tmp_path / 'run'}")
+    assert message == f"--config: the file raises {reason}; mend it."
+
+
+def test_a_config_file_that_makes_no_config_is_refused(monkeypatch, tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text("def get_config():\n    return 3\n")
+    message = refusal(monkeypatch, f"--config={path}", f"--workdir={tmp_path / 'run'}")
+    assert message == f"--config: get_config of {path} must return a ConfigDict."
+
+
+# --- configs ------------------------------------------------------------------------------------
+
+TERM = "student.terms.distill"
+GROUP = "config.student.terms.distill"
+OF_CONFIGS = [
+    (f"{GROUP}.divergence.fn = 'revers_kl'",
+     f"{TERM}.divergence.fn: there is no divergence 'revers_kl' (did you mean 'reverse_kl'?); "
+     "known are alpha_beta, forward_kl, jensen_shannon, reverse_kl, tempered, total_variation."),
+    (f"{GROUP}.fn = 'on_logit'",
+     f"{TERM}.fn: there is no loss 'on_logit' (did you mean 'on_logits'?); known are "
+     "cross_entropy, entropy_gated, on_logits."),
+    (f"{GROUP}.temprature = 2.0",
+     f"{TERM}: on_logits has no hyperparameter 'temprature'; it takes divergence, temperature, "
+     "temperature_power."),
+    (f"del {GROUP}.weight", f"{TERM}.weight is missing; give the term's factor, such as 1.0."),
+    (f"{GROUP}.temperature = 0.0",
+     f"{TERM}.temperature must be greater than 0 and finite; found 0.0."),
+    (f"{GROUP}.divergence.alpha = float('nan')",
+     f"{TERM}.divergence.alpha must be a finite number; found nan."),
+    (f"{GROUP}.other = 'tutor'", f"{TERM}.other must be one of 'teacher'; found 'tutor'."),
+    (f"{GROUP}.fn, config.plugins = 'no_such_package.loss', ('no_such_package',)",
+     f"{TERM}.fn: cannot import 'no_such_package': No module named 'no_such_package'."),
+    (f"{GROUP}.fn = 'os.system'",
+     f"{TERM}.fn: 'os.system' lies outside of 'abkd_jax'; list its package under `plugins`."),
+    ("config.student.model = 'mpl'",
+     "student.model must be one of cnn, mlp, resnet; found 'mpl' (did you mean 'mlp'?)."),
+    ("config.student.model = 'given'",
+     "student.model must be 'given' exactly if networks= has 'student'; found 'given'."),
+    ("config.student.optimizer.name = 'adm'",
+     "student.optimizer.name must be one of sgd, adam, adamw; found 'adm' (did you mean "
+     "'adam'?)."),
+    ("config.num_steps = -1", "num_steps must be an integer of at least 1; found -1."),
+    ("config.num_steps = 0", "num_steps must be an integer of at least 1; found 0."),
+    ("config.batch_size = 0", "batch_size must be an integer of at least 1; found 0."),
+    ("config.log_every = 0", "log_every must be an integer of at least 1; found 0."),
+    ("config.devices = -1", "devices must be an integer of at least 0; found -1."),
+    ("config.data_seed = 2**31", "data_seed must be less than 2**31; found 2147483648."),
+    ("config.micro_batches = 3",
+     "batch_size must be a multiple of micro_batches, 3; found 128."),
+    ("config.devices = 99", "devices must be at most the 8 there are; found 99."),
+    ("config.devices = 3",
+     "batch_size must be a multiple of the 3 devices; found 128 (set devices to use fewer)."),
+    ("config.batch_size = 1001",
+     "batch_size must be at most the 1000 examples to train teacher, and at least one for each "
+     "device; found 1001."),
+    ("config.mode = 'ofline'", "mode must be one of offline, online; found 'ofline'."),
+    ("del config.student", "the config lacks the network 'student'; offline needs it."),
+    ("config.mode = 'online'; del config.student, config.teacher, config.baseline",
+     "the config has no network, a group with a model; it needs at least one."),
+    ("config.mode = 'online'; config.student.checkpoint = config.teacher.checkpoint = "
+     "config.baseline.checkpoint = 'runs/x'",
+     "no network is left to learn: each has a checkpoint or no terms."),
+    ("config.student.checkpoint = 'runs/x'",
+     "student.checkpoint must be empty: this network is to learn."),
+    ("config.teacher.checkpoint = 3",
+     "teacher.checkpoint must be the workdir of another run, or ''; found 3."),
+    ("config.teacher.checkpoint = 'no/run'",
+     "teacher.checkpoint: no/run is no workdir of a run: it has no config.json."),
+    ("config.data.labelled = 101",
+     "data.labelled must be a multiple of the 10 classes, with at most 92 examples of each; found "
+     "101."),
+    ("config.data.name = 'digit'",
+     "data.name must be digits or an image-classification set of tensorflow_datasets; found "
+     "'digit' (did you mean 'digits'?)."),
+    ("config.data = dict(name='fashion_mnist', validation=0, data_dir='no/folder')",
+     "data.data_dir must be a folder with prepared sets of TFDS; found 'no/folder', which does not "
+     "exist: correct it, or set data.download=True to prepare the set there."),
+    ("config.data = dict(name='fashion_mnist', validation=0, data_dir='{tmp}')",
+     "data.name: the set 'fashion_mnist' is not prepared in {tmp}; install TensorFlow with pip "
+     "install 'abkd_jax[prepare]' and set data.download=True to prepare it, or give a "
+     "data.data_dir or TFDS_DATA_DIR that has it in ArrayRecord format."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change,message", OF_CONFIGS)
+def test_a_wrong_config_is_refused_and_the_workdir_stays_free(
+    monkeypatch, tmp_path, change, message
+):
+    path, workdir = tmp_path / "config.py", tmp_path / "run"
+    change, message = (text.replace("{tmp}", str(tmp_path)) for text in (change, message))
+    path.write_text(_DIGITS.read_text() + _CHANGED.format(change))
+    assert refusal(monkeypatch, f"--config={path}", f"--workdir={workdir}") == message
+    assert not (workdir / "config.json").exists()  # so the mended command can have the same one
+
+
+def test_a_workdir_that_cannot_be_made_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    found = refusal(monkeypatch, *_FAST, f"--workdir={tmp_path / 'file'}")
+    assert found == f"workdir {tmp_path / 'file'} cannot be written: File exists."
+    below = tmp_path / "file" / "run"  # root may write anywhere else
+    found = refusal(monkeypatch, *_FAST, f"--workdir={below}")
+    assert found == f"workdir {below} cannot be written: Not a directory."
+
+
+def test_an_evaluation_without_checkpoints_is_refused(monkeypatch, tmp_path):
+    found = refusal(monkeypatch, *_FAST, f"--workdir={tmp_path}", "--evaluate")
+    assert found == f"{tmp_path} has no checkpoint to evaluate; train first."
+    assert not (tmp_path / "config.json").exists()
+
+
+# --- in a process of its own --------------------------------------------------------------------
+
+
+def test_a_missing_flag_is_told_at_once():
+    before = time.monotonic()
+    done = run(PYTHONPROFILEIMPORTTIME="1")
+    seconds = time.monotonic() - before
+    *imports, message = done.stderr.splitlines()
+    assert done.returncode == 1 and not done.stdout
+    assert message == OF_FLAGS[0][1]
+    imported = {line.rpartition("|")[2].strip() for line in imports}
+    assert "jax" in imported
+    assert not imported & {"matplotlib", "tensorflow_datasets", "tensorflow", "torch"}
+    assert seconds < 20  # about 2 on a machine that does nothing else
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_run_by_the_command_line(tmp_path):
+    """Trained, with a trace; the same again, which trains nothing; and evaluated alone."""
+    argv = [*_FAST, f"--workdir={tmp_path}"]
+    done = run(*argv, "--profile")
+    assert done.returncode == 0, done.stderr
+    *accuracies, last = done.stdout.splitlines()
+    assert last == f"report: {tmp_path}/report.md" and pathlib.Path(last[8:]).exists()
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert accuracies == [
+        f"{name}: accuracy {network['last']['accuracy']:.2%}, NLL {network['last']['nll']:.4f}, on "
+        "the test set"
+        for name, network in result["networks"].items()
+    ]
+    assert list(result["networks"]) == ["teacher", "baseline", "student"]
+    assert {row["step"] for row in rows(tmp_path)} == {5, 10, 15, 20}
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    written = {path: path.read_bytes() for path in tmp_path.rglob("metrics.jsonl")}
+    assert len(written) == 3
+    for further in ([], ["--evaluate"]):
+        (tmp_path / "result.json").unlink()
+        again = run(*argv, *further)
+        assert again.returncode == 0 and again.stdout == done.stdout, again.stderr
+        assert json.loads((tmp_path / "result.json").read_text()) == result
+        assert written == {path: path.read_bytes() for path in tmp_path.rglob("metrics.jsonl")}

@@ -1,0 +1,282 @@
+"""The folder of a run: what is loaded from it, whose it is, and the files that are written."""
+
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from abkd_jax import data
+from abkd_jax.train import workdir as folders
+from abkd_jax.train.checkpoint import Checkpoints
+from abkd_jax.train.loop import train_and_evaluate
+
+K = 3
+MEAN, STD = (0.4,), (0.3,)
+TASK = dict(task=dict(fn="cross_entropy", weight=1.0))
+TERMS = dict(
+    distill=dict(
+        fn="on_logits",
+        weight=1.0,
+        temperature=1.0,
+        divergence=dict(fn="alpha_beta", alpha=0.8, beta=0.5),
+    )
+)
+
+
+def network(**changes):
+    group = dict(model="cnn", widths=(4,), batch_norm=True, terms=TASK)
+    return group | dict(optimizer=dict(name="sgd", learning_rate=0.5)) | changes
+
+
+def config(**changes):
+    values = dict(
+        mode="offline",
+        data=dict(name="digits", validation=0),
+        teacher=network(),
+        student=network(ema_decay=0.5, terms=TERMS),
+        batch_size=16,
+        num_steps=6,
+        checkpoint_every=2,
+        log_every=2,
+        devices=1,
+        init_seed=0,
+        data_seed=0,
+    )
+    return values | changes
+
+
+def examples(size, seed):
+    """Images whose brightness tells the class, and labels that go round."""
+    labels = np.arange(size) % K
+    noise = np.random.default_rng(seed).integers(0, 80, (size, 8, 8, 1))
+    return (noise + 80 * labels[:, None, None, None]).astype(np.uint8), labels
+
+
+def images(std=STD):
+    parts = {"train": examples(48, 0), "validation": examples(30, 1), "test": examples(40, 2)}
+    return data.from_arrays(**parts, num_classes=K, mean=MEAN, std=std)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run, its result, and the distributions that its report shows; not to be changed."""
+    workdir = tmp_path_factory.mktemp("run")
+    made = config()
+    # A rate so high at the end that what was learned is lost: the best is not the last.
+    lost = dict(fn="piecewise", start=0.5, factor=100.0, boundaries=(4,))
+    made["teacher"]["optimizer"]["learning_rate"] = lost
+    result = train_and_evaluate(made, workdir, data=images())
+    with np.load(workdir / "examples.npz") as file:
+        return workdir, result, dict(file)
+
+
+def state(workdir, name):
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    try:
+        return checkpoints.restore()[1]["learners"][name]
+    finally:
+        checkpoints.close()
+
+
+def same(a, b):
+    return all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+# --- load ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name,folder", [("student", ""), ("teacher", "teacher")])
+def test_a_loaded_network_says_what_the_run_said(run, name, folder):
+    """On inputs as they are stored, or as pixels in [0, 1]; float32, hence 1e-6."""
+    workdir, _, shown = run
+    module, variables, made = loaded = folders.load(workdir / folder)
+    assert made["num_steps"] == 6 and made[name]["model"] == "cnn"
+    for inputs in (shown["images"], shown["images"].astype(np.float32) / 255):
+        for outputs in (loaded(inputs), module.apply(variables, inputs, train=False)):
+            found = jax.nn.softmax(outputs.logits)
+            np.testing.assert_allclose(found, shown[f"probabilities/{name}"], atol=1e-6)
+    assert np.ptp(shown[f"probabilities/{name}"]) > 0.01
+    assert same(folders.load(workdir / folder, name).variables, variables)
+
+
+def test_the_moving_average_is_what_is_loaded(run):
+    workdir, _, _ = run
+    student, teacher = state(workdir, "student"), state(workdir / "teacher", "teacher")
+    loaded = folders.load(workdir).variables["params"]
+    assert same(loaded, student["ema_params"]) and not same(loaded, student["params"])
+    assert same(folders.load(workdir / "teacher").variables["params"], teacher["params"])
+    assert same(folders.load(workdir).variables["batch_stats"], student["batch_stats"])
+
+
+def test_the_best_state_is_loaded_on_demand(run):
+    workdir, result, _ = run
+    found, (inputs, labels) = result["networks"]["teacher"], examples(40, 2)
+    assert found["best"]["step"] < found["steps"]
+    accuracy = {}
+    for best in (False, True):
+        logits = folders.load(workdir / "teacher", best=best)(inputs).logits
+        accuracy[best] = np.mean(np.argmax(logits, -1) == labels)
+    assert accuracy[False] == pytest.approx(found["last"]["accuracy"], abs=1e-6)
+    assert accuracy[True] == pytest.approx(found["best"]["scores"]["accuracy"], abs=1e-6)
+    assert accuracy[True] > accuracy[False]
+
+
+def refusal(call, *args, **options):
+    with pytest.raises(ValueError) as refused:
+        call(*args, **options)
+    message = str(refused.value)
+    assert "\n" not in message and message.endswith(".")
+    return message
+
+
+def test_what_cannot_be_loaded_is_refused(run, tmp_path):
+    workdir, _, _ = run
+    nothing = tmp_path / "nothing"
+    expected = f"{nothing} is no workdir of a run: it has no config.json."
+    assert refusal(folders.load, nothing) == expected
+    assert refusal(folders.load, workdir, "tutor") == (
+        f"{workdir} trained student; found name 'tutor'."
+    )
+    assert refusal(folders.load, workdir, "teacher") == (
+        f"{workdir} trained student; found name 'teacher', which is in {workdir / 'teacher'}."
+    )
+    shutil.copy(workdir / "config.json", tmp_path)
+    assert refusal(folders.load, tmp_path) == f"{tmp_path} has no checkpoint."
+    assert refusal(folders.load, tmp_path, best=True) == (
+        f"{tmp_path} has no checkpoint that was evaluated."
+    )
+    (tmp_path / "config.json").write_text("{")
+    assert refusal(folders.load, tmp_path).startswith(f"{tmp_path}/config.json cannot be read: ")
+
+
+def test_one_of_several_networks_is_named(tmp_path):
+    made = config(mode="online", num_steps=1, a=network(), b=network(widths=(3,)))
+    del made["teacher"], made["student"]
+    train_and_evaluate(made, tmp_path, data=images())
+    assert refusal(folders.load, tmp_path) == (
+        f"{tmp_path} has the networks a, b; name one of them."
+    )
+    assert folders.load(tmp_path, "b").module.module.widths == (3,)
+
+
+def test_a_given_network_cannot_be_loaded(tmp_path):
+    made = config(
+        teacher=dict(model="given"),
+        student=dict(model="given", optimizer=dict(name="sgd", learning_rate=0.1), terms=TERMS),
+        num_steps=1,
+    )
+    kernel = np.ones((64, K), np.float32)
+    given = {"teacher": (lambda w, x: x.reshape(len(x), -1) @ w, kernel)}
+    given["student"] = (lambda w, x: x.reshape(len(x), -1) @ w, 0 * kernel)
+    train_and_evaluate(made, tmp_path, networks=given, data=images())
+    assert refusal(folders.load, tmp_path) == (
+        "student was given by its caller, so that its model is not known here."
+    )
+
+
+# --- a teacher from another run -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder,name", [("teacher", "teacher"), ("", "student")])
+def test_a_teacher_from_another_run_is_not_trained(run, tmp_path, folder, name):
+    """From the folder of a teacher, or from a run whose student is to teach."""
+    workdir, result, shown = run
+    teacher = dict(model="cnn", widths=(4,), batch_norm=True, checkpoint=str(workdir / folder))
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    found = train_and_evaluate(config(teacher=teacher), tmp_path, data=images())
+    assert not (tmp_path / "teacher").exists()
+    np.testing.assert_equal(found["networks"]["teacher"]["last"], result["networks"][name]["last"])
+    assert found["networks"]["teacher"]["best"] is None
+    with np.load(tmp_path / "examples.npz") as file:
+        expected = shown[f"probabilities/{name}"]
+        np.testing.assert_array_equal(file["probabilities/teacher"], expected)
+    assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+
+
+def test_a_teacher_that_does_not_fit_is_refused(run, tmp_path):
+    source = run[0] / "teacher"
+
+    def told(changes, **options):
+        teacher = dict(model="cnn", widths=(4,), batch_norm=True, checkpoint=str(source)) | changes
+        made = config(teacher=teacher)
+        return refusal(train_and_evaluate, made, tmp_path, data=images(**options))
+
+    message = told(dict(widths=(5,)))
+    expected = "CNN(num_classes=3, widths=({},), batch_norm=True)"
+    assert message == (
+        f"teacher.checkpoint: {source} has the model {expected.format(4)}, but this run has "
+        f"{expected.format(5)}."
+    )
+    message = told({}, std=(0.5,))
+    number = r"\[0\.[0-9]+\]"
+    assert re.fullmatch(
+        f"teacher.checkpoint: {source} has the normalisation {{'mean': {number}, 'std': {number}}}"
+        f", but this run has {{'mean': {number}, 'std': \\[0\\.5\\]}}\\.",
+        message,
+    )
+    elsewhere = tmp_path / "elsewhere"
+    assert told(dict(checkpoint=str(elsewhere))) == (
+        f"teacher.checkpoint: {elsewhere} is no workdir of a run: it has no config.json."
+    )
+
+
+# --- whose it is --------------------------------------------------------------------------------
+
+
+def about(**changes):
+    group = dict(data=dict(name="digits", data_dir="/here"), student=dict(widths=(3, 4)))
+    return dict(config=group | changes, learners=("student",))
+
+
+def test_a_folder_is_claimed_once(tmp_path):
+    folders.claim(tmp_path, about())
+    written = (tmp_path / "config.json").read_text()
+    assert json.loads(written)["config"]["student"] == {"widths": [3, 4]}
+    folders.claim(tmp_path, about())
+    assert (tmp_path / "config.json").read_text() == written
+
+
+def test_what_differs_is_named_with_both_values(tmp_path):
+    folders.claim(tmp_path, about())
+    other = about(student=dict(widths=(3,)), num_steps=5)
+    other["learners"] = ("student", "teacher")
+    assert refusal(folders.claim, tmp_path, other) == (
+        f"{tmp_path} is the workdir of another run; these differ: student.widths ([3, 4] there, "
+        "[3] here), learners (['student'] there, ['student', 'teacher'] here), num_steps ('absent' "
+        "there, 5 here). Choose another workdir, or the config of that run."
+    )
+
+
+def test_the_place_of_the_data_and_the_versions_may_differ(tmp_path):
+    folders.claim(tmp_path, about())
+    there = dict(name="digits", data_dir="/there", download=True)
+    folders.claim(tmp_path, about(data=there))
+    path = tmp_path / "config.json"
+    found = json.loads(path.read_text())
+    assert {"versions", "commit", "device"} <= set(found)
+    path.write_text(json.dumps(found | dict(versions={"jax": "0.0"}, commit="x", device="y")))
+    folders.claim(tmp_path, about())
+
+
+def test_a_second_process_is_kept_out(tmp_path):
+    workdir = tmp_path / "a" / "b"
+    with folders.locked(workdir):
+        with pytest.raises(ValueError) as refused, folders.locked(workdir):
+            pass
+        assert str(refused.value) == f"another process is at work in the workdir {workdir}."
+    with folders.locked(workdir):
+        pass
+
+
+def test_json_is_written_as_a_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "result.json"
+    value = {"a": np.float32(0.5), "b": [np.nan, np.inf, 1], "c": np.arange(2), "d": None}
+    folders.write_json(path, value)
+    assert json.loads(path.read_text()) == {"a": 0.5, "b": [None, None, 1], "c": [0, 1], "d": None}
+    written = path.read_bytes()
+    with pytest.raises(TypeError):
+        folders.write_json(path, {"a": 1, "b": object()})
+    assert path.read_bytes() == written
