@@ -88,13 +88,9 @@ def test_networks_that_the_caller_gives():
     schema.check(values, given=["teacher", "student"])
     assert schema.ready(values) == ["teacher"]
     assert schema.network(values, "student", num_classes=10).module is None
-    with pytest.raises(
-        ValueError, match=r"^networks has .peer., which the config lacks; "
-    ):
+    with pytest.raises(ValueError, match=r"^networks has .peer., which the config lacks; "):
         schema.check(values, given=["teacher", "student", "peer"])
-    with pytest.raises(
-        ValueError, match=r"^student.model must be .given. exactly if "
-    ):
+    with pytest.raises(ValueError, match=r"^student.model must be .given. exactly if "):
         schema.check(values, given=["teacher"])
 
 
