@@ -138,9 +138,9 @@ def fit_phase(fit: Fit, carry: Carry, step: int, checkpoints: Checkpoints) -> Ca
         while step < end:
             profile(step - begun)
             fed, until = feed(step)
-            stop = min(until, _next_stop(step, config))
-            carry, finished = _advance(fit, carry, fed, step, stop - step)
-            step = stop
+            count = _call_length(step, until, config)
+            carry, finished = _advance(fit, carry, fed, step, count)
+            step += count
             calls.append(finished)
             if len(calls) > _RUN_AHEAD:
                 calls.popleft().block_until_ready()
@@ -171,11 +171,16 @@ def fit_phase(fit: Fit, carry: Carry, step: int, checkpoints: Checkpoints) -> Ca
     return carry
 
 
-def _next_stop(step: int, config: Mapping[str, Any]) -> int:
-    """The step at which the call that starts at this one is to end."""
-    every = config["steps_per_call"] or (1 if jax.default_backend() == "cpu" else 10)
-    intervals = (every, config["log_every"], config["checkpoint_every"])
-    return min(config["num_steps"], *((step // n + 1) * n for n in intervals))
+def _call_length(step: int, until: int, config: Mapping[str, Any]) -> int:
+    """How many steps the call at this step makes: steps_per_call, or one where they do not fit.
+
+    One or the other, for each length is a compilation; a function of the step, for a scan and
+    single steps may round differently and a resumed run is to repeat them.
+    """
+    length = config["steps_per_call"] or (1 if jax.default_backend() == "cpu" else 10)
+    intervals = (config["log_every"], config["checkpoint_every"])
+    stop = min(until, config["num_steps"], *((step // n + 1) * n for n in intervals))
+    return length if step % length == 0 and step + length <= stop else 1
 
 
 def _advance(fit: Fit, carry: Carry, fed: Any, step: int, count: int) -> tuple[Carry, Array]:
