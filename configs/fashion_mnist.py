@@ -4,6 +4,9 @@ Paper: Wang et al., "ABKD", ICML 2025, https://arxiv.org/abs/2505.04560 (the los
 "Distilling the knowledge in a neural network", 2015, section 3 (a transfer set without a class).
 Command: python -m abkd_jax.main --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
 One class left out of the student's images: --config=configs/fashion_mnist.py:omit=5
+Time: one to two minutes on two CPU cores, reading the images included.
+Number: 87.5 +- 0.3 % of the test set against 78.0 +- 0.3 % on the labels alone; of the class that
+was left out, 36 +- 8 % against none (3 init seeds, jax 0.10.2); tables in experiments/README.md.
 """
 
 import ml_collections

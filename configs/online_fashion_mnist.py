@@ -4,6 +4,9 @@ Papers: Amara et al., "BD-KD", https://arxiv.org/abs/2212.12965 (its gate: see
 `losses.entropy_gated`); Zhang et al., "Deep mutual learning", CVPR 2018.
 Command: python -m abkd_jax.main --config=configs/online_fashion_mnist.py:method=bdkd --workdir=DIR
 and the same with method=dml and method=independent.
+Time: two to five minutes on two CPU cores.
+Number: student 89.0 +- 0.5 % (bdkd), 88.9 +- 0.5 % (dml), 88.4 +- 0.4 % (independent); with
+calibration and its reading in experiments/README.md (3 init seeds, jax 0.10.2).
 """
 
 import ml_collections
