@@ -1,19 +1,23 @@
 """The argument of a config file: `--config=configs/digits.py:divergence=reverse_kl,weight=2.`
 
 It is a list of `key=value` and of flags, read as literals only: numbers, strings, tuples of them,
-names of functions, and functions with their numbers. `divergence=NAME(...)` replaces the
-divergence of the student's `distill` term; any other key is a number of that term, at whatever
-depth it stands.
+names of functions, and functions with their numbers. `method=NAME` replaces the student's terms by
+those of a published method (configs/methods.py); `divergence=NAME(...)` replaces the divergence of
+the student's `distill` term; any other key is a number of that term, at whatever depth it stands.
 """
 
 import ast
 import functools
 import inspect
+import os
+import pathlib
+import runpy
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from abkd_jax import divergences, losses, objective, schedules
 from abkd_jax.types import Divergence, Loss, hyperparameters, is_number, kind_of, nearest
@@ -51,13 +55,17 @@ def parse(argument: str) -> dict[str, Any]:
 
 
 def apply(
-    config: ml_collections.ConfigDict, values: Mapping[str, Any]
+    config: ml_collections.ConfigDict,
+    values: Mapping[str, Any],
+    *,
+    beside: str | os.PathLike | None = None,
 ) -> ml_collections.ConfigDict:
     """Puts the values of `parse` into the student's `distill` term, and checks that they fit.
 
     Args:
         config: with `student.terms.distill`; changed in place, and locked.
-        values: {"divergence": group, any number of the term: number or group}.
+        values: {"method": group, "divergence": group, any number of the term: number or group}.
+        beside: a config file, whose neighbour methods.py has `get_methods`; None for no methods.
 
     Returns:
         The config.
@@ -66,9 +74,16 @@ def apply(
         ValueError: naming the key, what was found and what the term takes.
     """
     values = dict(values)
-    term = config.student.terms.distill
     plugins = tuple(config.get("plugins", ()))
     with config.unlocked(), config.ignore_type():
+        if "method" in values:
+            name = values.pop("method")
+            name = name.get("fn") if isinstance(name, Mapping) else name
+            if beside is None:
+                raise ValueError(f"this config takes no method; found method={name}.")
+            terms = method_terms(config, name, beside)
+            config.student.terms = ml_collections.ConfigDict(terms)
+        term = config.student.terms.distill
         if "divergence" in values:
             if "divergence" not in term:
                 raise ValueError(f"{_TERM} takes no divergence; its loss is {term.fn!r}.")
@@ -97,8 +112,64 @@ def apply(
         networks=("student", "teacher"),
         num_steps=config.num_steps,
         plugins=plugins,
+        class_means={"teacher": lambda: np.zeros((1, 1))},  # there is no network yet
     )
     return config.lock()
+
+
+def method_terms(
+    config: ml_collections.ConfigDict, name: Any, beside: str | os.PathLike
+) -> dict[str, dict[str, Any]]:
+    """The student's terms of a published method, as the labels that it sees allow.
+
+    Where labels are withheld, the labels' own term is averaged over the labelled examples alone,
+    and a loss that needs a label per example has the teacher's most likely class in its place.
+
+    Args:
+        config: for batch_size, num_steps and data.labelled.
+        name: of the method.
+        beside: a config file, whose neighbour methods.py has `get_methods`.
+
+    Returns:
+        {name: group of the term}.
+
+    Raises:
+        ValueError: if there is no such method.
+    """
+    known = methods(config, beside)
+    if name not in known:
+        hint = nearest(name, known) if isinstance(name, str) else ""
+        raise ValueError(f"method must be one of {', '.join(known)}; found {name!r}{hint}.")
+    if not config.data.get("labelled"):
+        return known[name]
+    return {term: _for_withheld_labels(group) for term, group in known[name].items()}
+
+
+def methods(
+    config: ml_collections.ConfigDict, beside: str | os.PathLike
+) -> dict[str, dict[str, Any]]:
+    """All published methods, {name: terms}, for the config's batch_size and num_steps."""
+    path = pathlib.Path(beside).with_name("methods.py")
+    length = {"batch_size": config.batch_size, "num_steps": config.num_steps}
+    return runpy.run_path(str(path))["get_methods"](**length)
+
+
+def _for_withheld_labels(group: dict[str, Any]) -> dict[str, Any]:
+    if group["fn"] == "cross_entropy":
+        return group | {"where": "labelled"}
+    if not _needs_labels(group):
+        return group
+    options = {key: group[key] for key in objective.TERM_FIELDS[1:] if key in group}
+    loss = {key: value for key, value in group.items() if key not in options}
+    return dict(fn="with_teacher_labels", loss=loss) | options
+
+
+def _needs_labels(group: Any) -> bool:
+    """Whether a function that a group names, or one in it, reads a label of every example."""
+    if not isinstance(group, Mapping):
+        return False
+    own = getattr(vars(losses).get(str(group.get("fn"))), "needs_labels", False)
+    return own or any(_needs_labels(part) for part in group.values())
 
 
 def _places(

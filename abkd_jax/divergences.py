@@ -22,9 +22,20 @@ from jax import numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from abkd_jax import numerics
-from abkd_jax.types import Divergence
+from abkd_jax.combinators import (  # noqa: F401  (found here by name, in configs)
+    powered,
+    prior_shifted,
+    standardized,
+    tempered,
+    top_k,
+    top_k_dropped,
+    top_k_renormalised,
+)
 
 _LARGEST_ROOT = 1e19  # its square fits float32
+
+
+# The alpha-beta family.
 
 
 @jax.jit
@@ -84,6 +95,123 @@ def alpha_beta(
 
 
 @jax.jit
+def alpha_divergence(
+    student_logits: Array, teacher_logits: Array, *, alpha: float | Array
+) -> Array:
+    """(sum_k p^a q^(1-a) - 1) / (a (a - 1)): forward KL at a = 1, reverse KL at 0.
+
+    Args:
+        student_logits: `[..., K]`.
+        teacher_logits: `[..., K]`.
+        alpha: a, any real number, or an array that broadcasts to the leading axes.
+
+    Returns:
+        `[...]`, non-negative, 0 exactly where p = q. With one side exactly 0 at a class, finite if
+        a > 0 (for p = 0) or a < 1 (for q = 0), else saturated.
+
+    Raises:
+        AssertionError: if the logits are not floating point or their shapes do not fit.
+
+    Source: Amari, "Differential-geometrical methods in statistics", 1985; Cichocki et al.,
+    "Generalized alpha-beta divergences", Entropy 13, 2011.
+    """
+    logs = _log_probabilities(student_logits, teacher_logits)
+    return jnp.sum(_alpha_terms(*logs, numerics.per_row("alpha", alpha, logs[2])), axis=-1)
+
+
+@jax.jit
+def beta_divergence(student_logits: Array, teacher_logits: Array, *, beta: float | Array) -> Array:
+    """`alpha_beta` at alpha = 1: forward KL at beta = 0, half the squared distance at 1.
+
+    Args:
+        student_logits: `[..., K]`.
+        teacher_logits: `[..., K]`.
+        beta: any real number, or an array that broadcasts to the leading axes.
+
+    Returns:
+        `[...]`, non-negative, 0 exactly where p = q. With one side exactly 0 at a class, finite if
+        beta > -1 (for p = 0) or beta > 0 (for q = 0), else saturated.
+
+    Raises:
+        AssertionError: if the logits are not floating point or their shapes do not fit.
+
+    Source: Basu et al., "Robust and efficient estimation by minimising a density power divergence",
+    Biometrika 85, 1998, whose divergence is this one times 1 + beta.
+    """
+    return alpha_beta(student_logits, teacher_logits, alpha=1.0, beta=beta)
+
+
+@jax.jit
+def hellinger(student_logits: Array, teacher_logits: Array) -> Array:
+    """2 sum (sqrt p - sqrt q)^2, four times the squared Hellinger distance: alpha_beta(1/2, 1/2).
+
+    Args:
+        student_logits: `[..., K]`.
+        teacher_logits: `[..., K]`.
+
+    Returns:
+        `[...]` in [0, 4], 0 exactly where p = q.
+
+    Raises:
+        AssertionError: if the logits are not floating point or their shapes do not fit.
+    """
+    return alpha_beta(student_logits, teacher_logits, alpha=0.5, beta=0.5)
+
+
+@jax.jit
+def chi_squared(student_logits: Array, teacher_logits: Array) -> Array:
+    """Pearson's sum (p - q)^2 / q, which is 2 alpha_beta(2, -1).
+
+    Args:
+        student_logits: `[..., K]`.
+        teacher_logits: `[..., K]`.
+
+    Returns:
+        `[...]`, non-negative, 0 exactly where p = q; saturated where q is 0 and p is not.
+
+    Raises:
+        AssertionError: if the logits are not floating point or their shapes do not fit.
+    """
+    return 2.0 * alpha_beta(student_logits, teacher_logits, alpha=2.0, beta=-1.0)
+
+
+@jax.jit
+def renyi(student_logits: Array, teacher_logits: Array, *, order: float | Array) -> Array:
+    r"""log(sum_k p^o q^(1-o)) / (o - 1), forward KL at o = 1.
+
+    With A the alpha-divergence at o and x = o (o - 1) A, the sum is 1 + x, so the value is
+    o A log(1 + x) / x: smooth in o at 1, and with all its digits where p is close to q. Where the
+    sum is not close to 1, it is taken in log space.
+
+    Args:
+        student_logits: `[..., K]`.
+        teacher_logits: `[..., K]`.
+        order: o >= 0, or an array that broadcasts to the leading axes.
+
+    Returns:
+        `[...]`, non-negative, 0 exactly where p = q. With one side exactly 0 at a class, finite
+        unless q is and o >= 1, or the supports are disjoint; then saturated. At o = 0 the value is
+        0, the limit of logits that tend to -inf (0^0 counts as 1).
+
+    Raises:
+        AssertionError: if the logits are not floating point or their shapes do not fit.
+
+    Source: Rényi, "On measures of entropy and information", 1961.
+    """
+    log_p, log_q, u = _log_probabilities(student_logits, teacher_logits)
+    order = numerics.per_row("order", order, u)
+    scaled = order * jnp.sum(_alpha_terms(log_p, log_q, u, order), axis=-1, keepdims=True)
+    x = (order - 1.0) * scaled
+    near = jnp.abs(x) < 0.5
+    close = scaled * numerics.log1p_series(jnp.where(near, x, 0.0))
+    far = _log_sum_of_powers(log_p, log_q, u, order) / jnp.where(near, 1.0, order - 1.0)
+    return jnp.where(near, close, far)[..., 0]
+
+
+# Kullback-Leibler, its sums and its mixtures.
+
+
+@jax.jit
 def forward_kl(student_logits: Array, teacher_logits: Array) -> Array:
     """KL(p || q), the loss of Hinton et al., "Distilling the knowledge in a neural network", 2015.
 
@@ -118,6 +246,121 @@ def reverse_kl(student_logits: Array, teacher_logits: Array) -> Array:
 
 
 @jax.jit
+def jeffreys(student_logits: Array, teacher_logits: Array) -> Array:
+    """KL(p || q) + KL(q || p) = sum (p - q) log(p / q), of Jeffreys, 1946.
+
+    Args:
+        student_logits: `[..., K]`.
+        teacher_logits: `[..., K]`.
+
+    Returns:
+        `[...]` in nats, non-negative, 0 exactly where p = q; saturated where one of them is 0 and
+        the other is not.
+
+    Raises:
+        AssertionError: if the logits are not floating point or their shapes do not fit.
+    """
+    log_p, log_q, u = _log_probabilities(student_logits, teacher_logits)
+    p, q, p_less_q = _probabilities(log_p, log_q, u)
+    slopes = p * u + p_less_q, -q * u - p_less_q
+    return jnp.sum(numerics.with_slopes(p_less_q * u, (log_p, log_q), slopes), axis=-1)
+
+
+@jax.jit
+def skew_forward_kl(student_logits: Array, teacher_logits: Array, *, skew: float | Array) -> Array:
+    """KL(p || s p + (1 - s) q): forward KL at s = 0, zero at s = 1.
+
+    Args:
+        student_logits: `[..., K]`.
+        teacher_logits: `[..., K]`.
+        skew: s in [0, 1], the teacher's weight in the mixture (0.1 in DistiLLM), or an array that
+            broadcasts to the leading axes.
+
+    Returns:
+        `[...]` in nats, in [0, -log s], 0 exactly where p = q; saturated where q is 0, p is not,
+        and s is 0.
+
+    Raises:
+        AssertionError: if the logits are not floating point or their shapes do not fit.
+
+    Source: Ko et al., "DistiLLM", ICML 2024, https://arxiv.org/abs/2402.03898.
+    """
+    log_p, log_q, u = _log_probabilities(student_logits, teacher_logits)
+    return _skew_kl(log_p, log_q, u, numerics.per_row("skew", skew, u))
+
+
+@jax.jit
+def skew_reverse_kl(student_logits: Array, teacher_logits: Array, *, skew: float | Array) -> Array:
+    """KL(q || (1 - s) p + s q): reverse KL at s = 0, zero at s = 1.
+
+    Args:
+        student_logits: `[..., K]`.
+        teacher_logits: `[..., K]`.
+        skew: s in [0, 1], the student's weight in the mixture (0.1 in DistiLLM), or an array that
+            broadcasts to the leading axes.
+
+    Returns:
+        `[...]` in nats, in [0, -log s], 0 exactly where p = q; saturated where p is 0, q is not,
+        and s is 0.
+
+    Raises:
+        AssertionError: if the logits are not floating point or their shapes do not fit.
+
+    Source: Ko et al., "DistiLLM", ICML 2024, https://arxiv.org/abs/2402.03898.
+    """
+    log_p, log_q, u = _log_probabilities(student_logits, teacher_logits)
+    return _skew_kl(log_q, log_p, -u, numerics.per_row("skew", skew, u))
+
+
+@jax.jit
+def jensen_shannon(
+    student_logits: Array, teacher_logits: Array, *, teacher_weight: float | Array
+) -> Array:
+    """w KL(p || m) + (1 - w) KL(q || m) with m = w p + (1 - w) q and w the teacher's weight.
+
+    Others count the same number from the other side, so look up whose setting you have:
+
+        source                              its number     teacher_weight here
+        GKD, TRL (GKD and Distillation)     beta           beta
+        DistiLLM-2                          alpha = 0.9    0.9
+        TAID's repository                   0.1            0.1
+        DistiLLM                            lam = 0.9      1 - lam = 0.1
+        ABKD's fork of DistiLLM             lam = 0.1      1 - lam = 0.9
+        f-DISTILL                           beta = 0.85    1 - beta = 0.15
+
+    Args:
+        student_logits: `[..., K]`.
+        teacher_logits: `[..., K]`.
+        teacher_weight: w in [0, 1], or an array that broadcasts to the leading axes. 0.5 is the
+            symmetric divergence; at 0 and 1 the value is 0 (its slope there is forward KL and minus
+            reverse KL, the limits that TRL substitutes for the value).
+
+    Returns:
+        `[...]` in [0, ln 2] nats, non-negative, 0 exactly where p = q.
+
+    Raises:
+        AssertionError: if the logits are not floating point or their shapes do not fit.
+
+    Source: Lin, "Divergence measures based on the Shannon entropy", 1991; as a distillation loss,
+    Agarwal et al., "GKD", 2024, https://arxiv.org/abs/2306.13649.
+    """
+    log_p, log_q, u = _log_probabilities(student_logits, teacher_logits)
+    w = numerics.per_row("teacher_weight", teacher_weight, u)
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    p_over_m, q_over_m = _log_over_mixture(u, w)
+    near = jnp.abs(u) < 0.5
+    close_p, close_q = _close_kl_terms(p, p_over_m, near), _close_kl_terms(q, q_over_m, near)
+    terms = w * p * p_over_m + (1.0 - w) * q * q_over_m
+    terms = jnp.where(near, w * close_p + (1.0 - w) * close_q, terms)
+    in_w = jnp.where(near, close_p - close_q, p * (p_over_m - 1.0) - q * (q_over_m - 1.0))
+    slopes = w * p * p_over_m, (1.0 - w) * q * q_over_m, in_w
+    return jnp.sum(numerics.with_slopes(terms, (log_p, log_q, w), slopes), axis=-1)
+
+
+# Others.
+
+
+@jax.jit
 def total_variation(student_logits: Array, teacher_logits: Array) -> Array:
     """Half the sum of |p - q|, as in Wen et al., 2023, https://arxiv.org/abs/2307.15190.
 
@@ -132,79 +375,140 @@ def total_variation(student_logits: Array, teacher_logits: Array) -> Array:
         AssertionError: if the logits are not floating point or their shapes do not fit.
     """
     log_p, log_q, u = _log_probabilities(student_logits, teacher_logits)
-    p, q, v = jnp.exp(log_p), jnp.exp(log_q), jnp.maximum(u, -u)
+    p, q, p_less_q = _probabilities(log_p, log_q, u)
     slopes = 0.5 * jnp.sign(u) * p, -0.5 * jnp.sign(u) * q
-    terms = 0.5 * jnp.maximum(p, q) * v * numerics.psi(v)
+    terms = 0.5 * jnp.abs(p_less_q)
     return jnp.sum(numerics.with_slopes(terms, (log_p, log_q), slopes), axis=-1)
 
 
 @jax.jit
-def jensen_shannon(
-    student_logits: Array, teacher_logits: Array, *, teacher_weight: float | Array
+def adaptive_kl(
+    student_logits: Array, teacher_logits: Array, *, head_mass: float | Array = 0.5
 ) -> Array:
-    """w KL(p || m) + (1 - w) KL(q || m) with m = w p + (1 - w) q and w the teacher's weight.
+    """AKL: g FKL + (1 - g) RKL, with g the share of the error that lies in the teacher's head.
+
+    The head is the class with the largest p, and those that follow, by falling p, as long as the
+    sum of p up to and with them is at most `head_mass`. g is the sum of |p - q| over the head,
+    divided by that over all classes. It is a weight: it has no gradient, and so neither has
+    `head_mass`. Of classes with the same p, the first in order comes first (our reading).
 
     Args:
         student_logits: `[..., K]`.
         teacher_logits: `[..., K]`.
-        teacher_weight: w in [0, 1], or an array that broadcasts to the leading axes. 0.5 is the
-            symmetric divergence; at 0 and 1 the value is 0 (its slope there is forward KL and minus
-            reverse KL, the limits that some codes substitute for the value).
+        head_mass: in [0, 1], or an array that broadcasts to the leading axes.
 
     Returns:
-        `[...]` in [0, ln 2] nats, non-negative, 0 exactly where p = q.
+        `[...]` in nats, non-negative, 0 exactly where p = q; saturated where one of p and q is 0,
+        the other is not, and the weight of the divergence that this makes infinite is not 0.
 
     Raises:
         AssertionError: if the logits are not floating point or their shapes do not fit.
 
-    Source: Lin, "Divergence measures based on the Shannon entropy", 1991; as a distillation loss,
-    Agarwal et al., 2024, https://arxiv.org/abs/2306.13649, whose beta weighs the teacher.
+    Source: Wu et al., "Rethinking Kullback-Leibler divergence in knowledge distillation for large
+    language models", 2024, https://arxiv.org/abs/2404.02657, and its code.
     """
     log_p, log_q, u = _log_probabilities(student_logits, teacher_logits)
-    w = numerics.per_row("teacher_weight", teacher_weight, u)
-    p, q, p_over_m, q_over_m = jnp.exp(log_p), jnp.exp(log_q), *_log_over_mixture(u, w)
-    m = w * p + (1.0 - w) * q
-    from_p, from_q = _kl_terms(p, m, p_over_m), _kl_terms(q, m, q_over_m)
-    slopes = w * p * p_over_m, (1.0 - w) * q * q_over_m, from_p - from_q
-    terms = w * from_p + (1.0 - w) * from_q
-    return jnp.sum(numerics.with_slopes(terms, (log_p, log_q, w), slopes), axis=-1)
+    p, q, p_less_q = _probabilities(log_p, log_q, u)
+    head_share = _head_share(p, p_less_q, numerics.per_row("head_mass", head_mass, u))
+    head, tail = jax.lax.stop_gradient((head_share, 1.0 - head_share))
+    near = jnp.abs(u) < 0.5
+    forward = jnp.where(near, _close_kl_terms(p, u, near), p * u - p_less_q)
+    reverse = jnp.where(near, _close_kl_terms(q, -u, near), p_less_q - q * u)
+    slopes = head * p * u + tail * p_less_q, -head * p_less_q - tail * q * u
+    terms = head * forward + tail * reverse
+    return jnp.sum(numerics.with_slopes(terms, (log_p, log_q), slopes), axis=-1)
 
 
-def tempered(
+@jax.jit
+def alphanet(
     student_logits: Array,
     teacher_logits: Array,
     *,
-    divergence: Divergence,
-    temperature: float | Array,
-    temperature_power: float | Array = 2.0,
+    alpha_min: float | Array = -1.0,
+    alpha_max: float | Array = 1.0,
+    clip: float | Array = 5.0,
 ) -> Array:
-    """T^power D(softmax(teacher / T) || softmax(student / T)).
+    r"""AlphaNet's adaptive alpha-divergence: for each example the larger of two, with t^a clipped.
+
+    With t = p / q, the value is the larger of the two
+
+        D_a = sum_k q (min(t^a, clip) - 1) / (a (a - 1)),   a in (alpha_min, alpha_max),
+
+    and the gradient is **not the gradient of the value**. It is that of the surrogate
+
+        G_a = -sum_k sg[q rho_a] log q,   rho_a = (min(t^a, clip) - 1) / a,
+
+    at the a that was chosen, where sg stops gradients: that of the student alone, and none for the
+    teacher and the numbers. Without clipping (clip = inf) it is the student's gradient of D_a.
+
+    As published, alpha within 1e-3 of 1 clips nothing, since there the clipped D has no limit, and
+    within 1e-3 of 0 it is t that is clipped, since t^a is 1. Only the clipped classes jump there.
 
     Args:
         student_logits: `[..., K]`.
         teacher_logits: `[..., K]`.
-        divergence: D, its own numbers bound.
-        temperature: T > 0, or an array that broadcasts to the leading axes; else NaN results.
-        temperature_power: 2 keeps the size of the gradient as T grows (Hinton et al., 2015; KD,
-            DKD, LSKD); 0 leaves the divergence as it is (ABKD, TTM, SinKD).
+        alpha_min: the one that is chosen where its D is larger; a number, or an array that
+            broadcasts to the leading axes.
+        alpha_max: the other, likewise.
+        clip: the bound on t^a, at least 1; likewise.
 
     Returns:
-        `[...]`, with the sign, the zeros and the limits of the divergence.
+        `[...]`, 0 where p = q. A small clip can make it negative.
 
     Raises:
         AssertionError: if the logits are not floating point or their shapes do not fit.
+
+    Source: Wang et al., "AlphaNet: improved training of supernets with alpha-divergence", ICML
+    2021, https://arxiv.org/abs/2102.07954, and its code.
     """
     student_logits, teacher_logits = numerics.check_logits(student_logits, teacher_logits)
-    leading = jnp.broadcast_shapes(student_logits.shape, teacher_logits.shape)
-    logits = jax.ShapeDtypeStruct(leading, student_logits.dtype)
-    divisor = numerics.per_row("temperature", temperature, logits)
-    power = numerics.per_row("temperature_power", temperature_power, logits)
-    value = divergence(
-        numerics.divided_logits(student_logits, divisor),
-        numerics.divided_logits(teacher_logits, divisor),
+    log_q = numerics.log_probabilities(student_logits)
+    logs = _log_probabilities(*jax.lax.stop_gradient((student_logits, teacher_logits)))
+    numbers = dict(alpha_min=alpha_min, alpha_max=alpha_max, clip=clip)
+    low, high, clip = (
+        jax.lax.stop_gradient(numerics.per_row(name, number, logs[2]))
+        for name, number in numbers.items()
     )
-    scale = jnp.where(divisor > 0, divisor, jnp.nan) ** power
-    return (scale[..., 0] if scale.ndim else scale) * value
+    low_value, high_value = (
+        jnp.sum(_clipped_alpha_terms(*logs, alpha, clip), axis=-1, keepdims=True)
+        for alpha in (low, high)
+    )
+    chosen = jnp.where(low_value > high_value, low, high)
+    slopes = _surrogate_slopes(*logs, chosen, clip)
+    surrogate = numerics.with_slopes(jnp.zeros_like(slopes), (log_q,), (slopes,))
+    return jnp.maximum(low_value, high_value)[..., 0] + jnp.sum(surrogate, axis=-1)
+
+
+@jax.jit
+def logit_mse(student_logits: Array, teacher_logits: Array) -> Array:
+    """The mean over classes of (teacher logit - student logit)^2, on the logits as they are.
+
+    Args:
+        student_logits: `[..., K]`.
+        teacher_logits: `[..., K]`.
+
+    Returns:
+        `[...]`, non-negative, 0 where the logits are equal; a shift of either logits changes it.
+        Classes that both lack do not count; saturated where one side alone is -inf.
+
+    Raises:
+        AssertionError: if the logits are not floating point or their shapes do not fit.
+
+    Source: Ba and Caruana, "Do deep nets really need to be deep?", NeurIPS 2014; against KL, Kim et
+    al., IJCAI 2021, https://arxiv.org/abs/2105.08919.
+    """
+    logits = numerics.check_logits(student_logits, teacher_logits)
+    no_s, no_t = map(jnp.isneginf, logits)
+    s, t = (jnp.where(jnp.isneginf(x), 0.0, x) for x in logits)
+    one_sided = numerics.MAX_LOG_RATIO * (no_s.astype(s.dtype) - no_t.astype(s.dtype))
+    gap = jnp.where(no_s | no_t, one_sided, t - s)
+    gap = jnp.clip(gap, -numerics.MAX_LOG_RATIO, numerics.MAX_LOG_RATIO)
+    count = jnp.maximum(jnp.sum(~(no_s & no_t), axis=-1, keepdims=True), 1).astype(s.dtype)
+    slopes = -2.0 * gap / count, 2.0 * gap / count
+    return jnp.sum(numerics.with_slopes(jnp.square(gap) / count, logits, slopes), axis=-1)
+
+
+# What they share.
 
 
 def _log_probabilities(student_logits: Array, teacher_logits: Array) -> tuple[Array, Array, Array]:
@@ -292,27 +596,115 @@ def _saturated(x: Array) -> Array:
     return jnp.clip(x, -numerics.SATURATION, numerics.SATURATION)
 
 
-def _kl_terms(p: Array, q: Array, u: Array) -> Array:
-    """The summands p u - p + q of KL(p || q), none negative, for u = log(p / q)."""
+def _alpha_terms(log_p: Array, log_q: Array, u: Array, alpha: Array) -> Array:
+    """`_alpha_beta_terms` at beta = 1 - alpha, with a derivative in alpha that keeps its digits.
+
+    Its own would be the difference of two large sums, over the classes, in alpha and in beta.
+    """
+    m, beta = _log_larger(log_p, log_q), 1.0 - alpha
+    terms = _alpha_beta_terms(*jax.lax.stop_gradient((log_p, log_q, u, m, alpha, beta)))
+    slopes = (
+        _slope(m, -u, beta, alpha),
+        _slope(m, u, alpha, beta),
+        _slope_in(lambda a: _scale_and_factor(m, u, a, 1.0 - a), alpha, u),
+    )
+    return numerics.with_slopes(terms, (log_p, log_q, alpha), slopes)
+
+
+def _log_sum_of_powers(log_p: Array, log_q: Array, u: Array, order: Array) -> Array:
+    """log sum p^o q^(1-o) over the last axis, which it keeps."""
+    c = jnp.where(u > 0, 1.0 - order, order)
+    powers = jnp.maximum(log_p, log_q) - c * jnp.maximum(u, -u)
+    powers = numerics.with_slopes(powers, (log_p, log_q, order), (order, 1.0 - order, u))
+    return numerics.log_sum_exp(powers)
+
+
+def _head_share(p: Array, p_less_q: Array, head_mass: Array) -> Array:
+    """AKL's share of the error |p - q| that lies in the teacher's head; anything where p = q."""
+    sum_over_classes = functools.partial(jnp.sum, axis=-1, keepdims=True)
+    # Not negative, p has the order of its bits, and integers are sorted five times faster on CPU.
+    bits = jax.lax.bitcast_convert_type(p, jnp.int64 if p.dtype == jnp.float64 else jnp.int32)
+    falling = jax.lax.bitcast_convert_type(jnp.sort(bits, axis=-1, descending=True), p.dtype)
+    inside = (jnp.cumsum(falling, axis=-1) <= head_mass) | (jnp.arange(p.shape[-1]) == 0)
+    last = jnp.min(jnp.where(inside, falling, 2.0), axis=-1, keepdims=True)
+    above, level = p > last, p == last
+    left = sum_over_classes(inside) - sum_over_classes(above)
+    in_head = above | (level & (jnp.cumsum(level, axis=-1) <= left))
+    error = jnp.abs(p_less_q)
+    total = sum_over_classes(error)
+    return sum_over_classes(jnp.where(in_head, error, 0.0)) / jnp.where(total > 0, total, 1.0)
+
+
+def _clipped(u: Array, alpha: Array, clip: Array) -> tuple[Array, Array, Array]:
+    """Where AlphaNet clips, its rho there, and whether alpha counts as 0."""
+    near_0, near_1 = jnp.abs(alpha) < 1e-3, jnp.abs(alpha - 1.0) < 1e-3
+    safe = jnp.where(near_0, 1.0, alpha)
+    rho = jnp.where(near_0, jnp.log(clip), (clip - 1.0) / safe)
+    return (safe * u > jnp.log(clip)) & ~near_1, rho, near_0
+
+
+def _clipped_alpha_terms(log_p: Array, log_q: Array, u: Array, alpha: Array, clip: Array) -> Array:
+    """The summands of AlphaNet's D, less (p - q) / (a - 1), whose sum is 0."""
+    _, q, p_less_q = _probabilities(log_p, log_q, u)
+    clipped, rho, near_0 = _clipped(u, alpha, clip)
+    bound = (q * rho - p_less_q) / jnp.where(near_0, -1.0, jnp.where(alpha == 1, 1.0, alpha - 1.0))
+    return jnp.where(clipped, bound, _alpha_terms(log_p, log_q, u, alpha))
+
+
+def _surrogate_slopes(log_p: Array, log_q: Array, u: Array, alpha: Array, clip: Array) -> Array:
+    """-q rho, the slopes of AlphaNet's G in log q."""
+    clipped, rho, _ = _clipped(u, alpha, clip)
+    slopes = _slope(_log_larger(log_p, log_q), u, alpha, 1.0 - alpha)
+    return jnp.where(clipped, -jnp.exp(log_q) * rho, slopes)
+
+
+def _skew_kl(log_p: Array, log_q: Array, u: Array, skew: Array) -> Array:
+    """KL(p || m) for m = s p + (1 - s) q and u = log(p / q)."""
+    p, _, p_less_q = _probabilities(log_p, log_q, u)
+    p_over_m, q_over_m = _log_over_mixture(u, skew)
+    rest = 1.0 - skew
+    near = jnp.abs(p_over_m) < 0.5
+    terms = jnp.where(near, _close_kl_terms(p, p_over_m, near), p * p_over_m - rest * p_less_q)
+    of_q = rest * jnp.exp(jnp.minimum(q_over_m, 80.0))  # the part of q in the mixture
+    from_q = -rest * of_q * p_less_q
+    growth = _saturated(jnp.expm1(jnp.minimum(p_over_m, 80.0)))
+    slopes = jnp.where(p > 0, terms - from_q, 0.0), from_q, -p_less_q * growth
+    return jnp.sum(numerics.with_slopes(terms, (log_p, log_q, skew), slopes), axis=-1)
+
+
+def _probabilities(log_p: Array, log_q: Array, u: Array) -> tuple[Array, Array, Array]:
+    """p, q, and p - q to relative precision."""
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
     near = jnp.abs(u) < 0.5
     small = jnp.where(near, u, 0.0)
-    return jnp.where(near, p * jnp.square(small) * numerics.exp_series(small, 2), p * (u - 1.0) + q)
+    return p, q, jnp.where(near, q * small * numerics.exp_series(-small, 1), p - q)
+
+
+def _close_kl_terms(p: Array, u: Array, near: Array) -> Array:
+    """The summands p u - p + q of KL(p || q), none negative, for u = log(p / q) near 0."""
+    small = jnp.where(near, u, 0.0)
+    return p * jnp.square(small) * numerics.exp_series(small, 2)
 
 
 def _log_over_mixture(u: Array, w: Array) -> tuple[Array, Array]:
-    """log(p / m) and log(q / m) for m = w p + (1 - w) q and u = log(p / q)."""
-    larger = jnp.where(u >= 0, w, 1.0 - w)  # the weight of the larger of p and q
-    v = jnp.where(u >= 0, u, -u)
-    near = v < 1.0
-    small = jnp.where(near, v, 0.0)
-    smaller = jnp.where(u >= 0, 1.0 - w, w)  # that of the other, with its digits near 0
-    product = small * numerics.psi(small)
-    close = -jnp.log1p(-smaller * product)
-    mixture = larger + (1.0 - larger) * jnp.exp(-v)  # over the larger of p and q
-    tiny = jnp.finfo(v.dtype).tiny
-    far = jnp.where(mixture > tiny, -jnp.log(jnp.maximum(mixture, tiny)), v)
-    far = jnp.where(larger > 0.5, -jnp.log1p(smaller * jnp.expm1(-v)), far)
-    of_larger = jnp.where(near, close, far)
-    growth = jnp.where(near, product * jnp.exp(small), jnp.expm1(jnp.minimum(v, 80.0)))
-    of_smaller = jnp.where(v < 80.0, -jnp.log1p(larger * growth), of_larger - v)
-    return jnp.where(u >= 0, of_larger, of_smaller), jnp.where(u >= 0, of_smaller, of_larger)
+    """log(p / m) and log(q / m) for m = w p + (1 - w) q and u = log(p / q).
+
+    They differ by u, so one logarithm is enough: of the larger or of the smaller of p and q, as
+    keeps the digits of both near the ends of w.
+    """
+    p_is_larger = u >= 0
+    larger, smaller = jnp.where(p_is_larger, w, 1.0 - w), jnp.where(p_is_larger, 1.0 - w, w)
+    v = jnp.where(p_is_larger, u, -u)  # not jnp.maximum, whose derivative at 0 is 0
+    product, decay = v * numerics.psi(v), jnp.exp(-v)
+    longest = jnp.where(p_is_larger, -jnp.log(w), -jnp.log1p(-w))  # where larger e^v is 1
+    by_smaller = (larger <= 0.5) & (v <= longest)
+    numerator = jnp.where(by_smaller, larger, smaller) * product
+    denominator = jnp.where(by_smaller, decay, larger + smaller * decay)
+    small = denominator < jnp.finfo(v.dtype).tiny
+    logarithm = jnp.log1p(numerator / jnp.where(small, 1.0, denominator))
+    of_larger = jnp.where(by_smaller, v - logarithm, logarithm)
+    of_smaller = jnp.where(by_smaller, -logarithm, logarithm - v)
+    return (
+        jnp.where(p_is_larger, of_larger, of_smaller),
+        jnp.where(p_is_larger, of_smaller, of_larger),
+    )

@@ -7,6 +7,7 @@ command goes on where the workdir stands.
 
 import functools
 import logging
+import pathlib
 import sys
 
 from absl import app, flags
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> None:
     for name, network in result["networks"].items():
         last = network["last"]
         print(f"{name}: accuracy {last['accuracy']:.2%}, NLL {last['nll']:.4f}, on the test set")
-    print(f"report: {_WORKDIR.value}/report.md")
+    print(f"report: {pathlib.Path(_WORKDIR.value) / 'report.md'}")
 
 
 def _unraisable(found: "sys.UnraisableHookArgs") -> None:

@@ -123,13 +123,14 @@ def with_slopes(value: Array, arguments: tuple[Array, ...], slopes: tuple[Array,
 
 
 def _with_slopes_jvp(primals, tangents):
-    value, _, slopes = primals
+    value, arguments, slopes = primals
     parts = [
         slope * tangent
         for slope, tangent in zip(slopes, tangents[1], strict=True)
         if not isinstance(tangent, SymbolicZero)
     ]
-    return value, sum(parts, jnp.zeros_like(value))
+    # Not the bare value: what is made of it is differentiated again by these slopes.
+    return with_slopes(value, arguments, slopes), sum(parts, jnp.zeros_like(value))
 
 
 with_slopes.defjvp(_with_slopes_jvp, symbolic_zeros=True)
@@ -145,6 +146,18 @@ def exp_series(gap: Array, order: int) -> Array:
     for n in reversed(range(terms)):
         series = series * gap + (-1.0) ** n / math.factorial(n + order)
     return series
+
+
+def log1p_series(x: Array) -> Array:
+    """log(1 + x) / x for |x| <= 1/2, with all its derivatives, which are finite at 0.
+
+    log1p would do for the value, and lose its derivative near 0.
+    """
+    y = x / (2.0 + x)  # log(1 + x) = 2 artanh y, and |y| <= 1/3
+    series = jnp.zeros_like(y)
+    for n in reversed(range(2 * _terms(y.dtype))):
+        series = series * jnp.square(y) + 1.0 / (2 * n + 1)
+    return 2.0 / (2.0 + x) * series
 
 
 def exp_second_difference(a: Array, b: Array) -> tuple[Array, Array]:
@@ -177,6 +190,14 @@ def exp_second_difference(a: Array, b: Array) -> tuple[Array, Array]:
 def _terms(dtype: Any) -> int:
     """How many terms of a series in g < 1/2, divided by factorials, reach the dtype's precision."""
     return 8 if jnp.finfo(dtype).bits == 32 else 15
+
+
+def log_sum_exp(x: Array) -> Array:
+    """log sum e^x over the last axis, which it keeps; finite also where a row is all -inf."""
+    top = jax.lax.stop_gradient(_finite_max(x))
+    total = jnp.sum(jnp.exp(x - top), axis=-1, keepdims=True)
+    # Not _normaliser: the derivative of its maximum is halved where the total is just 1.
+    return top + jnp.log(jnp.where(total == 0, 1.0, total))
 
 
 @jax.custom_jvp

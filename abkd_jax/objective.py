@@ -7,7 +7,8 @@ A group of a config that stands for a function has `fn`, its name, and the funct
 The name is looked up in `abkd_jax.losses`, then in `abkd_jax.divergences`, then as a dotted path in
 `abkd_jax` or in a package that the config lists under `plugins`; it must be an annotated loss or
 divergence. Any number may be a schedule, `dict(fn="linear", start=1.0, end=0.3)`, whose `steps`
-are those of the run unless given.
+are those of the run unless given. An array, such as the `centers` of `norm_and_direction`, may be
+"class_means", which the run computes from the term's other network.
 """
 
 import importlib
@@ -35,6 +36,7 @@ from abkd_jax.types import (
     schedule,
 )
 
+CLASS_MEANS = "class_means"  # the array of a config that is computed from a network
 MASKS = ("where", "labelled")
 TERM_FIELDS = ("fn", "weight", "where", "other")
 _UNIT = (lambda x: (x >= 0) & (x <= 1), "between 0 and 1")
@@ -46,6 +48,7 @@ _DOMAINS = {  # what a number of that name may be; any other may be what is fini
     "teacher_weight": _UNIT,
     "temperature": (lambda x: (x > 0) & (x < jnp.inf), "greater than 0 and finite"),
 }
+_OF_THE_STEP = ("input_gradient",)  # what the training step makes, for any network
 _KINDS = {Divergence: "divergence", Loss: "loss"}
 _SIGNATURES = {
     Divergence: "(Array, Array, *, numbers) -> Array",
@@ -61,6 +64,7 @@ def objective(
     networks: Iterable[str],
     num_steps: int,
     plugins: Iterable[str] = (),
+    class_means: Mapping[str, Callable[[], Array]] | None = None,
 ) -> dict[str, Term]:
     """The objective of one network that learns.
 
@@ -74,6 +78,8 @@ def objective(
         networks: the names of all networks that take part in the step.
         num_steps: the length of the run, which schedules take as theirs by default.
         plugins: packages whose functions the config may name.
+        class_means: by the name of a network that does not learn; called for the terms with
+            centers="class_means".
 
     Returns:
         {name: Term}.
@@ -102,6 +108,7 @@ def objective(
         other = options.get("other", others[0])
         if other not in others:
             raise ValueError(f"{at}.other must be one of {_or(others)}; found {other!r}.")
+        function = _with_class_means(function, at, other, class_means or {})
         built[name] = Term(
             loss=bound(function, Loss, field=at, num_steps=num_steps, plugins=plugins),
             weight=number(options["weight"], f"{at}.weight", num_steps),
@@ -109,6 +116,23 @@ def objective(
             other=other,
         )
     return built
+
+
+def _with_class_means(
+    group: Any, field: str, other: str, known: Mapping[str, Callable[[], Array]]
+) -> Any:
+    """The group, functions in it included, with the arrays of the other network in their places."""
+    if isinstance(group, Mapping):
+        at = lambda key: f"{field}.{key}"  # noqa: E731
+        return {key: _with_class_means(x, at(key), other, known) for key, x in group.items()}
+    if not isinstance(group, str) or group != CLASS_MEANS:
+        return group
+    if other not in known:
+        raise ValueError(
+            f"{field}: {CLASS_MEANS!r} are those of a network that does not learn at the same "
+            f"time; found {other!r}, which does."
+        )
+    return known[other]()
 
 
 def check_needs(
@@ -126,7 +150,7 @@ def check_needs(
     for learner, terms in objectives.items():
         for name, term in terms.items():
             for network in (learner, term.other):
-                for part in sorted(term.loss.needs):
+                for part in sorted(term.loss.needs.difference(_OF_THE_STEP)):
                     if part not in Outputs.__dataclass_fields__:
                         raise ValueError(
                             f"{learner}.terms.{name} needs {part!r}, which is no part of Outputs; "

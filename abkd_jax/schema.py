@@ -1,9 +1,10 @@
 """The schema of a config: a top-level group with a `model` is a network, the rest is the run."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from jax import Array
+from jax import numpy as jnp
 
 from abkd_jax import data, models
 from abkd_jax.objective import number, objective
@@ -21,7 +22,7 @@ DEFAULTS = {
     "micro_batches": 1,
     "plugins": (),
 }
-NETWORK_FIELDS = ("model", "optimizer", "terms", "checkpoint", "ema_decay")
+NETWORK_FIELDS = ("model", "optimizer", "terms", "checkpoint", "ema_decay", "project")
 GIVEN = "given"  # the model of a network, or the name of a data set, that the caller hands over
 
 
@@ -29,7 +30,8 @@ class Network(NamedTuple):
     """What a network's group stands for.
 
     Attributes:
-        module: the flax module; None for a network that the caller hands over.
+        module: the flax module, with its projections; None for a network that the caller hands
+            over.
         optimizer: a function of `train.optimizer`, bound.
         ema_decay: of the moving average of its parameters; None for none.
     """
@@ -65,7 +67,7 @@ def networks(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def module(config: Mapping[str, Any], name: str, *, num_classes: int) -> Module:
-    """The flax module of a network's group.
+    """The flax module of a network's group: the network alone, without projections.
 
     Args:
         config: as a plain dict.
@@ -105,14 +107,32 @@ def network(config: Mapping[str, Any], name: str, *, num_classes: int) -> Networ
         )
     decay, num_steps = group.get("ema_decay"), config["num_steps"]
     return Network(
-        None if group["model"] == GIVEN else module(config, name, num_classes=num_classes),
+        None if group["model"] == GIVEN else _learning_module(config, name, num_classes),
         optimizer.from_config(group["optimizer"], field=f"{name}.optimizer", num_steps=num_steps),
         None if decay is None else number(decay, f"{name}.ema_decay", num_steps),
     )
 
 
+def _learning_module(config: Mapping[str, Any], name: str, num_classes: int) -> Module:
+    """The module together with the projections that its `project` asks for."""
+    plain, project = module(config, name, num_classes=num_classes), config[name].get("project")
+    if project is None:
+        return plain
+    width = project.get("hidden") if isinstance(project, Mapping) else None
+    if type(width) is not int or width < 1 or len(project) > 1:
+        raise ValueError(
+            f"{name}.project must be dict(hidden=WIDTH), with the width of the other network's "
+            f"features; found {project!r}."
+        )
+    return models.projected(plain, hidden=width)
+
+
 def objectives(
-    config: Mapping[str, Any], *, learners: Iterable[str], present: Iterable[str]
+    config: Mapping[str, Any],
+    *,
+    learners: Iterable[str],
+    present: Iterable[str],
+    class_means: Mapping[str, Callable[[], Array]] | None = None,
 ) -> dict[str, dict[str, Term]]:
     """The objectives of the networks that learn.
 
@@ -120,6 +140,8 @@ def objectives(
         config: as a plain dict.
         learners: the names of the networks that learn.
         present: the names of all networks that take part in the step.
+        class_means: by the name of a network that does not learn, what gives the means of its
+            features over each class, [K, D]; by default, something in their place.
 
     Returns:
         {learner: {name: Term}}.
@@ -127,6 +149,8 @@ def objectives(
     Raises:
         ValueError: one sentence that names the field, what was found and what was expected.
     """
+    if class_means is None:
+        class_means = {name: _in_place for name in present if name not in learners}
     return {
         learner: objective(
             config[learner].get("terms", {}),
@@ -135,9 +159,15 @@ def objectives(
             networks=list(present),
             num_steps=config["num_steps"],
             plugins=config.get("plugins", ()),
+            class_means=class_means,
         )
         for learner in learners
     }
+
+
+def _in_place() -> Array:
+    """An array where there is no network yet."""
+    return jnp.zeros((1, 1))
 
 
 def phases(config: Mapping[str, Any]) -> list[Phase]:
@@ -242,6 +272,11 @@ def _check_networks(config, found, given):
             raise ValueError(
                 f"{name}.checkpoint must be the workdir of another run, or ''; found "
                 f"{group['checkpoint']!r}."
+            )
+        if "project" in group and (name in given or group.get("checkpoint")):
+            raise ValueError(
+                f"{name}.project is for a network of the library that learns in this run; found "
+                f"{name} {'given' if name in given else 'from a checkpoint'}."
             )
     for phase in phases(config):
         if not phase.learners:

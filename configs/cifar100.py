@@ -87,4 +87,4 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
         config.data = dict(name="digits", validation=0, shape=(32, 32, 3), pad=4, flip=True)
         config.update(batch_size=8, num_steps=4, checkpoint_every=2, log_every=2)
         config.teacher.depth = config.student.depth = 8
-    return arguments.apply(config, options)
+    return arguments.apply(config, options, beside=__file__)

@@ -59,4 +59,4 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     )
     if isinstance(options.get("runlocal"), bool) and options.pop("runlocal"):
         config.update(num_steps=20, checkpoint_every=10, log_every=5)
-    return arguments.apply(config, options)
+    return arguments.apply(config, options, beside=__file__)

@@ -79,4 +79,4 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
             name="digits", validation=297, labelled=100, omit=config.data.omit, shape=(28, 28, 1)
         )
         config.update(num_steps=20, checkpoint_every=10, log_every=5)
-    return arguments.apply(config, options)
+    return arguments.apply(config, options, beside=__file__)

@@ -12,7 +12,9 @@ from abkd_jax.train.loop import train_and_evaluate
 from abkd_jax.train.progress import Progress
 
 _CONFIGS = {
-    path.stem: path for path in sorted(pathlib.Path(__file__).parents[1].glob("configs/*.py"))
+    path.stem: path
+    for path in sorted(pathlib.Path(__file__).parents[1].glob("configs/*.py"))
+    if path.stem != "methods"  # terms for the others
 }
 # What else the arguments of single configs can be; all of them are also run without it.
 _MORE = {

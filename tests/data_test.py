@@ -433,11 +433,23 @@ WRONG_ARRAYS = [
     (dict(validation=(np.zeros((2, 2)), np.array([0, -1]))),
      "data.validation must have labels in 0..2; found -1."),
     (dict(test=(np.zeros((0, 2)), np.zeros(0, int))),
-     "data.test must have inputs [N, ...] of at least one example and two axes; found the shape "
-     "(0, 2)."),
+     "data.test must have inputs [N, ...] of at least one example and two axes, none empty; found "
+     "the shape (0, 2)."),
     (dict(train=(np.zeros(4), np.zeros(4, int))),
-     "data.train must have inputs [N, ...] of at least one example and two axes; found the shape "
-     "(4,)."),
+     "data.train must have inputs [N, ...] of at least one example and two axes, none empty; found "
+     "the shape (4,)."),
+    (dict(test=None), "data.test must be a pair (inputs, labels); found NoneType."),
+    (dict(num_classes=3.0), "data.num_classes must be a positive integer; found 3.0."),
+    (dict(omit=1), "data.omit must be a list of classes; found 1."),
+    (dict(labelled=3.0), "data.labelled must be an integer; found 3.0."),
+    (dict(mean=0.5, std=0.5), "data.mean must be a list of numbers; found 0.5."),
+    (dict(mean=(0.0, np.nan), std=(1.0, 1.0)),
+     "data.mean must be finite in each channel; found (0.0, nan)."),
+    (dict(test=(np.full((4, 2), np.nan), np.zeros(4, int))),
+     "data.test must have finite inputs; found NaN or infinity."),
+    (dict(test=(np.zeros((4, 2), np.uint8), np.zeros(4, int))),
+     "data.test must have inputs of data.train's type, float32 once stored; found uint8: uint8 "
+     "stands for pixels in 0..255, floats are taken as they are."),
     (dict(test=(np.zeros((4, 3)), np.zeros(4, int))),
      "data.test must have examples of the shape of data.train's, (2,); found (3,)."),
     (dict(train=(np.zeros((4, 2), np.int32), np.zeros(4, int))),

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import alpha_beta_oracle as oracle
 import jax
+import mpmath
 import numpy as np
 import pytest
 import scipy.spatial.distance
@@ -21,7 +22,7 @@ from jax import numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from abkd_jax import divergences
+from abkd_jax import combinators, divergences
 from abkd_jax.types import bind
 
 INF, NAN = np.inf, np.nan
@@ -53,6 +54,106 @@ def symmetric_jensen_shannon(p, q, teacher_weight):
     return scipy.spatial.distance.jensenshannon(p, q) ** 2
 
 
+def chi_squared(p, q):
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.sum(np.where(p == q, 0.0, (p - q) ** 2 / q))
+
+
+def skew_forward(p, q, skew):
+    return kl(p, skew * p + (1 - skew) * q)
+
+
+def skew_reverse(p, q, skew):
+    return kl(q, (1 - skew) * p + skew * q)
+
+
+def renyi(p, q, order):
+    if order == 1:
+        return kl(p, q)
+    with np.errstate(divide="ignore"):
+        return np.log(np.sum(p**order * q ** (1 - order))) / (order - 1)
+
+
+def alpha_divergence(p, q, alpha):
+    if alpha in (0, 1):
+        return kl(p, q) if alpha == 1 else kl(q, p)
+    with np.errstate(divide="ignore"):
+        return (np.sum(p**alpha * q ** (1 - alpha)) - 1) / (alpha * (alpha - 1))
+
+
+def beta_divergence(p, q, beta):
+    """The density power divergence of Basu et al., over 1 + beta."""
+    power = q ** (1 + beta) - (1 + 1 / beta) * p * q**beta + p ** (1 + beta) / beta
+    return np.sum(power) / (1 + beta)
+
+
+def head_share(p, q, head_mass):
+    """AKL's g, by the rule as published."""
+    order = np.argsort(-p, kind="stable")
+    head = order[: max(1, np.sum(np.cumsum(p[order]) <= head_mass))]
+    error = np.abs(p - q)
+    return error[head].sum() / error.sum() if error.any() else 0.0
+
+
+def adaptive_kl(p, q, head_mass):
+    share = head_share(p, q, head_mass)
+    return share * kl(p, q) + (1 - share) * kl(q, p)
+
+
+def with_held_weights(student_logits, teacher_logits, numbers):
+    """AKL whose weights stay what they are for these logits, as its gradient has it."""
+    p, q = (scipy.special.softmax(x, axis=-1) for x in (teacher_logits, student_logits))
+    share = np.array([head_share(*row) for row in zip(p, q, numbers["head_mass"], strict=True)])
+
+    def held(student_logits, teacher_logits, head_mass):
+        forward = divergences.forward_kl(student_logits, teacher_logits)
+        reverse = divergences.reverse_kl(student_logits, teacher_logits)
+        return share * forward + (1 - share) * reverse + 0.0 * head_mass
+
+    return held
+
+
+def clipped_alpha(p, q, alpha, clip):
+    """AlphaNet's D and rho for one alpha, as published but for the constant of rho."""
+    with np.errstate(divide="ignore"):
+        t = p / q
+        if alpha == 1:
+            return kl(p, q), t - 1
+        if alpha == 0:
+            return np.sum(-q * np.log(np.minimum(t, clip))), np.log(np.minimum(t, clip))
+        power = np.minimum(t**alpha, clip)
+    return np.sum(q * (power - 1)) / (alpha * (alpha - 1)), (power - 1) / alpha
+
+
+def alphanet(p, q, alpha_min, alpha_max, clip):
+    return max(clipped_alpha(p, q, alpha, clip)[0] for alpha in (alpha_min, alpha_max))
+
+
+def surrogate_of_alphanet(student_logits, teacher_logits, numbers):
+    """G for the alphas and the rho that these logits give."""
+    coefficients = []
+    for row in zip(student_logits, teacher_logits, *numbers.values(), strict=True):
+        q, p = map(scipy.special.softmax, row[:2])
+        of_row = dict(zip(numbers, row[2:], strict=True))
+        clip = of_row.pop("clip")
+        _, rho = max(
+            (clipped_alpha(p, q, alpha, clip) for alpha in of_row.values()), key=lambda x: x[0]
+        )
+        coefficients.append(q * rho)
+    coefficients = np.array(coefficients)
+
+    def held(student_logits, teacher_logits, alpha_min, alpha_max, clip):
+        log_q = jax.nn.log_softmax(student_logits)
+        return -jnp.sum(coefficients * jnp.where(coefficients == 0, 0.0, log_q), axis=-1)
+
+    return held
+
+
+def logit_mse(student_logits, teacher_logits):
+    kept = ~(np.isneginf(student_logits) & np.isneginf(teacher_logits))
+    return np.mean((teacher_logits[kept] - student_logits[kept]) ** 2)
+
+
 def alpha_beta_value(student_logits, teacher_logits, alpha, beta):
     return oracle.alpha_beta(student_logits, teacher_logits, alpha, beta).value
 
@@ -60,7 +161,7 @@ def alpha_beta_value(student_logits, teacher_logits, alpha, beta):
 def tempered_alpha_beta(
     student_logits, teacher_logits, *, alpha, beta, temperature, temperature_power
 ):
-    return divergences.tempered(
+    return combinators.tempered(
         student_logits,
         teacher_logits,
         divergence=functools.partial(divergences.alpha_beta, alpha=alpha, beta=beta),
@@ -86,6 +187,8 @@ class Row(NamedTuple):
         truth: one row of each logits in float64, and the numbers -> the value, which may be inf.
         proper: zero at p = q, non-negative, invariant to a shift of either logits.
         smooth: has two derivatives where p = q.
+        held: where gradients are stopped, the arguments -> a divergence that has in it what is
+            stopped as a constant, and so the gradient as its own.
     """
 
     name: str
@@ -94,6 +197,7 @@ class Row(NamedTuple):
     truth: Callable
     proper: bool = True
     smooth: bool = True
+    held: Callable | None = None
 
     def draw(self, num_classes=SHAPE[1], seed=0, scale=1.5, dtype=np.float64):
         """Arguments: student and teacher logits, and the numbers for each row."""
@@ -101,6 +205,10 @@ class Row(NamedTuple):
         logits = scale * rng.normal(size=(2, SHAPE[0], num_classes))
         numbers = {name: np.full(SHAPE[0], x, dtype) for name, x in self.numbers.items()}
         return *logits.astype(dtype), numbers
+
+    def differentiated(self, *args):
+        """The function of which the gradients at these arguments are those."""
+        return self.held(*args) if self.held else self.function
 
     def truths(self, student_logits, teacher_logits, numbers):
         pairs = zip(student_logits, teacher_logits, strict=True)
@@ -142,6 +250,67 @@ ROWS = [
         )
         for weight in (0.1, 0.9)
     ),
+    *(
+        Row(
+            f"alpha_divergence({alpha})",
+            divergences.alpha_divergence,
+            {"alpha": alpha},
+            softmaxed(alpha_divergence),
+        )
+        for alpha in (0.0, 1.0, 2.0, 0.3)
+    ),
+    *(
+        Row(
+            f"beta_divergence({beta})",
+            divergences.beta_divergence,
+            {"beta": beta},
+            softmaxed(beta_divergence),
+        )
+        for beta in (1.0, 0.3)
+    ),
+    Row(
+        "hellinger",
+        divergences.hellinger,
+        {},
+        softmaxed(lambda p, q: 2 * np.sum((np.sqrt(p) - np.sqrt(q)) ** 2)),
+    ),
+    Row("chi_squared", divergences.chi_squared, {}, softmaxed(chi_squared)),
+    *(
+        Row(f"renyi({order})", divergences.renyi, {"order": order}, softmaxed(renyi))
+        for order in (0.5, 1.0, 2.0, 0.9)
+    ),
+    Row("jeffreys", divergences.jeffreys, {}, softmaxed(lambda p, q: kl(p, q) + kl(q, p))),
+    *(
+        Row(f"{function.__name__}({skew})", function, {"skew": skew}, softmaxed(truth))
+        for function, truth in (
+            (divergences.skew_forward_kl, skew_forward),
+            (divergences.skew_reverse_kl, skew_reverse),
+        )
+        for skew in (0.0, 0.9, 0.1)
+    ),
+    *(
+        Row(
+            f"adaptive_kl({head_mass})",
+            divergences.adaptive_kl,
+            {"head_mass": head_mass},
+            softmaxed(adaptive_kl),
+            held=with_held_weights,
+        )
+        for head_mass in (0.9, 0.5)
+    ),
+    *(
+        Row(
+            f"alphanet({alpha_min}, {alpha_max}, {clip})",
+            divergences.alphanet,
+            {"alpha_min": alpha_min, "alpha_max": alpha_max, "clip": clip},
+            softmaxed(alphanet),
+            proper=False,
+            smooth=False,
+            held=surrogate_of_alphanet,
+        )
+        for alpha_min, alpha_max, clip in ((0.5, 2.0, 2.0), (-0.5, 3.0, 3.0), (-1.0, 1.0, 5.0))
+    ),
+    Row("logit_mse", divergences.logit_mse, {}, logit_mse, proper=False),
     Row(
         "tempered alpha_beta",
         tempered_alpha_beta,
@@ -252,8 +421,9 @@ def test_gradients_are_those_of_the_value_in_both_modes(row):
     with jax.enable_x64(True):
         _, gradients = value_and_gradients(row.function, *args)
         leaves = jax.tree.leaves(gradients)
+        differentiated = row.differentiated(*args)
         for i, entry, direction in unit_directions(args):
-            difference, _ = central_difference(row.function, args, direction, 1e-5)
+            difference, _ = central_difference(differentiated, args, direction, 1e-5)
             size = np.max(np.abs(leaves[i]))
             np.testing.assert_allclose(leaves[i][entry], difference, rtol=0, atol=1e-7 * size)
 
@@ -279,7 +449,7 @@ def test_second_derivatives_are_those_of_the_gradients(row, where):
     with jax.enable_x64(True):
         direction = random_direction(args)
         _, products = along(row.function, args, direction)
-        _, differences = central_difference(row.function, args, direction, 1e-5)
+        _, differences = central_difference(row.differentiated(*args), args, direction, 1e-5)
         largest = max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(differences))
         for product, difference in zip(*map(jax.tree.leaves, (products, differences)), strict=True):
             np.testing.assert_allclose(product, difference, rtol=0, atol=1e-7 * largest)
@@ -319,10 +489,11 @@ def test_class_removed_from_one_side_is_the_limit(row, sides):
             np.testing.assert_allclose(value, true, rtol=1e-12)
             for slopes in removed:
                 np.testing.assert_array_equal(slopes, 0.0)
+            differentiated = row.differentiated(*args)
             for i, entry, direction in unit_directions(args):
                 leaf = jax.tree.leaves(args)[i][entry]
                 if np.isfinite(leaf).all():
-                    difference, _ = central_difference(row.function, args, direction, 1e-5)
+                    difference, _ = central_difference(differentiated, args, direction, 1e-5)
                     found = jax.tree.leaves(gradients)[i]
                     atol = 1e-7 * np.max(np.abs(found))
                     np.testing.assert_allclose(found[entry], difference, rtol=0, atol=atol)
@@ -391,7 +562,8 @@ def test_nan_logit_gives_nan_in_its_row_alone(row):
         spoilt[side][1, 2] = NAN
         value, gradients = value_and_gradients(row.function, *spoilt)
         assert np.isnan(value[1])
-        assert np.isnan(gradients[side][1]).any()
+        stopped = not np.any(whole[1][side])
+        assert stopped or np.isnan(gradients[side][1]).any()
         others = [0, 2, 3]
         for found, expected in zip(*map(jax.tree.leaves, ((value, gradients), whole)), strict=True):
             np.testing.assert_array_equal(found[others,], expected[others,])
@@ -729,6 +901,272 @@ def test_forward_kl_from_a_one_hot_teacher_is_cross_entropy():
     np.testing.assert_allclose(gradients[0], np.exp(log_q) - np.eye(*SHAPE), rtol=0, atol=1e-6)
 
 
+HARD_PAIRS = [  # student and teacher logits, in multiples of what float32 adds exactly
+    ([0.5, -1.25, 2.0], [1.5, 0.75, -2.0]),
+    ([0.5, -1.25, 2.0], [0.5, -1.2490234375, 1.9990234375]),
+    ([3.0, 0.0, -4.0], [-2.0, 1.0, 3.5]),
+]
+NEAR_0 = [0.0, 1e-12, 1e-6, 1e-3]
+HARD_NUMBERS = {
+    "skew_forward_kl": [*NEAR_0, 0.4, 1 - 1e-3, 1 - 1e-6],
+    "skew_reverse_kl": [*NEAR_0, 0.4, 1 - 1e-3, 1 - 1e-6],
+    "jensen_shannon": [1e-12, 1e-6, 1e-3, 0.4, 1 - 1e-3, 1 - 1e-6],
+    "renyi": [1e-6, 1e-3, 0.4, 1 - 1e-3, 1 - 1e-6, 1.0, 1 + 1e-6, 1 + 1e-3, 3.0],
+    "alpha_divergence": [*NEAR_0, 0.4, 1 - 1e-3, 1 - 1e-6, 1.0, 1 + 1e-6, 1 + 1e-3],
+}
+
+
+def mp_kl(p, q):
+    return mpmath.fsum(x * mpmath.log(x / y) for x, y in zip(p, q, strict=True))
+
+
+def mp_mixture(p, q, weight):
+    return [weight * x + (1 - weight) * y for x, y in zip(p, q, strict=True)]
+
+
+def mp_jensen_shannon(p, q, weight):
+    mixture = mp_mixture(p, q, weight)
+    return weight * mp_kl(p, mixture) + (1 - weight) * mp_kl(q, mixture)
+
+
+def mp_sum_of_powers(p, q, order):
+    return mpmath.fsum(x**order * y ** (1 - order) for x, y in zip(p, q, strict=True))
+
+
+IN_MPMATH = {  # a removable singularity is stepped over, by 1e-40
+    "skew_forward_kl": lambda p, q, s: mp_kl(p, mp_mixture(p, q, s)),
+    "skew_reverse_kl": lambda p, q, s: mp_kl(q, mp_mixture(q, p, s)),
+    "jensen_shannon": mp_jensen_shannon,
+    "renyi": lambda p, q, o: mpmath.log(mp_sum_of_powers(p, q, o)) / (o - 1),
+    "alpha_divergence": lambda p, q, a: (mp_sum_of_powers(p, q, a) - 1) / (a * (a - 1)),
+}
+
+
+def mp_value_and_gradients(function, student_logits, teacher_logits, number):
+    """Value, and gradients for the student, the teacher and the number, by differences."""
+    step = mpmath.mpf("1e-25")
+
+    def value(arguments):
+        logits = arguments[:-1]
+        exps = [mpmath.exp(x) for x in logits]
+        halves = exps[: len(exps) // 2], exps[len(exps) // 2 :]
+        q, p = ([x / mpmath.fsum(half) for x in half] for half in halves)
+        return function(p, q, arguments[-1])
+
+    at = [mpmath.mpf(float(x)) for x in (*student_logits, *teacher_logits, number)]
+    at[-1] += mpmath.mpf("1e-40")
+    slopes = []
+    for i in range(len(at)):
+        above, below = (
+            value([x + sign * step * (i == j) for j, x in enumerate(at)]) for sign in (1, -1)
+        )
+        slopes.append((above - below) / (2 * step))
+    k = len(student_logits)
+    leaves = [value(at)], slopes[:k], slopes[k : 2 * k], slopes[2 * k :]
+    return [np.array(leaf, float) for leaf in leaves]
+
+
+@pytest.mark.parametrize("name", HARD_NUMBERS)
+def test_digits_at_and_near_the_numbers_where_families_meet(name):
+    """In float32, relative to the largest entry, against 120 digits."""
+    function = getattr(divergences, name)
+    (number_name,) = next(row.numbers for row in ROWS if row.function is function)
+    cases = [(*pair, number) for pair in HARD_PAIRS for number in HARD_NUMBERS[name]]
+    student, teacher, numbers = (np.array(x, np.float32) for x in zip(*cases, strict=True))
+    value, gradients = value_and_gradients(function, student, teacher, {number_name: numbers})
+    found = value, *gradients[:2], gradients[2][number_name]
+    with mpmath.workdps(120):
+        for i in range(len(cases)):
+            true = mp_value_and_gradients(IN_MPMATH[name], student[i], teacher[i], numbers[i])
+            for leaf, expected in zip(found, true, strict=True):
+                np.testing.assert_allclose(
+                    np.ravel(leaf[i]),
+                    expected,
+                    rtol=0,
+                    atol=1e-5 * np.max(np.abs(expected)),
+                    err_msg=str(cases[i]),
+                )
+
+
+@pytest.mark.parametrize(
+    ("function", "numbers", "meets"),
+    [
+        ("skew_forward_kl", {"skew": 0.0}, "forward_kl"),
+        ("skew_reverse_kl", {"skew": 0.0}, "reverse_kl"),
+        ("renyi", {"order": 1.0}, "forward_kl"),
+        ("alpha_divergence", {"alpha": 1.0}, "forward_kl"),
+        ("alpha_divergence", {"alpha": 0.0}, "reverse_kl"),
+        ("beta_divergence", {"beta": 0.0}, "forward_kl"),
+        ("adaptive_kl", {"head_mass": 1.5}, "forward_kl"),
+    ],
+)
+def test_families_meet(function, numbers, meets):
+    logits = 2 * np.random.default_rng(0).normal(size=(2, *SHAPE)).astype(np.float32)
+    found, of_found = value_and_gradients(getattr(divergences, function), *logits, numbers)
+    expected, of_expected = value_and_gradients(getattr(divergences, meets), *logits, {})
+    assert_close((found, of_found[:2]), (expected, of_expected[:2]), rtol=2e-6)
+
+
+def test_families_that_vanish_at_an_end():
+    logits = 2 * np.random.default_rng(0).normal(size=(2, *SHAPE)).astype(np.float32)
+    for function, numbers in (
+        (divergences.skew_forward_kl, {"skew": 1.0}),
+        (divergences.skew_reverse_kl, {"skew": 1.0}),
+        (divergences.renyi, {"order": 0.0}),
+    ):
+        value, gradients = value_and_gradients(function, *logits, numbers)
+        np.testing.assert_array_equal(value, 0.0)
+        for gradient in gradients[:2]:
+            np.testing.assert_array_equal(gradient, 0.0)
+    of_order = value_and_gradients(divergences.renyi, *logits, {"order": np.zeros(4, np.float32)})
+    reverse = divergences.reverse_kl(*logits)
+    np.testing.assert_allclose(of_order[1][2]["order"], reverse, rtol=1e-5)
+
+
+def test_jeffreys_is_the_sum_of_both():
+    logits = 2 * np.random.default_rng(0).normal(size=(2, *SHAPE)).astype(np.float32)
+    found, forward, reverse = (
+        value_and_gradients(function, *logits, {})
+        for function in (divergences.jeffreys, divergences.forward_kl, divergences.reverse_kl)
+    )
+    assert_close(found, jax.tree.map(jnp.add, forward, reverse), rtol=2e-6)
+
+
+@given(
+    logits=hnp.arrays(np.float32, (2, *SHAPE), elements=st.floats(-20, 20, width=32)),
+    alpha=hnp.arrays(np.float32, SHAPE[0], elements=st.floats(-2, 3, width=32)),
+)
+@settings(max_examples=50, deadline=None)
+def test_alpha_and_beta_divergences_are_alpha_beta(logits, alpha):
+    ones = np.ones_like(alpha)
+    for function, numbers, expected in (
+        ("alpha_divergence", {"alpha": alpha}, {"alpha": alpha, "beta": 1 - alpha}),
+        ("beta_divergence", {"beta": alpha}, {"alpha": ones, "beta": alpha}),
+    ):
+        found, of_found = value_and_gradients(getattr(divergences, function), *logits, numbers)
+        true, of_true = value_and_gradients(divergences.alpha_beta, *logits, expected)
+        np.testing.assert_allclose(found, true, rtol=1e-6)
+        for mine, other in zip(of_found[:2], of_true[:2], strict=True):
+            sizes = np.max(np.abs(other), axis=-1, keepdims=True)
+            assert (np.abs(mine - other) <= 1e-6 * sizes).all()
+
+
+def test_renyi_of_saturated_logits_keeps_its_digits():
+    """Far where the sum of powers underflows, it is the log of the largest of them."""
+    far = np.array([0.0, -1e4], np.float32)
+    value = divergences.renyi(far, far[::-1], order=0.5)
+    np.testing.assert_allclose(value, 1e4 - 2 * math.log(2), rtol=1e-6)
+
+
+def test_renyi_where_one_class_is_all_of_the_sum_of_powers():
+    """There it is (o log p - (o - 1) log q) / (o - 1) of that class."""
+    student, teacher = np.array([[12.0, 0.0, -14.0], [-9.0, 3.0, 11.0]], np.float32)
+    _, gradients = value_and_gradients(divergences.renyi, student, teacher, {"order": 3.0})
+    p, q = (scipy.special.softmax(x.astype(float)) for x in (teacher, student))
+    one_hot = np.array([0.0, 0.0, 1.0])
+    np.testing.assert_allclose(gradients[0], q - one_hot, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(gradients[1], 1.5 * (one_hot - p), rtol=0, atol=1e-6)
+
+
+# AKL and AlphaNet, against the rules as published, in torch.
+
+
+@pytest.mark.parametrize("head_mass", [0.1, 0.5, 0.8])
+def test_adaptive_kl_as_published(head_mass):
+    torch = pytest.importorskip("torch")
+    student, teacher = 2 * np.random.default_rng(0).normal(size=(2, 16, 12))
+    z_s, z_t = torch.tensor(student, requires_grad=True), torch.tensor(teacher)
+    p, q = torch.softmax(z_t, -1), torch.softmax(z_s, -1)
+    falling, order = p.sort(dim=-1, descending=True)
+    error = (falling - q.detach().gather(-1, order)).abs()
+    outside = falling.cumsum(-1) > head_mass
+    outside[:, 0] = False
+    share = (error * ~outside).sum(-1) / error.sum(-1)
+    forward, reverse = ((a * (a.log() - b.log())).sum(-1) for a, b in ((p, q), (q, p)))
+    true = share * forward + (1 - share) * reverse
+    slopes = torch.autograd.grad(true.sum(), z_s)[0]
+    with jax.enable_x64(True):
+        value, gradients = value_and_gradients(
+            divergences.adaptive_kl, student, teacher, {"head_mass": np.full(16, head_mass)}
+        )
+    np.testing.assert_allclose(value, true.detach(), rtol=1e-12)
+    np.testing.assert_allclose(gradients[0], slopes, rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(gradients[2]["head_mass"], 0.0)
+
+
+def test_the_weights_of_adaptive_kl():
+    """They sum to 1, the head is never empty, and of equal classes the first come first."""
+    adaptive = functools.partial(divergences.adaptive_kl, head_mass=0.6)
+    log = lambda *p: np.log(np.array(p, np.float32))  # noqa: E731
+    swapped = log(0.1, 0.2, 0.7), log(0.7, 0.2, 0.1)  # both divergences are the same
+    np.testing.assert_allclose(adaptive(*swapped), divergences.forward_kl(*swapped), rtol=1e-6)
+    in_tail = log(0.8, 0.05, 0.15), log(0.8, 0.15, 0.05)
+    np.testing.assert_allclose(adaptive(*in_tail), divergences.reverse_kl(*in_tail), rtol=1e-5)
+    uniform = np.zeros(4, np.float32)  # the head: classes 0 and 1
+    for student, expected in (
+        (log(0.4, 0.1, 0.25, 0.25), divergences.forward_kl),
+        (log(0.25, 0.25, 0.4, 0.1), divergences.reverse_kl),
+    ):
+        np.testing.assert_allclose(
+            adaptive(student, uniform), expected(student, uniform), rtol=1e-5
+        )
+
+
+def torch_alphanet(torch, z_s, z_t, alpha, clip):
+    """D and G, as published."""
+    q, p = torch.softmax(z_s, -1).detach(), torch.softmax(z_t, -1)
+    t = p / q
+    if alpha == 0:
+        t = t.clamp(0, clip)
+        divergence, rho = -(q * t.log()).sum(-1), t.log() - 1
+    elif alpha == 1:
+        divergence, rho = (q * t * t.log()).sum(-1), t
+    else:
+        power = (t**alpha).clamp(0, clip)
+        divergence = (q * (power - 1)).sum(-1) / (alpha * (alpha - 1))
+        rho = power / alpha + 1 / (alpha * (alpha - 1))
+    return divergence, -(q * rho * torch.log_softmax(z_s, -1)).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("alpha_min", "alpha_max", "clip"),
+    [(-1.0, 1.0, 5.0), (0.0, 2.0, 50.0), (0.5, 2.0, 50.0), (1.0, 0.0, 1.2)],
+)
+def test_alphanet_as_published(alpha_min, alpha_max, clip):
+    torch = pytest.importorskip("torch")
+    student, teacher = 1.5 * np.random.default_rng(0).normal(size=(2, 32, 6))
+    z_s, z_t = torch.tensor(student, requires_grad=True), torch.tensor(teacher)
+    (low, of_low), (high, of_high) = (
+        torch_alphanet(torch, z_s, z_t, alpha, clip) for alpha in (alpha_min, alpha_max)
+    )
+    assert 4 < int((low > high).sum()) < 28  # both alphas are chosen
+    slopes = torch.autograd.grad(torch.where(low > high, of_low, of_high).sum(), z_s)[0]
+    numbers = {"alpha_min": alpha_min, "alpha_max": alpha_max, "clip": clip}
+    with jax.enable_x64(True):
+        value, gradients = value_and_gradients(divergences.alphanet, student, teacher, numbers)
+    np.testing.assert_allclose(value, torch.maximum(low, high), rtol=1e-12)
+    np.testing.assert_allclose(gradients[0], slopes, rtol=0, atol=1e-12)
+    for stopped in jax.tree.leaves(gradients[1:]):
+        np.testing.assert_array_equal(stopped, 0.0)
+
+
+@pytest.mark.parametrize("alpha", [-1.0, 0.5, 2.0, 0.0, 1.0])
+def test_alphanet_without_clipping_has_the_gradient_of_the_alpha_divergence(alpha):
+    logits = np.random.default_rng(0).normal(size=(2, *SHAPE))
+    numbers = {"alpha_min": alpha, "alpha_max": alpha, "clip": INF}
+    with jax.enable_x64(True):
+        found = value_and_gradients(divergences.alphanet, *logits, numbers)
+        true = value_and_gradients(divergences.alpha_divergence, *logits, {"alpha": alpha})
+    assert_close((found[0], found[1][0]), (true[0], true[1][0]), rtol=1e-12)
+
+
+def test_logit_mse_counts_only_the_classes_that_exist():
+    student = np.array([1.0, -INF, 2.0, -INF], np.float32)
+    teacher = np.array([4.0, -INF, 2.5, -INF], np.float32)
+    np.testing.assert_allclose(divergences.logit_mse(student, teacher), 4.625, rtol=1e-6)
+    assert divergences.logit_mse(student[1::2], teacher[1::2]) == 0.0
+
+
 def test_jensen_shannon_at_the_ends_has_the_slopes_of_kl():
     row = Row("", divergences.jensen_shannon, {"teacher_weight": 0.0}, softmaxed(kl))
     student_logits, teacher_logits, _ = row.draw(dtype=np.float32)
@@ -759,8 +1197,11 @@ def test_jensen_shannon_keeps_its_digits_near_the_ends(weight):
     [
         (divergences.total_variation, {}, 1.0),
         (divergences.jensen_shannon, {"teacher_weight": 0.5}, math.log(2)),
+        (divergences.hellinger, {}, 4.0),
+        (divergences.skew_forward_kl, {"skew": 0.1}, -math.log(0.1)),
+        (divergences.skew_reverse_kl, {"skew": 0.1}, -math.log(0.1)),
     ],
-    ids=["total_variation", "jensen_shannon"],
+    ids=["total_variation", "jensen_shannon", "hellinger", "skew_forward", "skew_reverse"],
 )
 def test_bounded_ones_reach_their_bound(function, numbers: dict[str, Any], bound):
     apart = np.array([0.0, -INF], np.float32)
@@ -775,7 +1216,7 @@ def test_tempered_keeps_the_size_of_the_gradient():
     difference = teacher_logits - student_logits
     expected = 0.5 * np.var(difference)
     with jax.enable_x64(True):
-        value = divergences.tempered(
+        value = combinators.tempered(
             student_logits, teacher_logits, divergence=divergences.forward_kl, temperature=1e4
         )
     np.testing.assert_allclose(value, expected, rtol=1e-3)

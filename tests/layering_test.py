@@ -15,6 +15,7 @@ FLOORS = {
     "types": 0,
     "numerics": 0,
     "schedules": 0,
+    "combinators": 1,
     "divergences": 1,
     "models": 1,
     "data": 1,

@@ -407,6 +407,35 @@ def test_networks_that_do_not_fit_are_refused(tmp_path, changes, given, message)
     assert untrained(tmp_path)
 
 
+def test_networks_whose_logits_are_no_logits_are_refused(tmp_path):
+    made = config(teacher=GIVEN)
+    whole = {"teacher": (lambda kernel, inputs: jnp.round(inputs @ kernel).astype(int), KERNEL)}
+    assert refusal(tmp_path, made, networks=whole, data=dataset()) == (
+        "teacher must give floating logits; found int32."
+    )
+    fixed = {"teacher": (lambda kernel, inputs: kernel[:2], KERNEL)}  # whatever the batch is
+    message = refusal(tmp_path, made, networks=fixed, data=dataset())
+    assert message.startswith("student: ") and "must have leading axes that broadcast" in message
+    assert untrained(tmp_path)
+
+
+def test_a_teacher_in_half_precision_is_reported(tmp_path):
+    given = {"teacher": (lambda kernel, x: (x @ kernel).astype(jnp.bfloat16), KERNEL)}
+    train_and_evaluate(config(teacher=GIVEN), tmp_path, networks=given, data=dataset())
+    shown = np.load(tmp_path / "examples.npz")["probabilities/teacher"]
+    assert shown.dtype == np.float32 and np.allclose(shown.sum(axis=-1), 1, atol=1e-6)
+    assert (tmp_path / "report.md").exists()
+
+
+def test_arguments_of_the_wrong_kind_are_refused(tmp_path):
+    assert refusal(tmp_path, None) == "config must be a ConfigDict or a mapping; found None."
+    assert refusal("", config()) == "workdir must be the path of a folder; found ''."
+    message = refusal(tmp_path, config(), networks=[3])
+    assert message == "networks must be a mapping {name: (apply_fn, variables)}; found [3]."
+    message = refusal(tmp_path, config(), data=(1, 2))
+    assert message == "data must be a DataSet, such as data.from_arrays makes; found (1, 2)."
+
+
 def test_a_batch_larger_than_the_data_is_refused(tmp_path):
     made = config(baseline=network(), batch_size=91)
     assert refusal(tmp_path, made, data=dataset()) == (

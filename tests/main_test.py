@@ -10,7 +10,8 @@ import time
 import pytest
 from absl.testing import flagsaver
 
-from abkd_jax import main
+from abkd_jax import divergences, losses, main
+from abkd_jax.types import Divergence, Loss, kind_of
 
 # of ml_collections
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -31,6 +32,12 @@ def get_config(argument="runlocal"):
     {}
     return config
 """
+
+
+def named(module, kind):
+    """The functions of a kind in a module, as a refusal lists them."""
+    public = {name: fn for name, fn in vars(module).items() if not name.startswith("_")}
+    return ", ".join(sorted(name for name, fn in public.items() if kind_of(fn) is kind))
 
 
 def refusal(monkeypatch, *argv):
@@ -99,7 +106,7 @@ OF_FLAGS = [
      "Missing value for flag --config.data.name; mend this flag."),
     ([f"--config={_DIGITS}:divergence=nope", "--workdir=w"],
      "--config: student.terms.distill.divergence.fn: there is no divergence 'nope'; known are "
-     "alpha_beta, forward_kl, jensen_shannon, reverse_kl, tempered, total_variation."),
+     f"{named(divergences, Divergence)}."),
     ([f"--config={_DIGITS}:alhpa=1.", "--workdir=w"],
      "--config: the config's argument has 'alhpa', which is no number of student.terms.distill "
      "(did you mean 'alpha'?); it takes divergence, alpha, beta, weight, temperature, "
@@ -145,10 +152,10 @@ GROUP = "config.student.terms.distill"
 OF_CONFIGS = [
     (f"{GROUP}.divergence.fn = 'revers_kl'",
      f"{TERM}.divergence.fn: there is no divergence 'revers_kl' (did you mean 'reverse_kl'?); "
-     "known are alpha_beta, forward_kl, jensen_shannon, reverse_kl, tempered, total_variation."),
+     f"known are {named(divergences, Divergence)}."),
     (f"{GROUP}.fn = 'on_logit'",
      f"{TERM}.fn: there is no loss 'on_logit' (did you mean 'on_logits'?); known are "
-     "cross_entropy, entropy_gated, on_logits."),
+     f"{named(losses, Loss)}."),
     (f"{GROUP}.temprature = 2.0",
      f"{TERM}: on_logits has no hyperparameter 'temprature'; it takes divergence, temperature, "
      "temperature_power."),

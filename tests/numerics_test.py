@@ -85,6 +85,41 @@ def test_exp_series(dtype, order):
         assert np.max(relative_errors(slopes, true_slopes)) <= within(dtype, 32)
 
 
+@both_dtypes
+@pytest.mark.parametrize(("order", "units"), [(0, 8), (1, 32), (2, 128)])
+def test_log1p_series(dtype, order, units):
+    """The derivatives of log(1 + x) / x are those of its power series."""
+    xs = np.array([0.0, 1e-30, -1e-30, 1e-9, 1e-3, -1e-3, 0.1, -0.2, 0.49, 0.5, -0.5], dtype)
+    with jax.enable_x64(dtype == np.float64):
+        function = numerics.log1p_series
+        for _ in range(order):
+            function = jax.grad(function)
+        found = np.asarray(jax.jit(jax.vmap(function))(xs))
+    assert found.dtype == dtype
+    with mpmath.workdps(DIGITS):
+        true = [
+            mpmath.fsum(
+                (-1) ** n * math.perm(n, order) * mpmath.mpf(float(x)) ** (n - order) / (n + 1)
+                for n in range(order, 400)
+            )
+            for x in xs
+        ]
+        assert np.max(relative_errors(found, true)) <= within(dtype, units)
+
+
+def test_log_sum_exp():
+    x = np.array([[1.0, -2.0, 0.5], [0.0, -INF, -1e4], [-INF] * 3, [1e15, 0.0, 1e15]], np.float32)
+    value, slopes = jax.jit(
+        lambda x: (numerics.log_sum_exp(x), jax.grad(lambda y: numerics.log_sum_exp(y).sum())(x))
+    )(x)
+    kept = [0, 1, 3]
+    exact = x.astype(np.float64)[kept]
+    true = scipy.special.logsumexp(exact, axis=-1, keepdims=True)
+    np.testing.assert_allclose(value[kept,], true, rtol=1e-6)
+    np.testing.assert_allclose(slopes[kept,], scipy.special.softmax(exact, axis=-1), atol=1e-6)
+    assert np.isfinite(value[2]).all() and not slopes[2].any()
+
+
 NODES = [0.0, 1e-12, 1e-3, 0.3, 0.5, 0.8, 4.0, 60.0]
 NODE_PAIRS = list(itertools.product(sorted({*NODES, *(-node for node in NODES)}), repeat=2))
 
@@ -154,6 +189,8 @@ def test_with_slopes():
         np.testing.assert_allclose(mode(function)(x, y), 3.0)  # y at rest
         hessian = mode(mode(function, argnums=(0, 1)), argnums=(0, 1))(x, y)
         np.testing.assert_allclose(hessian, [[1.0, 6.0], [6.0, 0.0]])
+        squared = mode(mode(lambda x, y: function(x, y) ** 2, argnums=0))(x, y)
+        np.testing.assert_allclose(squared, 12 * x**2 * y**2)
 
 
 # Log-probabilities.

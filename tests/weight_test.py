@@ -1,4 +1,4 @@
-"""entropy_gated (BD-KD) against numpy: the gate, the gain, gradients, what it is made of."""
+"""Weights against numpy and torch: entropy_gated (BD-KD), and those of ER-KD, EA-KD, WTTM, WSLD."""
 
 import functools
 
@@ -7,9 +7,19 @@ import numpy as np
 import pytest
 import scipy.special
 from jax import numpy as jnp
+from loss_contract import check_against_torch
 
-from abkd_jax.divergences import forward_kl, reverse_kl
-from abkd_jax.losses import chunked_total, entropy_gated, on_logits, total
+from abkd_jax.divergences import forward_kl, powered, reverse_kl
+from abkd_jax.losses import (
+    chunked_total,
+    difficulty_weighted,
+    entropy_aware,
+    entropy_gated,
+    entropy_weighted,
+    on_logits,
+    power_weighted,
+    total,
+)
 from abkd_jax.objective import objective
 from abkd_jax.types import Batch, Outputs, Term, bind
 
@@ -353,3 +363,180 @@ def test_logits_that_are_missing_or_do_not_fit_are_refused():
         gated()(Outputs(logits=student), Outputs(logits=teacher[:, 1:]), {})
     with pytest.raises(ValueError, match=r"^gain must be a number, or broadcast"):
         evaluate(gated(jnp.ones(B + 1)), student, teacher)
+
+
+# --- one weight: ER-KD, EA-KD, WTTM, WSLD -------------------------------------------------------
+
+KD = bind(on_logits, divergence=forward_kl, temperature=4.0)
+ONE_WEIGHT = {
+    "entropy_weighted": lambda loss: bind(entropy_weighted, loss=loss, temperature=4.0),
+    "entropy_aware": lambda loss: bind(entropy_aware, loss=loss, temperature=3.0),
+    "power_weighted": lambda loss: bind(power_weighted, loss=loss, teacher_power=0.3),
+    "difficulty_weighted": lambda loss: bind(difficulty_weighted, loss=loss),
+}
+every_weight = pytest.mark.parametrize("weigh", ONE_WEIGHT.values(), ids=ONE_WEIGHT)
+
+
+def torch_kd(torch, student, teacher, temperature=4.0):
+    log_p, log_q = (torch.log_softmax(x / temperature, -1) for x in (teacher, student))
+    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def torch_entropy(torch, logits, temperature):
+    return torch.distributions.Categorical(logits=logits.detach() / temperature).entropy()
+
+
+def published_er(torch, student, teacher, labels):
+    return torch_entropy(torch, teacher, 4.0) * torch_kd(torch, student, teacher)
+
+
+def published_ea(torch, student, teacher, labels):
+    h_teacher, h_student = (torch_entropy(torch, x, 3.0) for x in (teacher, student))
+    weight = 0.5 * h_teacher + 0.5 * h_teacher * h_student / np.log(K)
+    return weight * torch_kd(torch, student, teacher)
+
+
+def published_wttm(torch, student, teacher, labels):
+    powers = torch.softmax(teacher.detach(), -1) ** 0.3
+    total = powers.sum(-1)
+    p, log_q = powers / total[:, None], torch.log_softmax(student, -1)
+    return total * (p * (p.log() - log_q)).sum(-1)
+
+
+def published_wsld(torch, student, teacher, labels):
+    entropy = lambda x: torch.nn.functional.cross_entropy(  # noqa: E731
+        x.detach(), labels.clamp(min=0), reduction="none"
+    )
+    weight = 1 - torch.exp(-entropy(student) / (entropy(teacher) + 1e-7))
+    return weight * torch_kd(torch, student, teacher)
+
+
+WTTM = bind(
+    power_weighted,
+    loss=bind(on_logits, divergence=bind(powered, divergence=forward_kl, teacher_power=0.3)),
+    teacher_power=0.3,
+)
+
+
+@pytest.mark.parametrize(
+    "loss,published,where,networks",
+    [
+        (ONE_WEIGHT["entropy_weighted"](KD), published_er, "where", ("student", "teacher")),
+        (ONE_WEIGHT["entropy_aware"](KD), published_ea, "where", ("student", "teacher")),
+        (WTTM, published_wttm, "where", ("student",)),
+        (
+            ONE_WEIGHT["difficulty_weighted"](KD),
+            published_wsld,
+            "labelled",
+            ("student", "teacher"),
+        ),
+    ],
+    ids=["ER-KD", "EA-KD", "WTTM", "WSLD"],
+)
+def test_the_published_formula(loss, published, where, networks):
+    check_against_torch(loss, published, where=where, networks=networks)
+
+
+def labelled():
+    student, teacher = make()
+    return student, teacher, {"labels": np.arange(B) % K}
+
+
+@every_weight
+def test_no_gradient_passes_through_a_weight(weigh):
+    student, teacher, batch = labelled()
+    of_sum = lambda s, t: jnp.sum(evaluate(weigh(UNIT), s, t, batch))  # noqa: E731
+    for slope in jax.grad(of_sum, argnums=(0, 1))(student, teacher):
+        np.testing.assert_array_equal(slope, np.zeros((B, K)))
+
+
+@every_weight
+def test_a_weight_multiplies_example_by_example(weigh):
+    """Not the mean of the products' means: the shape is that of the batch, not [B, B]."""
+    student, teacher, batch = labelled()
+    weights = evaluate(weigh(UNIT), student, teacher, batch)
+    assert weights.shape == (B,) and np.ptp(weights) > 0.1 and np.min(weights) >= 0
+    values = evaluate(weigh(KD), student, teacher, batch)
+    true = np.asarray(weights) * np.asarray(evaluate(KD, student, teacher, batch))
+    np.testing.assert_allclose(values, true, rtol=1e-6)
+
+
+def test_a_constant_entropy_is_a_factor():
+    """ER-KD with teachers that are shifts of one: its entropy times KD."""
+    student, teacher = make()
+    teacher = np.stack([np.roll(teacher[0], shift) for shift in range(B)])
+    values = evaluate(ONE_WEIGHT["entropy_weighted"](KD), student, teacher)
+    true = entropy(teacher[0] / 4) * np.asarray(evaluate(KD, student, teacher))
+    np.testing.assert_allclose(values, true, rtol=1e-5)
+
+
+def test_entropy_weights_by_hand():
+    """Uniform over n of the classes has the entropy ln n at any temperature."""
+    pair, three = (np.where(np.arange(K) < n, 0.0, -30.0).astype(np.float32) for n in (2, 3))
+    weigh = ONE_WEIGHT["entropy_weighted"]
+    cold = bind(weigh(UNIT), temperature=0.5)
+    np.testing.assert_allclose(evaluate(cold, pair, three), LN3, rtol=1e-6)
+    cut = [np.where(x < 0, -INF, x).astype(np.float32) for x in (pair, three)]
+    removed = [x[:4] for x in cut]  # the last class is removed from both: three are present
+    aware = ONE_WEIGHT["entropy_aware"](UNIT)
+    true = 0.5 * LN3 * (1 + LN2 / LN3)
+    np.testing.assert_allclose(evaluate(aware, *removed), true, rtol=1e-6)
+    np.testing.assert_allclose(evaluate(aware, *(x[:3] for x in removed)), true, rtol=1e-6)
+
+
+def test_entropy_aware_is_at_most_ln_k_and_zero_with_one_class():
+    flat = np.zeros((1, K), np.float32)
+    aware = ONE_WEIGHT["entropy_aware"](UNIT)
+    np.testing.assert_allclose(evaluate(aware, flat, flat), [np.log(K)], rtol=1e-6)
+    one = np.where(np.arange(K) == 2, flat, np.float32(-INF))
+    np.testing.assert_array_equal(evaluate(aware, one, one), [0])
+
+
+def test_the_power_sum_is_one_at_one_and_counts_the_classes_at_zero():
+    student, teacher = make()
+    for power, true in ((1.0, 1.0), (0.0, K)):
+        bound = bind(power_weighted, loss=UNIT, teacher_power=power)
+        np.testing.assert_allclose(evaluate(bound, student, teacher), true, rtol=1e-6)
+
+
+def test_difficulty_weights_by_hand():
+    """Cross-entropies of ln 4 and ln 4/3 against a teacher at ln 2, and saturated ones."""
+    weigh = ONE_WEIGHT["difficulty_weighted"](UNIT)
+    student = np.array([[0, LN3], [LN3, 0], [0, 0], [90, 0], [0, 90], [90, 0]], np.float32)
+    teacher = np.array([[0, 0], [0, 0], [0, 0], [0, 0], [90, 0], [90, 0]], np.float32)
+    true = [0.75, 1 - np.exp(-np.log(4 / 3) / LN2), 1 - np.exp(-1), 0, 1, 0]
+    true[0] = 1 - np.exp(-np.log(4) / LN2)
+    values = evaluate(weigh, student, teacher, {"labels": np.zeros(6, int)})
+    np.testing.assert_allclose(values, true, rtol=1e-5, atol=1e-7)
+
+
+@every_weight
+def test_one_weight_of_what_is_not_one_value_per_example_is_refused(weigh):
+    def column(student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
+        return unit(student, teacher, batch)[:, None]
+
+    bound, (student, teacher, batch) = weigh(column), labelled()
+    with pytest.raises(AssertionError) as error:
+        evaluate(bound, student, teacher, batch)
+    name = bound.fn.__name__
+    assert f"the loss of {name} must give one value per example, [12]; found [12, 1]." in str(
+        error.value
+    )
+
+
+@every_weight
+def test_one_weight_needs_and_couples_what_its_loss_does(weigh):
+    def coupled(student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
+        return unit(student, teacher, batch)
+
+    coupled.couples_batch, coupled.needs = True, ("hidden",)
+    assert weigh(coupled).needs == {"logits", "hidden"} and weigh(coupled).couples_batch
+    assert weigh(KD).needs == {"logits"} and not weigh(KD).couples_batch
+
+
+def test_a_temperature_that_is_not_positive_is_nan():
+    student, teacher, batch = labelled()
+    for name in ("entropy_weighted", "entropy_aware"):
+        for temperature in (0.0, -1.0):
+            bound = bind(ONE_WEIGHT[name](UNIT), temperature=temperature)
+            assert np.isnan(evaluate(bound, student, teacher, batch)).all()

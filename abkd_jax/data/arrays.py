@@ -1,5 +1,6 @@
 """From arrays in memory to a set, and the checks that all sets share."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,13 +53,25 @@ def from_arrays(
     Raises:
         ValueError: one sentence that names the field, what was found and what was expected.
     """
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"data.num_classes must be a positive integer; found {num_classes!r}.")
     parts = {"train": train, "validation": validation, "test": test}
     splits = {
-        name: _split(name, part, num_classes) for name, part in parts.items() if part is not None
+        name: _split(name, part, num_classes)
+        for name, part in parts.items()
+        if part is not None or name != "validation"
     }
     teacher = splits["train"]
     shape = teacher.inputs.shape[1:]
     for name, split in splits.items():
+        if split.inputs.dtype != teacher.inputs.dtype:
+            raise ValueError(
+                f"data.{name} must have inputs of data.train's type, {teacher.inputs.dtype} once "
+                f"stored; found {split.inputs.dtype}: uint8 stands for pixels in 0..255, floats "
+                "are taken as they are."
+            )
+        if name != "train" and not jnp.all(jnp.isfinite(split.inputs)):
+            raise ValueError(f"data.{name} must have finite inputs; found NaN or infinity.")
         if split.inputs.shape[1:] != shape:
             raise ValueError(
                 f"data.{name} must have examples of the shape of data.train's, {shape}; found "
@@ -113,6 +126,9 @@ def preprocessing(
     Raises:
         ValueError: naming the field that does not fit.
     """
+    for name, numbers in (("mean", mean), ("std", std)):
+        if np.ndim(numbers) != 1 or np.asarray(numbers).dtype.kind not in "iuf":
+            raise ValueError(f"data.{name} must be a list of numbers; found {numbers!r}.")
     if pad < 0:
         raise ValueError(f"data.pad must be at least 0; found {pad}.")
     if (pad or flip) and len(shape) != 3:
@@ -131,7 +147,9 @@ def preprocessing(
                 f"data.{name} must have a number for each of the {shape[-1]} channels; found "
                 f"{tuple(numbers)}."
             )
-    if any(number <= 0 for number in std):
+    if not all(math.isfinite(number) for number in mean):
+        raise ValueError(f"data.mean must be finite in each channel; found {tuple(mean)}.")
+    if not all(0 < number < math.inf for number in std):
         raise ValueError(f"data.std must be positive in each channel; found {tuple(std)}.")
     if not len(mean):
         return Preprocess(pad=pad, flip=flip)
@@ -141,13 +159,16 @@ def preprocessing(
 
 def _split(name: str, examples: Examples, num_classes: int) -> Split:
     """The checked split of a pair of arrays."""
-    inputs, labels = examples
-    labels = np.asarray(labels)
-    inputs = inputs if isinstance(inputs, jax.Array) else np.asarray(inputs)
-    if inputs.ndim < 2 or len(inputs) == 0:
+    if not isinstance(examples, tuple | list) or len(examples) != 2:
         raise ValueError(
-            f"data.{name} must have inputs [N, ...] of at least one example and two axes; found "
-            f"the shape {inputs.shape}."
+            f"data.{name} must be a pair (inputs, labels); found {type(examples).__name__}."
+        )
+    inputs, labels = (_array(name, part) for part in examples)
+    labels = np.asarray(labels)
+    if inputs.ndim < 2 or inputs.size == 0:
+        raise ValueError(
+            f"data.{name} must have inputs [N, ...] of at least one example and two axes, none "
+            f"empty; found the shape {inputs.shape}."
         )
     if labels.shape != inputs.shape[:1]:
         raise ValueError(
@@ -169,6 +190,13 @@ def _split(name: str, examples: Examples, num_classes: int) -> Split:
     return Split(inputs=_stored(name, inputs), labels=labels, labelled=labels >= 0)
 
 
+def _array(name: str, values: Any) -> np.ndarray | Array:
+    try:
+        return values if isinstance(values, jax.Array) else np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"data.{name} must be two arrays; numpy says: {error}.") from None
+
+
 def _stored(name: str, inputs: np.ndarray | Array) -> Array:
     """Inputs on the device, uint8 or float32."""
     if inputs.dtype == np.uint8:
@@ -183,6 +211,13 @@ def _stored(name: str, inputs: np.ndarray | Array) -> Array:
 
 def _for_student(split: Split, labelled: int, omit: Sequence[int], num_classes: int) -> Split:
     """The split with labels withheld and classes omitted."""
+    if (
+        np.ndim(omit) != 1
+        or np.asarray(omit, int if not len(omit) else None).dtype.kind not in "iu"
+    ):
+        raise ValueError(f"data.omit must be a list of classes; found {omit!r}.")
+    if isinstance(labelled, bool) or not isinstance(labelled, int):
+        raise ValueError(f"data.labelled must be an integer; found {labelled!r}.")
     outside = [label for label in omit if not 0 <= label < num_classes]
     if outside:
         raise ValueError(

@@ -1,9 +1,12 @@
-"""From divergences on logits to losses on outputs."""
+"""From divergences on logits to losses on outputs, and from labelled sets to any."""
 
+import jax
 from jax import Array
+from jax import numpy as jnp
 
-from abkd_jax.divergences import tempered
-from abkd_jax.types import Batch, Divergence, Outputs
+from abkd_jax import numerics
+from abkd_jax.combinators import tempered
+from abkd_jax.types import Batch, Divergence, Loss, Outputs
 
 
 def on_logits(
@@ -42,3 +45,32 @@ def on_logits(
 
 
 on_logits.needs = ("logits",)
+
+
+def with_teacher_labels(student: Outputs, teacher: Outputs, batch: Batch, *, loss: Loss) -> Array:
+    """The loss with the other network's arg-max in place of each label that is withheld.
+
+    For losses that need a label per example (`dkd`, `nkd`, `difficulty_weighted`) in a transfer set
+    that has none, or few: labels that are known stay. Our reading, with the mask `where="where"`;
+    the papers have a label for every example.
+
+    Args:
+        student: the network that is being trained.
+        teacher: the other one; its `logits` [..., K].
+        batch: its `labels` [...], -1 where withheld.
+        loss: what gets the batch so labelled.
+
+    Returns:
+        `[...]`, one value per example.
+
+    Raises:
+        AssertionError: if the logits do not fit.
+        ValueError: if a network shows no logits.
+    """
+    _, teacher_logits = numerics.check_logits(student.logits, teacher.logits)
+    labels = batch["labels"]
+    likeliest = jnp.argmax(jax.lax.stop_gradient(teacher_logits), axis=-1).astype(labels.dtype)
+    return loss(student, teacher, {**batch, "labels": jnp.where(labels < 0, likeliest, labels)})
+
+
+with_teacher_labels.needs = ("logits",)

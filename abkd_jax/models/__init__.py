@@ -7,11 +7,22 @@ from flax import linen as nn
 
 from abkd_jax.models.adapters import as_outputs, split_variables
 from abkd_jax.models.normalized import normalized
+from abkd_jax.models.projected import projected, without_projections
 from abkd_jax.models.resnet import resnet
 from abkd_jax.models.small import cnn, mlp
 from abkd_jax.types import call_named
 
-__all__ = ["as_outputs", "cnn", "from_config", "mlp", "normalized", "resnet", "split_variables"]
+__all__ = [
+    "as_outputs",
+    "cnn",
+    "from_config",
+    "mlp",
+    "normalized",
+    "projected",
+    "resnet",
+    "split_variables",
+    "without_projections",
+]
 
 _MODELS = {"cnn": cnn, "mlp": mlp, "resnet": resnet}
 

@@ -8,7 +8,6 @@ it had not been: a phase that was complete restores its last state and has no st
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -19,14 +18,17 @@ import ml_collections
 import numpy as np
 from jax import Array
 from jax import numpy as jnp
+from jax.sharding import Mesh
 
 from abkd_jax import data as datasets
-from abkd_jax import objective, schema, train
+from abkd_jax import models, objective, schema, train
+from abkd_jax.losses import feature
 from abkd_jax.train import checkpoint, evaluation, parallel
 from abkd_jax.train import workdir as folders
 from abkd_jax.train.fit import Fit, Run, begin, fit_phase
 from abkd_jax.train.interruption import Interruption
 from abkd_jax.train.step import Networks, Objectives
+from abkd_jax.types import Batch
 
 _EXAMPLES = 8  # test examples whose distributions the report shows
 
@@ -76,11 +78,21 @@ def train_and_evaluate(
         FloatingPointError: one sentence, if a term or gradient is not finite; the batch and the
             state before it are saved in workdir/nonfinite.
     """
+    for name, value, kind, expected in (
+        ("config", config, ml_collections.ConfigDict | Mapping, "a ConfigDict or a mapping"),
+        ("workdir", workdir, str | os.PathLike, "the path of a folder"),
+        ("networks", networks, Mapping | None, "a mapping {name: (apply_fn, variables)}"),
+        ("data", data, datasets.DataSet | None, "a DataSet, such as data.from_arrays makes"),
+    ):
+        if not isinstance(value, kind) or (name == "workdir" and value == ""):
+            raise ValueError(f"{name} must be {expected}; found {value!r:.80}.")
     config = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
     given, has_data = networks or {}, data is not None
     for name, pair in given.items():
         if not isinstance(pair, tuple | list) or len(pair) != 2 or not callable(pair[0]):
-            raise ValueError(f"networks[{name!r}] must be (apply_fn, variables); found {pair!r}.")
+            raise ValueError(
+                f"networks[{name!r}] must be (apply_fn, variables); found {pair!r:.80}."
+            )
     if has_data:
         config["data"] = {"name": schema.GIVEN, "sha256": checkpoint.digest(data)}
     schema.check(config, given=given, has_data=has_data)
@@ -159,8 +171,7 @@ def _phase(run: Run, phase: schema.Phase, states: Networks, *, trains: bool) -> 
     folder.mkdir(exist_ok=True)
     folders.claim(folder, _about(run, phase))
     learners, frozen = ({n: states[n] for n in names} for names in (phase.learners, phase.frozen))
-    objectives = _objectives(run, phase)
-    carry = begin(learners, objectives)
+    carry = begin(learners, _objectives(run, phase))
     checkpoints = checkpoint.Checkpoints(folder / folders.CHECKPOINTS)
     try:
         step, carry = checkpoints.restore(carry) or (0, carry)
@@ -170,6 +181,8 @@ def _phase(run: Run, phase: schema.Phase, states: Networks, *, trains: bool) -> 
             on_mesh = functools.partial(parallel.replicated, mesh=run.mesh)
             split, size = _split(run, phase)
             split = on_mesh(split) if isinstance(split, datasets.Split) else split
+            means = functools.cache(lambda name: _class_means(run, frozen[name]))
+            objectives = _objectives(run, phase, {n: functools.partial(means, n) for n in frozen})
             fit = Fit(run, phase, folder, on_mesh(frozen), objectives, split, size)
             owned = on_mesh(jax.tree.map(jnp.copy, carry))  # no buffer twice, for each is donated
             carry, step = fit_phase(fit, owned, step, checkpoints), run.config["num_steps"]
@@ -193,25 +206,59 @@ def _new(run: Run, name: str) -> train.TrainState:
         raise ValueError(_misfit(name, inputs, error)) from error
 
 
-def _objectives(run: Run, phase: schema.Phase) -> Objectives:
+def _objectives(
+    run: Run, phase: schema.Phase, class_means: Mapping[str, Callable[[], Array]] | None = None
+) -> Objectives:
     present = (*phase.learners, *phase.frozen)
-    return schema.objectives(run.config, learners=phase.learners, present=present)
+    return schema.objectives(
+        run.config, learners=phase.learners, present=present, class_means=class_means
+    )
+
+
+def _class_means(run: Run, state: train.TrainState) -> Array:
+    """The means of a network's features over each class of what teachers are trained on.
+
+    A function of the network and the data alone: all labels, no augmentation, evaluation's mode.
+    """
+    state, size = parallel.replicated(state, run.mesh), run.config["batch_size"]
+    sums, counts = np.zeros(()), np.zeros(())
+    for batch in datasets.evaluation_batches(run.data.teacher, size, run.data.preprocess):
+        found = _class_sums(state, batch, num_classes=run.data.num_classes, mesh=run.mesh)
+        sums, counts = sums + np.asarray(found[0]), counts + np.asarray(found[1])
+    means = sums / np.maximum(counts, 1)[:, None]
+    return parallel.replicated(jnp.asarray(means, jnp.float32), run.mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("num_classes", "mesh"))
+def _class_sums(state: train.TrainState, batch: Batch, *, num_classes: int, mesh: Mesh):
+    """The sums and the sizes of the classes in one batch."""
+    batch = parallel.split(batch, mesh)
+    outputs, _ = state.forward(state.eval_params, batch["inputs"], train=False)
+    labels = jnp.where(batch["where"], batch["labels"], -1)
+    return feature.class_sums(outputs.hidden, labels, num_classes)
 
 
 def _check(run: Run, phase: schema.Phase, states: Networks) -> None:
     """Refuses networks that do not fit the data, and losses that read what they do not show."""
     _, size = _split(run, phase)
-    objectives, inputs, outputs = _objectives(run, phase), _sample(run), {}
+    inputs, outputs = _sample(run), {}
     for name in (*phase.learners, *phase.frozen):
         state = states[name]
-        forward = functools.partial(state.forward, train=name in objectives)
+        forward = functools.partial(state.forward, train=name in phase.learners)
         try:
             outputs[name], _ = jax.eval_shape(forward, state.params, inputs, key=jax.random.key(0))
         except (TypeError, ValueError, IndexError) as error:
             raise ValueError(_misfit(name, inputs, error)) from error
-        shape, expected = outputs[name].logits.shape, (len(inputs), run.data.num_classes)
+        logits, expected = outputs[name].logits, (len(inputs), run.data.num_classes)
+        if not jnp.issubdtype(logits.dtype, jnp.floating):
+            raise ValueError(f"{name} must give floating logits; found {logits.dtype}.")
+        shape = logits.shape
         if shape != expected:
             raise ValueError(f"{name} must give logits of shape {expected}; found {shape}.")
+    width = {name: 1 if x.hidden is None else x.hidden.shape[-1] for name, x in outputs.items()}
+    means = lambda name: jnp.zeros((run.data.num_classes, width[name]))  # noqa: E731
+    in_place = {name: functools.partial(means, name) for name in phase.frozen}
+    objectives = _objectives(run, phase, in_place)
     objective.check_needs(objectives, outputs)
     flags = jax.ShapeDtypeStruct((size,), bool)
     batch = {
@@ -222,7 +269,10 @@ def _check(run: Run, phase: schema.Phase, states: Networks) -> None:
         "key": jax.eval_shape(lambda: jax.random.key(0)),
     }
     step = functools.partial(train.train_step, micro_batches=run.config["micro_batches"])
-    jax.eval_shape(step, {name: states[name] for name in outputs}, batch, objectives)
+    try:
+        jax.eval_shape(step, {name: states[name] for name in outputs}, batch, objectives)
+    except AssertionError as error:  # a check of a loss
+        raise ValueError(f"{' and '.join(phase.learners)}: {error}") from error
 
 
 def _sample(run: Run) -> Array:
@@ -241,8 +291,13 @@ def _split(run: Run, phase: schema.Phase) -> tuple[datasets.Split | datasets.Str
     size, resident = run.config["batch_size"], isinstance(split, datasets.Split)
     if phase.split == "labelled" and resident:  # a stream withholds no label
         split = split.labelled_alone()
-        size = min(size, len(split))
-        size -= size % math.lcm(run.mesh.shape["data"], run.config["micro_batches"])
+        size, parts = min(size, len(split)), run.mesh.shape["data"] * run.config["micro_batches"]
+        size -= size % parts
+        if size == 0:
+            raise ValueError(
+                f"{' and '.join(phase.learners)} trains on the labelled examples alone; of these "
+                f"there are {len(split)}, fewer than devices x micro_batches, {parts}."
+            )
     if not 0 < size <= len(split):
         raise ValueError(
             f"batch_size must be at most the {len(split)} examples to train "
@@ -258,7 +313,9 @@ def _conclude(run: Run, states: Networks, results: Mapping[str, Result]) -> dict
     last, _, test = _scored(run, states)
     found = {
         name: {
-            "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+            "parameters": sum(
+                x.size for x in jax.tree.leaves(models.without_projections(state.params))
+            ),
             "steps": int(state.step),
             "last": last[name],
             "best": None,
@@ -318,7 +375,9 @@ def _write_examples(run: Run, test: evaluation.Gathered) -> None:
     if inputs.ndim == 4:
         parts["images"] = inputs
     for name, logits in test.logits.items():
-        parts[f"probabilities/{name}"] = np.asarray(jax.nn.softmax(logits[:count]))
+        parts[f"probabilities/{name}"] = np.asarray(
+            jax.nn.softmax(logits[:count].astype(np.float32))
+        )
     np.savez(run.workdir / "examples.npz", **parts)
 
 

@@ -10,7 +10,7 @@ from jax import Array
 from jax import numpy as jnp
 
 from abkd_jax import metrics as evaluation
-from abkd_jax.losses import term_counts, total
+from abkd_jax.losses import cross_entropy, term_counts, total
 from abkd_jax.train.state import TrainState
 from abkd_jax.types import Batch, Outputs, Term, at_step
 
@@ -31,7 +31,8 @@ def train_step(
         networks: by name.
         batch: `inputs`, the masks that the terms name, what the losses read, and optionally `key`
             (for dropout) and `outputs` {name: Outputs}, which replace the forward pass of frozen
-            networks (these are still to be named in `networks`).
+            networks (these are still to be named in `networks`). A term that needs
+            `input_gradient` needs `labels`, and that part of outputs which come with the batch.
         objectives: {name of a learner: {name: Term}}.
         micro_batches: into how many parts of equal size to split the batch, one after the other;
             the gradient is that of the whole batch, whatever the masks (batch norm sees the parts).
@@ -90,6 +91,8 @@ def eval_step(networks: Networks, batch: Batch) -> tuple[dict[str, Any], dict[st
 def _gradients(networks, terms, counts, batch_stats, batch):
     """Gradients {name: ...} of the learners, and (batch statistics, metrics)."""
 
+    wanted = _of_input_gradient(terms)
+
     def loss(params):
         outputs, stats, metrics, losses = {}, {}, {}, []
         for index, (name, state) in enumerate(networks.items()):
@@ -101,6 +104,10 @@ def _gradients(networks, terms, counts, batch_stats, batch):
                 )
             else:
                 outputs[name] = _frozen_forward(name, state, batch)
+            if name in wanted and outputs[name].input_gradient is None:
+                own = params[name] if name in terms else state.eval_params
+                gradient = _input_gradient(state, own, batch)
+                outputs[name] = outputs[name].replace(input_gradient=gradient)
         others = jax.lax.stop_gradient(outputs)
         for name in terms:
             value, means = total(terms[name], outputs[name], others, batch, counts=counts[name])
@@ -110,6 +117,28 @@ def _gradients(networks, terms, counts, batch_stats, batch):
         return sum(losses), (stats, metrics)
 
     return jax.grad(loss, has_aux=True)({name: networks[name].params for name in terms})
+
+
+def _of_input_gradient(terms: Objectives) -> set[str]:
+    """The networks whose `input_gradient` a term reads."""
+    return {
+        network
+        for learner, objective in terms.items()
+        for term in objective.values()
+        if "input_gradient" in term.loss.needs
+        for network in (learner, term.other)
+    }
+
+
+def _input_gradient(state: TrainState, params: Any, batch: Batch) -> Array:
+    """The gradient of each label's cross-entropy in the inputs, in eval mode; 0 without a label."""
+
+    def loss(inputs):
+        outputs, _ = state.forward(params, inputs, train=False)
+        values = cross_entropy(outputs, outputs, batch)
+        return jnp.sum(jnp.where(batch["labels"] >= 0, values, 0.0))
+
+    return jax.grad(loss)(batch["inputs"])
 
 
 def _accumulated(learn, networks, terms, batch, micro_batches):
@@ -172,7 +201,13 @@ def _check(networks, batch, objectives, micro_batches):
                     f"{learner}.terms.{name} names {term.other!r}, but the networks are {known}."
                 )
             masks.add(term.where)
-    _check_entries(batch, ("inputs", *sorted(masks)))
+    wanted = _of_input_gradient(objectives)
+    _check_entries(batch, ("inputs", *sorted(masks), *(["labels"] if wanted else [])))
+    for name, outputs in batch.get("outputs", {}).items():
+        if name in wanted and outputs.input_gradient is None:
+            raise ValueError(
+                f"batch['outputs'] has {name!r} without its input_gradient, which a term reads."
+            )
 
 
 def _check_entries(batch, needed):

@@ -27,7 +27,8 @@ class Loaded(NamedTuple):
 
     Attributes:
         module: takes inputs as the data set stores them, and normalises them.
-        variables: its parameters (their moving average, if there is one) and batch statistics.
+        variables: its parameters (their moving average, if there is one) and batch statistics,
+            without projections, which belong to its training.
         config: of the run.
     """
 
@@ -88,7 +89,7 @@ def restore(
         checkpoints.close()
     averaged = state.get("ema_params")
     variables = {
-        "params": state["params"] if averaged is None else averaged,
+        "params": models.without_projections(state["params"] if averaged is None else averaged),
         "batch_stats": state.get("batch_stats") or {},
     }
     module = schema.module(about["config"], name, num_classes=about["num_classes"])
@@ -101,12 +102,16 @@ def read_about(workdir: pathlib.Path) -> dict[str, Any]:
     Raises:
         ValueError: one sentence, if the folder is not that of a run.
     """
+    path = workdir / "config.json"
     try:
-        return json.loads((workdir / "config.json").read_text())
+        about = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{workdir} is no workdir of a run: it has no config.json.") from None
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{workdir / 'config.json'} cannot be read: {error}.") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from None
+    if not isinstance(about, dict) or "config" not in about:
+        raise ValueError(f"{path} is not that of a run; restore it, or choose another workdir.")
+    return about
 
 
 def claim(workdir: pathlib.Path, about: Mapping[str, Any]) -> None:
@@ -134,7 +139,8 @@ def claim(workdir: pathlib.Path, about: Mapping[str, Any]) -> None:
     ]
     if differing:
         raise ValueError(
-            f"{workdir} is the workdir of another run; these differ: {', '.join(differing)}. "
+            f"{workdir} is the workdir of another run; these differ: {', '.join(differing[:8])}"
+            f"{f', and {len(differing) - 8} more' if len(differing) > 8 else ''}. "
             "Choose another workdir, or the config of that run."
         )
 

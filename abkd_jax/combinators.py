@@ -1,0 +1,318 @@
+"""Divergences made of a divergence, by a change of the logits: scaled, shifted, cut.
+
+Each takes a `divergence` and is one itself, so they nest: the outermost changes the logits first.
+What `abkd_jax.divergences` says of shapes, precision and -inf holds here too, and what a divergence
+promises (its sign, its zeros, its limits) passes to what is made of it, except where noted.
+"""
+
+import jax
+from jax import Array
+from jax import numpy as jnp
+
+from abkd_jax import numerics
+from abkd_jax.types import Divergence
+
+_PUBLISHED_EPSILON = 1e-7  # added to the standard deviation by LSKD's code
+
+
+def tempered(
+    student_logits: Array,
+    teacher_logits: Array,
+    *,
+    divergence: Divergence,
+    temperature: float | Array,
+    temperature_power: float | Array = 2.0,
+) -> Array:
+    """T^power D(softmax(teacher / T) || softmax(student / T)).
+
+    Args:
+        student_logits: `[..., K]`.
+        teacher_logits: `[..., K]`.
+        divergence: D, its own numbers bound.
+        temperature: T > 0, or an array that broadcasts to the leading axes; else NaN results.
+        temperature_power: 2 keeps the size of the gradient as T grows (Hinton et al., 2015; KD,
+            DKD, LSKD); 0 leaves the divergence as it is (ABKD, TTM, SinKD).
+
+    Returns:
+        `[...]`, with the sign, the zeros and the limits of the divergence.
+
+    Raises:
+        AssertionError: if the logits are not floating point or their shapes do not fit.
+    """
+    student_logits, teacher_logits, scale = at_temperature(
+        student_logits, teacher_logits, temperature, temperature_power
+    )
+    return scale * divergence(student_logits, teacher_logits)
+
+
+def standardized(student_logits: Array, teacher_logits: Array, *, divergence: Divergence) -> Array:
+    """D of the z-scores, (z - mean) / (1e-7 + standard deviation), of each row of logits.
+
+    Mean and standard deviation (with K - 1) are of the classes that have a finite logit, each
+    network's own; the gradient flows through both. Any increasing affine map of a row of logits
+    changes nothing, a temperature outside therefore neither: LSKD tempers the scores, which is
+    `standardized` of `tempered`. A row whose logits are all equal has the scores 0 and, 1e-7 being
+    all that divides, a slope of 1e7.
+
+    Args:
+        student_logits: `[..., K]`.
+        teacher_logits: `[..., K]`.
+        divergence: D, its own numbers bound.
+
+    Returns:
+        `[...]`, 0 also where the one row is an increasing affine map of the other.
+
+    Raises:
+        AssertionError: if the logits are not floating point or their shapes do not fit.
+
+    Source: Sun et al., "Logit standardization in knowledge distillation", CVPR 2024,
+    https://arxiv.org/abs/2403.01427.
+    """
+    logits = numerics.check_logits(student_logits, teacher_logits)
+    return divergence(*map(_z_scores, logits))
+
+
+def powered(
+    student_logits: Array,
+    teacher_logits: Array,
+    *,
+    divergence: Divergence,
+    teacher_power: float | Array,
+) -> Array:
+    """D of the student and the teacher's probabilities raised to a power and renormalised.
+
+    p^g / sum p^g = softmax(g z) is the teacher at temperature 1 / g, while the student stays at 1:
+    transformed teacher matching, KD with the Renyi entropy of q as a regulariser.
+
+    Args:
+        student_logits: `[..., K]`.
+        teacher_logits: `[..., K]`.
+        divergence: D, its own numbers bound.
+        teacher_power: g, or an array that broadcasts to the leading axes. In (0, 1) it flattens; at
+            0 the teacher is uniform over its classes.
+
+    Returns:
+        `[...]`, 0 where q = p^g / sum p^g.
+
+    Raises:
+        AssertionError: if the logits are not floating point or their shapes do not fit.
+
+    Source: Zheng and Yang, "Knowledge distillation based on transformed teacher matching", ICLR
+    2024, https://arxiv.org/abs/2402.11148.
+    """
+    student_logits, teacher_logits = numerics.check_logits(student_logits, teacher_logits)
+    student_logits, teacher_logits = jnp.broadcast_arrays(student_logits, teacher_logits)
+    power = numerics.per_row("teacher_power", teacher_power, teacher_logits)
+    removed = jnp.isneginf(teacher_logits)
+    finite = jnp.where(removed, 0.0, teacher_logits)
+    return divergence(student_logits, jnp.where(removed, teacher_logits, power * finite))
+
+
+def prior_shifted(
+    student_logits: Array, teacher_logits: Array, *, divergence: Divergence, log_prior: Array
+) -> Array:
+    """D of the student and the teacher's probabilities times a prior, renormalised.
+
+    It is added to the teacher's logits as they arrive. BKD multiplies the teacher at temperature T
+    by class weights w, (1 - b) / (1 - b^n) for a class of n examples with b = 0.9999, rescaled to
+    sum to K (the scale cancels here). With the temperature outside, as in `tempered` of
+    `prior_shifted` or in `on_logits`, log_prior is log w; with it inside, `prior_shifted` of
+    `tempered`, it is T log w.
+
+    Args:
+        student_logits: `[..., K]`.
+        teacher_logits: `[..., K]`.
+        divergence: D, its own numbers bound.
+        log_prior: `[K]`; a constant added to all of it changes nothing.
+
+    Returns:
+        `[...]`, 0 where q is proportional to p times the prior.
+
+    Raises:
+        AssertionError: if the logits are not floating point or their shapes do not fit.
+        ValueError: if log_prior has not one entry per class.
+
+    Source: Zhang et al., "Balanced knowledge distillation for long-tailed learning",
+    Neurocomputing 2023, https://arxiv.org/abs/2104.10510.
+    """
+    student_logits, teacher_logits = numerics.check_logits(student_logits, teacher_logits)
+    log_prior, classes = jnp.asarray(log_prior, teacher_logits.dtype), teacher_logits.shape[-1:]
+    if log_prior.shape != classes:
+        raise ValueError(
+            f"log_prior must have one entry per class, the shape {list(classes)}; found the shape "
+            f"{list(log_prior.shape)}."
+        )
+    return divergence(student_logits, teacher_logits + log_prior)
+
+
+def top_k(student_logits: Array, teacher_logits: Array, *, divergence: Divergence, k: int) -> Array:
+    """D on the teacher's k most probable classes and one more, all others together.
+
+    The last class has the exact mass of the others on either side, as the log of their sum and not
+    as 1 less the sum of the k. With an f-divergence such as KL the value is at most that of all
+    classes apart. TRL's `loss_add_tail` is this with forward KL.
+
+    Args:
+        student_logits: `[..., K]`.
+        teacher_logits: `[..., K]`.
+        divergence: D, its own numbers bound.
+        k: at least 1. Of classes with equal logits the first are taken. From the number of classes
+            on it is the divergence itself.
+
+    Returns:
+        `[...]`, 0 where the k + 1 masses agree, and so where p = q.
+
+    Raises:
+        AssertionError: if the logits are not floating point or their shapes do not fit.
+        ValueError: if k is less than 1.
+    """
+    logits = _broadcast_logits("top_k", student_logits, teacher_logits, k)
+    if k >= logits[1].shape[-1]:
+        return divergence(*logits)
+    support = _support(*logits, k)
+
+    def bucketed(logits):
+        head = jnp.take_along_axis(logits, support, axis=-1)
+        tail = log_sum_exp(jnp.put_along_axis(logits, support, -jnp.inf, axis=-1, inplace=False))
+        return jnp.concatenate([head, tail[..., None]], axis=-1)
+
+    return divergence(*map(bucketed, logits))
+
+
+def top_k_renormalised(
+    student_logits: Array, teacher_logits: Array, *, divergence: Divergence, k: int
+) -> Array:
+    """D on the teacher's k most probable classes, both sides renormalised on them.
+
+    What the student puts elsewhere costs nothing: this is blind to its tail. MaxText and Tunix call
+    it top-k.
+
+    Args:
+        student_logits: `[..., K]`.
+        teacher_logits: `[..., K]`.
+        divergence: D, its own numbers bound.
+        k: as in `top_k`.
+
+    Returns:
+        `[...]`, 0 where the two agree on the k classes up to a factor.
+
+    Raises:
+        AssertionError: if the logits are not floating point or their shapes do not fit.
+        ValueError: if k is less than 1.
+    """
+    logits = _broadcast_logits("top_k_renormalised", student_logits, teacher_logits, k)
+    if k >= logits[1].shape[-1]:
+        return divergence(*logits)
+    support = _support(*logits, k)
+    return divergence(*(jnp.take_along_axis(x, support, axis=-1) for x in logits))
+
+
+def top_k_dropped(
+    student_logits: Array, teacher_logits: Array, *, divergence: Divergence, k: int
+) -> Array:
+    """D of the student over all classes and the teacher renormalised on its k most probable ones.
+
+    The teacher's tail is set to 0, so the student is driven to give up its own: at p = q forward KL
+    is -log of the mass of the k classes, not 0. A divergence that is infinite where p is 0 and q is
+    not, such as reverse KL, saturates. EasyDeL's sparse distillation is this with forward KL.
+
+    Args:
+        student_logits: `[..., K]`.
+        teacher_logits: `[..., K]`.
+        divergence: D, its own numbers bound.
+        k: as in `top_k`.
+
+    Returns:
+        `[...]`, 0 where q is the teacher so cut.
+
+    Raises:
+        AssertionError: if the logits are not floating point or their shapes do not fit.
+        ValueError: if k is less than 1.
+    """
+    logits = _broadcast_logits("top_k_dropped", student_logits, teacher_logits, k)
+    if k >= logits[1].shape[-1]:
+        return divergence(*logits)
+    support, (student_logits, teacher_logits) = _support(*logits, k), logits
+    head = jnp.take_along_axis(teacher_logits, support, axis=-1)
+    nothing = jnp.full_like(teacher_logits, -jnp.inf)
+    cut = jnp.put_along_axis(nothing, support, head, axis=-1, inplace=False)
+    return divergence(student_logits, cut)
+
+
+def at_temperature(
+    student_logits: Array,
+    teacher_logits: Array,
+    temperature: float | Array,
+    temperature_power: float | Array,
+) -> tuple[Array, Array, Array]:
+    """Both logits divided by T, checked and lifted to 32 bit, and T^power.
+
+    Args:
+        student_logits: `[..., K]`.
+        teacher_logits: `[..., K]`.
+        temperature: T > 0, or an array that broadcasts to the leading axes.
+        temperature_power: likewise, any number.
+
+    Returns:
+        `[..., K]`, `[..., K]`, and `[...]` or a scalar; the logits are NaN where T is not positive.
+
+    Raises:
+        AssertionError: if the logits are not floating point or their shapes do not fit.
+        ValueError: naming the number, if it does not broadcast.
+    """
+    student_logits, teacher_logits = numerics.check_logits(student_logits, teacher_logits)
+    leading = jnp.broadcast_shapes(student_logits.shape, teacher_logits.shape)
+    logits = jax.ShapeDtypeStruct(leading, student_logits.dtype)
+    divisor = numerics.per_row("temperature", temperature, logits)
+    divisor = jnp.where(divisor > 0, divisor, jnp.nan)
+    power = numerics.per_row("temperature_power", temperature_power, logits)
+    scale = divisor**power
+    return (
+        numerics.divided_logits(student_logits, divisor),
+        numerics.divided_logits(teacher_logits, divisor),
+        scale[..., 0] if scale.ndim else scale,
+    )
+
+
+def log_sum_exp(logits: Array) -> Array:
+    """log sum exp over the last axis, `[..., K]` -> `[...]`; -inf, with slope 0, if all are."""
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    top = jnp.where(jnp.isneginf(top), 0.0, top)
+    mass = jnp.sum(jnp.exp(logits - top), axis=-1)
+    none = mass == 0
+    return jnp.where(none, -jnp.inf, jnp.log(jnp.where(none, 1.0, mass)) + top[..., 0])
+
+
+def _z_scores(logits: Array) -> Array:
+    """Of the finite entries of each row; -inf stays."""
+    removed = jnp.isneginf(logits)
+    count = jnp.sum(~removed, axis=-1, keepdims=True)
+    # Less the largest, so that a row of equal logits is one of zeros whatever its level.
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    below = jnp.where(removed, 0.0, logits - jnp.where(jnp.isneginf(top), 0.0, top))
+    mean = jnp.sum(below, axis=-1, keepdims=True) / jnp.maximum(count, 1)
+    centred = jnp.where(removed, 0.0, below - mean)
+    variance = jnp.sum(jnp.square(centred), axis=-1, keepdims=True) / jnp.maximum(count - 1, 1)
+    constant = variance == 0  # where the root has no slope
+    deviation = jnp.where(constant, 0.0, jnp.sqrt(jnp.where(constant, 1.0, variance)))
+    return jnp.where(removed, logits, centred / (deviation + _PUBLISHED_EPSILON))
+
+
+def _broadcast_logits(
+    name: str, student_logits: Array, teacher_logits: Array, k: int
+) -> tuple[Array, Array]:
+    """Both logits with the same leading axes, k checked on the way."""
+    if k < 1:
+        raise ValueError(f"{name}.k must be at least 1; found {k}.")
+    return tuple(jnp.broadcast_arrays(*numerics.check_logits(student_logits, teacher_logits)))
+
+
+def _support(student_logits: Array, teacher_logits: Array, k: int) -> Array:
+    """The teacher's k most probable classes, `[..., k]`, of equal ones the first.
+
+    A class that is removed comes last, also behind those that only the teacher gives nothing.
+    """
+    removed = jnp.isneginf(student_logits) & jnp.isneginf(teacher_logits)
+    lowest = jnp.finfo(teacher_logits.dtype).min
+    order = jnp.where(removed, -jnp.inf, jnp.maximum(teacher_logits, lowest))
+    return jax.lax.top_k(jax.lax.stop_gradient(order), k)[1]

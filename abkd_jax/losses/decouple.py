@@ -1,0 +1,149 @@
+"""Losses that treat the label's class and the rest of the classes apart."""
+
+import chex
+import jax
+from jax import Array
+from jax import numpy as jnp
+
+from abkd_jax import numerics
+from abkd_jax.combinators import at_temperature, log_sum_exp
+from abkd_jax.divergences import forward_kl
+from abkd_jax.types import Batch, Divergence, Outputs
+
+
+def dkd(
+    student: Outputs,
+    teacher: Outputs,
+    batch: Batch,
+    *,
+    target_divergence: Divergence,
+    rest_divergence: Divergence,
+    target_weight: float | Array,
+    rest_weight: float | Array,
+    temperature: float | Array,
+    temperature_power: float | Array = 2.0,
+) -> Array:
+    """T^power (target_weight D(b_t || b_s) + rest_weight D'(p^ || q^)).
+
+    b = (p_y, 1 - p_y) is the mass of the label against that of the rest, p^ the distribution among
+    the rest, all at temperature T. Both parts are handed on as logits, so that any divergence fits:
+    b as the label's logit and the log of the sum over the others, the rest as the logits with the
+    label's removed. KL(p || q) is the first plus 1 - p_y of the second with forward KL in both;
+    here the second has a weight of its own, whatever the teacher's confidence.
+
+    DKD has forward KL in both (on CIFAR-100 the weights 1 and 8 and T = 4), CAKD on logits is that
+    with a target_weight of 1, AB-DKD has `alpha_beta`. A withheld label (-1) makes the value NaN:
+    take the mean over `where="labelled"`, or wrap the loss in `with_teacher_labels`.
+
+    Args:
+        student: the network that is being trained; its `logits` [..., K].
+        teacher: the other one; its `logits` [..., K].
+        batch: its `labels` [...], integers.
+        target_divergence: D, between two classes.
+        rest_divergence: D', between the classes without the label.
+        target_weight: of the first part, a number or an array that broadcasts to `[...]`.
+        rest_weight: of the second.
+        temperature: T > 0.
+        temperature_power: 2 for DKD.
+
+    Returns:
+        `[...]`, one value per example.
+
+    Raises:
+        AssertionError: if logits and labels do not fit.
+        ValueError: if a network shows no logits, or a number does not broadcast.
+
+    Source: Zhao et al., "Decoupled knowledge distillation", CVPR 2022,
+    https://arxiv.org/abs/2203.08679; Zhang et al., "CAKD", https://arxiv.org/abs/2410.14741.
+    """
+    *logits, scale = at_temperature(student.logits, teacher.logits, temperature, temperature_power)
+    is_label = _is_label(batch["labels"], *logits)
+    target = target_divergence(*(_target_pair(x, is_label) for x in logits))[..., None]
+    rest = rest_divergence(*(jnp.where(is_label, -jnp.inf, x) for x in logits))[..., None]
+    like = jax.ShapeDtypeStruct(is_label.shape, rest.dtype)
+    weighted = numerics.per_row("target_weight", target_weight, like) * target
+    weighted += numerics.per_row("rest_weight", rest_weight, like) * rest
+    return jnp.where(batch["labels"] < 0, jnp.nan, scale * weighted[..., 0])
+
+
+dkd.needs_labels = True
+dkd.needs = ("logits",)
+
+
+def nkd(
+    student: Outputs,
+    teacher: Outputs,
+    batch: Batch,
+    *,
+    rest_weight: float | Array,
+    temperature: float | Array,
+) -> Array:
+    """-p_y log q_y - rest_weight T^2 sum_k!=y p^_k log q^_k.
+
+    The label's part is cross-entropy at temperature 1 times the teacher's probability of the label,
+    which is detached; p^ and q^ are the two distributions among the other classes at temperature T.
+    Both parts are cross-entropies as published, so the value where the networks agree is not 0.
+    ImageNet: rest_weight 1.5 and T = 1; CIFAR-100: 3.5 and 3. A withheld label (-1) gives NaN:
+    take the mean over `where="labelled"`, or wrap the loss in `with_teacher_labels`.
+
+    Args:
+        student: the network that is being trained; its `logits` [..., K].
+        teacher: the other one; its `logits` [..., K].
+        batch: its `labels` [...], integers.
+        rest_weight: of the second part, a number or an array that broadcasts to `[...]`.
+        temperature: T > 0, of the second part.
+
+    Returns:
+        `[...]` in nats, one value per example.
+
+    Raises:
+        AssertionError: if logits and labels do not fit.
+        ValueError: if a network shows no logits, or a number does not broadcast.
+
+    Source: Yang et al., "From knowledge distillation to self-knowledge distillation: a unified
+    approach with normalized loss and customized soft labels", ICCV 2023,
+    https://arxiv.org/abs/2303.13005.
+    """
+    *tempered, scale = at_temperature(student.logits, teacher.logits, temperature, 2.0)
+    student_logits, teacher_logits = numerics.check_logits(student.logits, teacher.logits)
+    is_label = _is_label(batch["labels"], student_logits, teacher_logits)
+    # Cross-entropies as forward KL, whose value and slopes stay finite where q is 0.
+    certain = jnp.array([0.0, -jnp.inf], student_logits.dtype)
+    log_p = numerics.log_probabilities(jax.lax.stop_gradient(teacher_logits))
+    confidence = jnp.sum(jnp.where(is_label, jnp.exp(log_p), 0.0), axis=-1)
+    target = confidence * forward_kl(_target_pair(student_logits, is_label), certain)
+    rest = [jnp.where(is_label, -jnp.inf, x) for x in tempered]
+    rest = forward_kl(*rest) + numerics.entropy(rest[1])
+    like = jax.ShapeDtypeStruct(is_label.shape, rest.dtype)
+    weighted = numerics.per_row("rest_weight", rest_weight, like) * (scale * rest)[..., None]
+    return jnp.where(batch["labels"] < 0, jnp.nan, target + weighted[..., 0])
+
+
+nkd.needs_labels = True
+nkd.needs = ("logits",)
+
+
+def _is_label(labels: Array, student_logits: Array, teacher_logits: Array) -> Array:
+    """`[..., K]`, True at the label, at class 0 where it is withheld."""
+    shape = jnp.broadcast_shapes(student_logits.shape, teacher_logits.shape)
+    chex.assert_type(
+        labels,
+        int,
+        custom_message=f"labels must be integers; found {labels.dtype}.",
+        include_default_message=False,
+    )
+    chex.assert_shape(
+        labels,
+        shape[:-1],
+        custom_message=f"labels {list(labels.shape)} must have the leading axes of the logits "
+        f"{list(shape)}.",
+        include_default_message=False,
+    )
+    return jnp.maximum(labels, 0)[..., None] == jnp.arange(shape[-1])
+
+
+def _target_pair(logits: Array, is_label: Array) -> Array:
+    """log p_y and log(1 - p_y) up to the row's normaliser, `[..., 2]`."""
+    of_label = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
+    of_rest = log_sum_exp(jnp.where(is_label, -jnp.inf, logits))
+    return jnp.stack([of_label, of_rest], axis=-1)
