@@ -123,7 +123,8 @@ def prior_shifted(
         student_logits: `[..., K]`.
         teacher_logits: `[..., K]`.
         divergence: D, its own numbers bound.
-        log_prior: `[K]`; a constant added to all of it changes nothing.
+        log_prior: `[K]`, or a number for classes that are equally frequent; a constant added to
+            all of it changes nothing.
 
     Returns:
         `[...]`, 0 where q is proportional to p times the prior.
@@ -137,7 +138,7 @@ def prior_shifted(
     """
     student_logits, teacher_logits = numerics.check_logits(student_logits, teacher_logits)
     log_prior, classes = jnp.asarray(log_prior, teacher_logits.dtype), teacher_logits.shape[-1:]
-    if log_prior.shape != classes:
+    if log_prior.shape not in (classes, ()):
         raise ValueError(
             f"log_prior must have one entry per class, the shape {list(classes)}; found the shape "
             f"{list(log_prior.shape)}."

@@ -445,6 +445,13 @@ def test_k_less_than_one_is_refused(name):
         bind(getattr(combinators, name), divergence=forward_kl, k=2.0)
 
 
+def test_one_prior_for_all_classes_changes_nothing():
+    student, teacher = (np.random.default_rng(i).normal(size=(4, K)) for i in range(2))
+    bound = bind(combinators.prior_shifted, divergence=forward_kl, log_prior=1.5)
+    expected = forward_kl(student, teacher)
+    np.testing.assert_allclose(bound(student, teacher), expected, rtol=1e-5)
+
+
 def test_a_prior_of_another_length_is_refused():
     bound = bind(combinators.prior_shifted, divergence=forward_kl, log_prior=np.zeros(K - 1))
     with pytest.raises(ValueError, match=r"log_prior must have one entry per class, .*\[7\]"):

@@ -1,0 +1,147 @@
+"""Value and student gradient of every loss, as a factor to `on_logits(forward_kl)`, on one batch.
+
+    python -m experiments.benchmark_losses
+
+Each takes its turn in every round, in one process; a line gives the median over rounds of its time
+over that of `on_logits(forward_kl)` in the same round, with the quartiles. KDIGA's loss alone is
+cheap, so its line is of a whole `train_step` of an MLP with 128 hidden units, with the term against
+without it: the step takes the gradients at the inputs.
+"""
+
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from absl import app, flags
+from jax import Array
+from jax import numpy as jnp
+
+from abkd_jax import Bound, Outputs, bind, combinators, divergences, losses, schema, train
+
+_ROUNDS = flags.DEFINE_integer("rounds", 25, "Rounds, each with a turn of everyone.", lower_bound=2)
+_SHAPE = flags.DEFINE_string("shape", "512x100", "Batch x K.")
+_WIDTH = 64  # of the features
+_BASE = "on_logits forward_kl"
+_STEP = "train_step, forward_kl"
+
+
+def main(argv: list[str]) -> None:
+    """Prints a line for each loss."""
+    del argv
+    batch_size, classes = map(int, _SHAPE.value.split("x"))
+    calls = _losses(batch_size, classes) | _steps(batch_size, classes)
+    seconds = _measure(calls)
+    print(f"{_SHAPE.value}, float32, {jax.default_backend()}; value and student gradient; ")
+    print(f"median [quartiles] of {_ROUNDS.value} rounds")
+    print(f"{'':40}{'ms':>10}{'factor':>24}")
+    for name, times in seconds.items():
+        base = seconds[_STEP if name.startswith("train_step") else _BASE]
+        factor = "{1:.2f} [{0:.2f}, {2:.2f}]".format(*np.percentile(times / base, [25, 50, 75]))
+        print(f"{name:40}{1e3 * np.median(times):>10.3f}{factor:>24}")
+
+
+def _bound(centers: Array) -> dict[str, Bound]:
+    """Every loss, and every combinator of forward KL, with its numbers."""
+    kl = divergences.forward_kl
+    kd = bind(losses.on_logits, divergence=kl, temperature=4.0)
+    weights = dict(target_weight=1.0, rest_weight=8.0, temperature=4.0)
+    dkd = bind(losses.dkd, target_divergence=kl, rest_divergence=kl, **weights)
+
+    def of(combinator, **numbers):
+        return bind(losses.on_logits, divergence=bind(combinator, divergence=kl, **numbers))
+
+    return {
+        _BASE: kd,
+        "standardized": of(combinators.standardized),
+        "powered": of(combinators.powered, teacher_power=0.1),
+        "prior_shifted": of(combinators.prior_shifted, log_prior=0.0),
+        "top_k, k = 10": of(combinators.top_k, k=10),
+        "top_k_renormalised, k = 10": of(combinators.top_k_renormalised, k=10),
+        "top_k_dropped, k = 10": of(combinators.top_k_dropped, k=10),
+        "dkd": dkd,
+        "nkd": bind(losses.nkd, rest_weight=1.5, temperature=1.0),
+        "entropy_weighted": bind(losses.entropy_weighted, loss=kd, temperature=4.0),
+        "entropy_aware": bind(losses.entropy_aware, loss=kd, temperature=3.0),
+        "entropy_gated": bind(losses.entropy_gated, forward=kd, reverse=kd),
+        "power_weighted": bind(losses.power_weighted, loss=kd, teacher_power=0.1),
+        "difficulty_weighted": bind(losses.difficulty_weighted, loss=kd),
+        "with_teacher_labels dkd": bind(losses.with_teacher_labels, loss=dkd),
+        "norm_and_direction": bind(losses.norm_and_direction, centers=centers),
+        "decoupled_features": bind(
+            losses.decoupled_features, strong_weight=1.0, weak_weight=2.0, temperature=4.0
+        ),
+        "dist": bind(losses.dist),
+        "gram": bind(losses.gram),
+        "rank_correlation": bind(losses.rank_correlation),
+        "sinkhorn": bind(losses.sinkhorn),
+    }
+
+
+def _losses(batch_size: int, classes: int) -> dict[str, Callable[[], object]]:
+    """By name, a call that returns when its result is there."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(2 * rng.normal(size=shape), jnp.float32)  # noqa: E731
+    parts = {"logits": (batch_size, classes), "hidden": (batch_size, _WIDTH)}
+    parts |= {"unembedding": (_WIDTH, classes), "bias": (classes,)}
+    student, teacher = (Outputs(**{n: draw(*s) for n, s in parts.items()}) for _ in range(2))
+    labels = jnp.asarray(rng.integers(0, classes, batch_size))
+    batch = {"labels": labels, "where": jnp.ones(batch_size, bool)}
+
+    @jax.jit
+    def value_and_slope(loss, student, teacher, batch):
+        return jax.value_and_grad(lambda s: jnp.mean(loss(s, teacher, batch)))(student)
+
+    def call(loss):
+        return lambda: jax.block_until_ready(value_and_slope(loss, student, teacher, batch))
+
+    return {name: call(loss) for name, loss in _bound(draw(classes, _WIDTH)).items()}
+
+
+def _steps(batch_size: int, classes: int) -> dict[str, Callable[[], object]]:
+    """Whole steps, without and with KDIGA's term."""
+    kd = dict(fn="on_logits", weight=1.0, divergence=dict(fn="forward_kl"), temperature=1.0)
+    group = dict(model="mlp", widths=(128,), optimizer=dict(name="sgd", learning_rate=0.1))
+    inputs = jnp.asarray(np.random.default_rng(0).normal(size=(batch_size, 256)), jnp.float32)
+    batch = {"inputs": inputs, "labels": jnp.zeros(batch_size, int)}
+    batch |= {"where": jnp.ones(batch_size, bool)}
+    calls = {}
+    for name, extra in {
+        _STEP: {},
+        "train_step, forward_kl and KDIGA": {
+            "gradients": dict(fn="input_gradient_alignment", weight=1.0)
+        },
+    }.items():
+        config = {
+            "num_steps": 1,
+            "teacher": group,
+            "student": group | {"terms": {"kd": kd} | extra},
+        }
+        names = ["student", "teacher"]
+        objectives = schema.objectives(config, learners=["student"], present=names)
+        built = {n: schema.network(config, n, num_classes=classes) for n in names}
+        networks = {
+            n: train.create(b.module, inputs[:1], init_seed=i, optimizer=b.optimizer)
+            for i, (n, b) in enumerate(built.items())
+        }
+        networks["teacher"] = train.frozen(networks["teacher"])
+        args = (networks, batch, objectives)
+        calls[name] = lambda args=args: jax.block_until_ready(train.train_step(*args))
+    return calls
+
+
+def _measure(calls: dict[str, Callable[[], object]]) -> dict[str, np.ndarray]:
+    """Seconds a call in each round, by name, after a round to warm up."""
+    seconds = {name: [] for name in calls}
+    for _ in range(_ROUNDS.value + 1):
+        for name, call in calls.items():
+            repeats = 20 if not seconds[name] or seconds[name][-1] < 0.01 else 2
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            seconds[name].append((time.perf_counter() - start) / repeats)
+    return {name: np.asarray(times[1:]) for name, times in seconds.items()}
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,130 @@
+"""Where reference codes differ from their papers, and by how much on one fixed batch.
+
+    python -m experiments.differences
+
+The library implements the papers. Each row compares its loss with what a published code computes:
+both values of the batch mean, the ratio of the norms of the student's gradients (code / paper), and
+the cosine between them. The codes' formulas are written out here in their own terms.
+"""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax import Array, nn
+from jax import numpy as jnp
+
+from abkd_jax import (
+    Outputs,
+    alpha_beta,
+    alphanet,
+    bind,
+    dkd,
+    entropy_aware,
+    entropy_weighted,
+    forward_kl,
+    gram,
+    on_logits,
+    skew_forward_kl,
+)
+
+_BATCH, _CLASSES = 64, 100
+
+
+def main() -> None:
+    """Prints the table."""
+    rng = np.random.default_rng(0)
+    labels = jnp.asarray(rng.integers(0, _CLASSES, _BATCH))
+    of_label = 6.0 * nn.one_hot(labels, _CLASSES)
+    student, teacher = (
+        jnp.asarray(2.0 * rng.normal(size=(_BATCH, _CLASSES)) + scale * of_label, jnp.float32)
+        for scale in (0.5, 1.0)
+    )
+    print(f"{_BATCH} examples, {_CLASSES} classes; code / paper: ratio of gradient norms, cosine")
+    print(f"{'':46}{'paper':>12}{'code':>12}{'ratio':>10}{'cosine':>8}")
+    for name, paper, code in _rows(labels):
+        (a, slope_a), (b, slope_b) = (
+            jax.value_and_grad(fn)(student, teacher) for fn in (paper, code)
+        )
+        norms = [jnp.linalg.norm(slope) for slope in (slope_a, slope_b)]
+        cosine = jnp.sum(slope_a * slope_b) / (norms[0] * norms[1])
+        print(f"{name:46}{a:>12.4g}{b:>12.4g}{norms[1] / norms[0]:>10.3g}{cosine:>8.3f}")
+
+
+def _rows(labels: Array) -> list[tuple[str, Callable, Callable]]:
+    """(what differs, the paper's batch loss, the code's), of student and teacher logits."""
+    batch = {"labels": labels, "where": jnp.ones(len(labels), bool)}
+
+    def mean(loss):
+        bound = bind(loss) if callable(loss) else loss
+        return lambda s, t: jnp.mean(bound(Outputs(logits=s), Outputs(logits=t), batch))
+
+    kd = bind(on_logits, divergence=forward_kl, temperature=4.0)
+    decoupled = bind(
+        dkd,
+        target_divergence=forward_kl,
+        rest_divergence=forward_kl,
+        target_weight=1.0,
+        rest_weight=2.0,
+        temperature=4.0,
+    )
+    per_example = lambda loss: lambda s, t: loss(Outputs(logits=s), Outputs(logits=t), batch)  # noqa: E731
+
+    def er_dkd(s, t):  # [B] times [B, 1] is [B, B]: the mean of a product becomes one of means
+        return jnp.mean(_entropy(t, 4.0)[:, None] * per_example(decoupled)(s, t)[None])
+
+    def ea_kd(s, t):  # 100 where the paper has ln 100
+        weight = 0.5 * _entropy(t, 3.0) * (1 + jax.lax.stop_gradient(_entropy(s, 3.0)) / 100.0)
+        return jnp.mean(weight * per_example(kd)(s, t))
+
+    def limit(alpha):  # the branch for beta = 0 divides by alpha, not by its square
+        return lambda s, t: jnp.mean(alpha * alpha_beta(s, t, alpha=alpha, beta=0.0))
+
+    def batch_max(s, t):  # the larger of two batch means, unclipped
+        ends = ((-1.0, 2.0), (1.0, 0.0))
+        return jnp.maximum(*(jnp.mean(alpha_beta(s, t, alpha=a, beta=b)) for a, b in ends))
+
+    def formed(s, t):  # the log of a formed mixture; the teacher's entropy left out
+        p, q = nn.softmax(t), nn.softmax(s)
+        return -jnp.mean(jnp.sum(p * jnp.log(0.1 * p + 0.9 * q), axis=-1))
+
+    def masked(s, t):  # the mask of confident examples multiplies a mean: a factor of a half
+        confidence = jnp.max(nn.softmax(t), axis=-1)
+        return jnp.mean(confidence <= jnp.median(confidence)) * mean(grams)(s, t)
+
+    grams = bind(gram, batch_weight=1.0, class_weight=1.0, temperature=4.0)
+    ab = lambda a: lambda s, t: jnp.mean(alpha_beta(s, t, alpha=a, beta=0.0))  # noqa: E731
+    return [
+        (
+            "ER-DKD: losses [B] x entropies [B, 1]",
+            mean(bind(entropy_weighted, loss=decoupled, temperature=4.0)),
+            er_dkd,
+        ),
+        (
+            "EA-KD: entropy bound 100, not ln 100",
+            mean(bind(entropy_aware, loss=kd, temperature=3.0)),
+            ea_kd,
+        ),
+        ("ABKD at (0.5, 0): 1 / alpha, not its square", ab(0.5), limit(0.5)),
+        ("ABKD at (-0.5, 0): the same, sign included", ab(-0.5), limit(-0.5)),
+        (
+            "AlphaNet in ABKD: maximum of batch means",
+            mean(bind(on_logits, divergence=bind(alphanet))),
+            batch_max,
+        ),
+        (
+            "DistiLLM's skew KL: no teacher entropy",
+            mean(bind(on_logits, divergence=bind(skew_forward_kl, skew=0.1))),
+            formed,
+        ),
+        ("MLKD: masks on reduced terms", mean(grams), masked),
+    ]
+
+
+def _entropy(logits: Array, temperature: float) -> Array:
+    log_p = nn.log_softmax(logits / temperature)
+    return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+
+if __name__ == "__main__":
+    main()
