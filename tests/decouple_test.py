@@ -285,7 +285,7 @@ def test_labels_that_do_not_fit_are_refused():
             loss(student, Outputs(), {"labels": np.zeros(B, int)})
     with pytest.raises(ValueError, match=r"^rest_weight must be a number, or broadcast"):
         decoupled(rest_weight=jnp.ones(B + 1))(student, teacher, {"labels": np.zeros(B, int)})
-    with pytest.raises(ValueError, match=r"^weight must be a number, or broadcast"):
+    with pytest.raises(ValueError, match=r"^rest_weight must be a number, or broadcast"):
         bind(nkd, rest_weight=jnp.ones(B + 1), temperature=1.0)(
             student, teacher, {"labels": np.zeros(B, int)}
         )
