@@ -87,7 +87,16 @@ CONTRACT = {
 }
 
 
-@pytest.mark.parametrize("loss,options", CONTRACT.values(), ids=CONTRACT)
+QUICK = ("dkd", "nkd", "entropy_aware", "top_k")  # of each kind one; compiling the rest takes long
+
+
+@pytest.mark.parametrize(
+    "loss,options",
+    [
+        pytest.param(*row, id=name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name, row in CONTRACT.items()
+    ],
+)
 def test_contract(loss, options):
     check_contract(loss, **options)
 

@@ -346,6 +346,7 @@ def rows(workdir: pathlib.Path):
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in read]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("term", [ND, CAKD, KDIGA], ids=["nd", "cakd", "kdiga"])
 def test_a_run_that_is_interrupted_ends_as_one_that_was_not(tmp_path, monkeypatch, term):
     made = config(term)
