@@ -160,6 +160,7 @@ def cakd(strong_weight, weak_weight, temperature):
     return bind(decoupled_features, **numbers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numbers", [(1.0, 2.0, 4.0), (0.0, 8.0, 1.0), (3.0, 0.0, 0.5)])
 def test_the_contract_of_decoupled_features(numbers):
     check_contract(

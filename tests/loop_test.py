@@ -209,6 +209,7 @@ def half_labelled(*, inputs=0.0, labels=0, size=90):
     return dataset(train=(x, y), labelled=30)
 
 
+@pytest.mark.slow
 def test_who_sees_the_withheld_labels_and_the_unlabelled_examples(tmp_path):
     """The teacher both; the student the examples alone; the baseline neither."""
     student = network(terms=dict(distill=DISTILL, task=TASK))

@@ -301,6 +301,7 @@ def numpy_rank_correlation(pearson_weight, spearman_weight, regularization):
     return truth
 
 
+@pytest.mark.slow
 def test_rank_correlation_contract():
     bound = bind(rank_correlation, pearson_weight=0.7, spearman_weight=1.3, regularization=0.3)
     check_contract(bound, truth=numpy_rank_correlation(0.7, 1.3, 0.3))

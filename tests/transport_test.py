@@ -58,6 +58,7 @@ def numpy_sinkhorn(temperature, epsilon, num_iterations):
     return truth
 
 
+@pytest.mark.slow
 def test_contract():
     bound = bind(sinkhorn, temperature=1.0, epsilon=0.3, num_iterations=3)
     check_contract(bound, couples=True, truth=numpy_sinkhorn(1.0, 0.3, 3))
