@@ -310,7 +310,7 @@ def _conclude(run: Run, states: Networks, results: Mapping[str, Result]) -> dict
     """Evaluates every network on the test set and writes result.json and the report."""
     from abkd_jax.train import report  # matplotlib takes a second, which `import abkd_jax` saves
 
-    last, _, test = _scored(run, states)
+    last, selected, test = _scored(run, states)
     found = {
         name: {
             "parameters": sum(
@@ -324,7 +324,9 @@ def _conclude(run: Run, states: Networks, results: Mapping[str, Result]) -> dict
         for name, state in states.items()
     }
     for result in results.values():
-        scores, accuracies, _ = _scored(run, result.best)
+        scores, accuracies = last, selected
+        if result.best is not result.last:
+            scores, accuracies, _ = _scored(run, result.best)
         for name, state in result.last.items():
             best = {"accuracy": accuracies[name], "scores": scores[name]}
             found[name]["best"] = {"step": result.best_step} | best
