@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from abkd_jax import numerics
+
 # Half width of the gap in log-probability within which a KL term is taken from its series.
 _SERIES_GAP = 0.5
 # 1/15!, ..., 1/2!: the first omitted term is below float64's resolution at a gap of 0.5.
@@ -41,8 +43,9 @@ def classification_sums(
 
     Returns:
       Scalars "count", "accuracy", "top5" (the label is among the five highest logits, of all where
-      K < 5; the lower class index wins a tie), "nll" (infinite if a label's class is removed) and
-      "brier" (squared error summed over classes), each a sum over rows of values >= 0; and
+      K < 5; the lower class index wins a tie), "nll" (infinite if a label's class is removed),
+      "brier" (squared error summed over classes) and "entropy" (of the prediction, in nats), each a
+      sum over rows of values >= 0; and
       "bin_count", "bin_confidence", "bin_accuracy" [B], the same sums within each bin.
 
     Raises:
@@ -63,6 +66,7 @@ def classification_sums(
     edges = jnp.asarray([edge / num_bins for edge in range(1, num_bins)], logits.dtype)
     bins = jnp.digitize(rows["confidence"], edges, right=True)
     values = {"accuracy": rows["correct"], "top5": top5, "nll": rows["nll"], "brier": brier}
+    values["entropy"] = numerics.entropy(logits)
     return _masked_sums(values, valid, logits.dtype) | _bin_sums(bins, rows, valid, num_bins)
 
 
@@ -143,8 +147,8 @@ def summarize(sums: Mapping[str, Array]) -> dict[str, Array]:
 
     Returns:
       Scalars, as far as their sums are given: "accuracy", "top5", "ece" and "agreement" as
-      fractions in [0, 1], "brier" in [0, 2], "nll" and "kl_at_1" in nats, >= 0. All are NaN where
-      the count is 0, for nothing was measured.
+      fractions in [0, 1], "brier" in [0, 2], "nll", "entropy" and "kl_at_1" in nats, >= 0. All are
+      NaN where the count is 0, for nothing was measured.
 
     Raises:
       ValueError: if "count" is missing.

@@ -164,7 +164,7 @@ def test_the_quick_metrics_are_those_of_the_scores(devices, size):
     gathered = evaluation.gather(networks(), dataset().test, **how)
     for name in networks():
         scores = evaluation.scores(gathered.logits[name], gathered.labels, None)
-        assert set(quick[name]) == {"accuracy", "top5", "nll", "brier", "ece"}
+        assert set(quick[name]) == {"accuracy", "top5", "nll", "brier", "entropy", "ece"}
         for metric, value in quick[name].items():
             # The bins of the ECE and its sums are of float32, in another order.
             np.testing.assert_allclose(value, scores[metric], rtol=2e-5, err_msg=metric)

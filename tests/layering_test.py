@@ -28,6 +28,8 @@ FLOORS = {
     "train": 3,
     "schema": 3,
     "train.loop": 4,
+    "train.phase": 4,
+    "train.sweep": 4,
     "main": 5,
 }
 PUBLIC_NAMES = 5  # abkd_jax/__init__.py

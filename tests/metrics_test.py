@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import scipy.special
+import scipy.stats
 import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -124,6 +125,7 @@ def test_classification_matches_sklearn(num_classes, dtype):
         "top5": top5,
         "nll": sklearn.metrics.log_loss(labels, probs, labels=classes),
         "brier": sum(sklearn.metrics.brier_score_loss(labels == k, probs[:, k]) for k in classes),
+        "entropy": np.mean(scipy.stats.entropy(probs, axis=-1)),
         "ece": ece_of(bins_by_loop(logits, labels, 15)),
     }
     chex.assert_trees_all_close(result, expected, rtol=1e-5, atol=1e-6)
@@ -312,7 +314,7 @@ def test_summarize_takes_merged_and_stacked_sums():
     results = evaluate(logits, labels), evaluate(2 * logits, labels)
     merged = [r["classification_sums"] | r["agreement_sums"] for r in results]
     values = [metrics.summarize(sums) for sums in merged]
-    names = {"accuracy", "top5", "nll", "brier", "ece", "agreement", "kl_at_1"}
+    names = {"accuracy", "top5", "nll", "brier", "entropy", "ece", "agreement", "kl_at_1"}
     assert set(values[0]) == names
     stacked = jax.tree.map(lambda *sums: np.stack(sums), *merged)
     expected = jax.tree.map(lambda *means: np.stack(means), *values)
@@ -377,7 +379,7 @@ def test_without_a_valid_row_sums_are_zero_and_means_nan(num_rows, num_classes):
 
 def test_one_class_is_always_right():
     sums = classification_sums(np.array([[3.0], [-4.0]], np.float32), np.array([0, 0]))
-    expected = {"accuracy": 1.0, "top5": 1.0, "nll": 0.0, "brier": 0.0, "ece": 0.0}
+    expected = dict(accuracy=1.0, top5=1.0, nll=0.0, brier=0.0, entropy=0.0, ece=0.0)
     assert metrics.summarize(sums) == expected
 
 
@@ -435,7 +437,7 @@ def test_values_lie_in_their_ranges(batch):
     if not valid.any():
         return
     result = metrics.summarize(sums)
-    upper = {"accuracy": 1, "top5": 1, "ece": 1, "brier": 2, "nll": INF}
+    upper = dict(accuracy=1, top5=1, ece=1, brier=2, nll=INF, entropy=np.log(NUM_CLASSES))
     for name, value in result.items():
         assert 0 <= value <= upper[name] * (1 + 1e-6), name
     assert result["accuracy"] <= result["top5"]

@@ -1,6 +1,6 @@
 """Splits held in memory, and the batches drawn from them and from streams."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 from abkd_jax.data.augment import Preprocess, augmentation_key, augmented, normalized, step_key
 from abkd_jax.data.stream import Stream, Streamed
-from abkd_jax.types import Batch
+from abkd_jax.types import Batch, Outputs
 
 
 @struct.dataclass
@@ -21,11 +21,14 @@ class Split:
         inputs: `[N, ...]`; float32, or uint8 for images as they are stored.
         labels: `[N]` int32; -1 where the label is not known.
         labelled: `[N]` bool; False withholds the label from training.
+        outputs: {name: `Outputs`} of networks that do not learn, for each example: what a training
+            step takes in place of their forward passes. Of value without augmentation alone.
     """
 
     inputs: Array
     labels: Array
     labelled: Array
+    outputs: Mapping[str, Outputs] = struct.field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.labels.shape[0]
@@ -256,4 +259,7 @@ def _check_size(split: Split | Stream, size: int) -> None:
 def _batch(split: Split, inputs: Array, chosen: Array, where: Array) -> dict[str, Array]:
     labelled = where & split.labelled[chosen]
     labels = jnp.where(split.labelled[chosen], split.labels[chosen], -1)
-    return dict(inputs=inputs, labels=labels, where=where, labelled=labelled)
+    batch = dict(inputs=inputs, labels=labels, where=where, labelled=labelled)
+    if split.outputs:
+        batch["outputs"] = jax.tree.map(lambda part: part[chosen], split.outputs)
+    return batch

@@ -1,12 +1,15 @@
-"""The devices of a run as one mesh: the program is written for the whole batch and XLA splits it.
+"""The devices: of a run as one mesh, and of independent members as a place for each.
 
-With one view of the whole batch, a loss that couples its examples and batch norm mean the same on
-any number of devices.
+A run's program is written for the whole batch and XLA splits it. With one view of the whole batch,
+a loss that couples its examples and batch norm mean the same on any number of devices.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
@@ -55,3 +58,44 @@ def split(tree: Any, mesh: Mesh) -> Any:
         return x if whole else jax.lax.with_sharding_constraint(x, along)
 
     return jax.tree.map(put, tree)
+
+
+def spread(fn: Callable, members: Any, *shared: Any) -> Any:
+    """`fn(member, *shared)` of every member, by vmap, and by pmap over the local devices.
+
+    Members are independent: those of a sweep, or the points of a grid. They are padded to a
+    multiple of the devices, by the last one, and the result is cut.
+
+    Args:
+        fn: of one member; the same object in every call, for which it is compiled.
+        members: a pytree, the first axis of its arrays over the members.
+        *shared: what all members take, whole.
+
+    Returns:
+        The results, stacked along a first axis.
+
+    Raises:
+        ValueError: if there is no member.
+    """
+    sizes = {x.shape[0] for x in jax.tree.leaves(members)}
+    if len(sizes) != 1 or 0 in sizes:
+        raise ValueError(f"members must share one first axis, not empty; found {sorted(sizes)}.")
+    size, count = sizes.pop(), jax.local_device_count()
+    if count == 1:
+        return _mapped(fn, len(shared), False)(members, *shared)
+    each = -(-size // count)
+
+    def dealt(x):
+        index = jnp.minimum(jnp.arange(count * each), size - 1)
+        return x[index].reshape(count, each, *x.shape[1:])
+
+    results = _mapped(fn, len(shared), True)(jax.tree.map(dealt, members), *shared)
+    return jax.tree.map(lambda x: x.reshape(count * each, *x.shape[2:])[:size], results)
+
+
+@functools.lru_cache
+def _mapped(fn: Callable, num_shared: int, over_devices: bool) -> Callable:
+    """`fn` over members, compiled; on one device without pmap, whose calls cost more."""
+    axes = (0, *(None,) * num_shared)
+    mapped = jax.vmap(fn, in_axes=axes)
+    return jax.pmap(mapped, in_axes=axes) if over_devices else jax.jit(mapped)
