@@ -138,7 +138,7 @@ def fit_phase(fit: Fit, carry: Carry, step: int, checkpoints: Checkpoints) -> Ca
         while step < end:
             profile(step - begun)
             fed, until = feed(step)
-            count = _call_length(step, until, config)
+            count = call_length(step, until, config)
             carry, finished = _advance(fit, carry, fed, step, count)
             step += count
             calls.append(finished)
@@ -171,7 +171,7 @@ def fit_phase(fit: Fit, carry: Carry, step: int, checkpoints: Checkpoints) -> Ca
     return carry
 
 
-def _call_length(step: int, until: int, config: Mapping[str, Any]) -> int:
+def call_length(step: int, until: int, config: Mapping[str, Any]) -> int:
     """How many steps the call at this step makes: steps_per_call, or one where they do not fit.
 
     One or the other, for each length is a compilation; a function of the step, for a scan and

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax import numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -69,7 +70,7 @@ def spread(fn: Callable, members: Any, *shared: Any) -> Any:
     Args:
         fn: of one member; the same object in every call, for which it is compiled.
         members: a pytree, the first axis of its arrays over the members.
-        *shared: what all members take, whole.
+        *shared: what all members take, whole; copied to each device unless it is `everywhere`.
 
     Returns:
         The results, stacked along a first axis.
@@ -86,11 +87,23 @@ def spread(fn: Callable, members: Any, *shared: Any) -> Any:
     each = -(-size // count)
 
     def dealt(x):
-        index = jnp.minimum(jnp.arange(count * each), size - 1)
-        return x[index].reshape(count, each, *x.shape[1:])
+        x = jnp.concatenate([x, *[x[-1:]] * (count * each - size)])
+        return jax.device_put(x.reshape(count, each, *x.shape[1:]), _on_local(PartitionSpec("i")))
 
-    results = _mapped(fn, len(shared), True)(jax.tree.map(dealt, members), *shared)
+    results = _mapped(fn, len(shared), True)(jax.tree.map(dealt, members), *everywhere(shared))
     return jax.tree.map(lambda x: x.reshape(count * each, *x.shape[2:])[:size], results)
+
+
+def everywhere(tree: Any) -> Any:
+    """The tree with a copy of each array on every local device, as `spread` shares it."""
+    if jax.local_device_count() == 1:
+        return tree
+    return jax.tree.map(lambda x: jax.device_put(x, _on_local(PartitionSpec())), tree)
+
+
+def _on_local(spec: PartitionSpec) -> NamedSharding:
+    devices = np.asarray(jax.local_devices())
+    return NamedSharding(Mesh(devices, ("i",), axis_types=(AxisType.Auto,)), spec)
 
 
 @functools.lru_cache

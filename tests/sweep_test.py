@@ -1,0 +1,273 @@
+"""Sweeps: members against single runs, chunks, caches, devices, kills, refusals."""
+
+import csv
+import math
+import re
+import signal
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+from abkd_jax import data
+from abkd_jax.train import parallel, sweep
+from abkd_jax.train.checkpoint import Checkpoints
+from abkd_jax.train.loop import train_and_evaluate
+
+K, DIM, STEPS = 3, 6, 20
+ALPHA = "student.terms.distill.divergence.alpha"
+WEIGHT = "student.terms.distill.weight"
+RATE = "student.optimizer.learning_rate"
+MOMENTUM = "student.optimizer.momentum"
+
+
+def config(**changes):
+    task = dict(fn="cross_entropy", weight=1.0, where="labelled")
+    divergence = dict(fn="alpha_beta", alpha=0.8, beta=0.5)
+    distill = dict(fn="on_logits", weight=1.0, temperature=2.0, divergence=divergence)
+    sgd = dict(name="sgd", learning_rate=0.1, momentum=0.5)
+    net = dict(model="mlp", widths=(5,), optimizer=sgd)
+    values = dict(
+        mode="offline",
+        data=dict(name="digits", validation=0),
+        teacher=net | dict(terms=dict(task=task)),
+        student=net | dict(terms=dict(task=task, distill=distill)),
+        batch_size=16,
+        num_steps=STEPS,
+        checkpoint_every=8,
+        log_every=5,
+        devices=1,
+        init_seed=3,
+        data_seed=0,
+    )
+    return values | changes
+
+
+def drawn(size, seed):
+    labels = np.arange(size) % K
+    noise = np.random.default_rng(seed).normal(size=(size, DIM))
+    return (2 * np.eye(K, DIM)[labels] + noise).astype(np.float32), labels
+
+
+def dataset(**options):
+    parts = dict(train=drawn(90, 0), validation=drawn(30, 1), test=drawn(36, 2))
+    return data.from_arrays(**parts, num_classes=K, **options)
+
+
+def images(**options):
+    def examples(size, seed):
+        labels = np.arange(size) % K
+        noise = np.random.default_rng(seed).integers(0, 80, (size, 8, 8, 1))
+        return (noise + 80 * labels[:, None, None, None]).astype(np.uint8), labels
+
+    splits = {name: examples(48, seed) for seed, name in enumerate(("train", "validation", "test"))}
+    return data.from_arrays(**splits, num_classes=K, **options)
+
+
+def states(folder):
+    """What the newest checkpoint of a folder has of the networks that learn."""
+    checkpoints = Checkpoints(folder / "checkpoints")
+    try:
+        return checkpoints.restore()[1]["learners"]
+    finally:
+        checkpoints.close()
+
+
+def set_at(values, path, value):
+    key, _, rest = path.partition(".")
+    return values | {key: set_at(values[key], rest, value) if rest else value}
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A sweep over two numbers and two seeds, eight members."""
+    workdir = tmp_path_factory.mktemp("sweep")
+    over = {ALPHA: [1.0, 0.2], RATE: [0.1, 0.3]}
+    rows = sweep.sweep(config(), workdir, over=over, init_seeds=2, data=dataset())
+    return workdir, rows
+
+
+def test_members_are_single_runs(swept, tmp_path):
+    workdir, rows = swept
+    members = states(workdir / "members_00000")["student"]["params"]
+    for index in (0, 3, 5, 6):
+        row = rows[index]
+        single = config(init_seed=row["init_seed"])
+        single["teacher"] = single["teacher"] | dict(checkpoint=str(workdir / "teacher"))
+        for path in (ALPHA, RATE):
+            single = set_at(single, path, row[path])
+        folder = tmp_path / f"{index}"
+        found = train_and_evaluate(single, folder, data=dataset())["networks"]["student"]["last"]
+        params = states(folder)["student"]["params"]
+        for a, b in zip(*map(jax.tree.leaves, (params, members)), strict=True):
+            np.testing.assert_allclose(b[index], a, rtol=1e-5, atol=1e-5)
+        assert row["test_accuracy"] == pytest.approx(found["accuracy"], abs=1e-6)
+        assert row["test_nll"] == pytest.approx(found["nll"], rel=1e-4)
+
+
+def test_rows_and_history(swept):
+    workdir, rows = swept
+    points = [(row[ALPHA], row[RATE], row["init_seed"]) for row in rows]
+    assert points == [(a, r, s) for a in (1.0, 0.2) for r in (0.1, 0.3) for s in (3, 4)]
+    with (workdir / "sweep.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [{k: float(v) for k, v in row.items()} for row in table] == rows
+    with (workdir / "history.csv").open() as file:
+        history = list(csv.DictReader(file))
+    assert [int(line["step"]) for line in history] == [8, 16, 20] * len(rows)
+    for row, line in zip(rows, history[2::3], strict=True):
+        for name in ("accuracy", "nll", "ece", "entropy"):
+            assert float(line[f"validation_{name}"]) == row[f"validation_{name}"]
+        assert row["bad_step"] == -1 and 0 < row["validation_entropy"] < math.log(K)
+        assert 0 <= row["test_agreement"] <= 1 <= 1 + row["test_kl_at_1"]
+
+
+def test_a_sweep_that_is_complete_trains_nothing(swept, monkeypatch):
+    workdir, rows = swept
+    monkeypatch.setattr(parallel, "spread", None)
+    over = {ALPHA: [1.0, 0.2], RATE: [0.1, 0.3]}
+    assert sweep.sweep(config(), workdir, over=over, init_seeds=2, data=dataset()) == rows
+
+
+def test_best_and_averages():
+    def row(x, seed, accuracy, bad_step=-1):
+        return {"student.x": x, "init_seed": seed, "validation_accuracy": accuracy} | {
+            "test_nll": 2 * accuracy,
+            "bad_step": bad_step,
+        }
+
+    rows = [row(1.0, 0, 0.5), row(1.0, 1, 0.7), row(2.0, 0, 0.9), row(2.0, 1, 0.9, bad_step=4)]
+    first, second = sweep.averaged(rows)
+    assert first["validation_accuracy"] == pytest.approx(0.6)
+    assert first["validation_accuracy_std"] == pytest.approx(np.std([0.5, 0.7], ddof=1))
+    assert math.isnan(second["validation_accuracy"])
+    assert sweep.best(rows) == first
+    with pytest.raises(ValueError, match="no point"):
+        sweep.best(rows[3:])
+
+
+def test_chunks_and_forward_passes_do_not_change_members(swept, tmp_path, monkeypatch):
+    workdir, rows = swept
+    monkeypatch.setattr(sweep, "_cacheable", lambda *_: False)
+    over = {ALPHA: [1.0, 0.2], RATE: [0.1, 0.3]}
+    found = sweep.sweep(config(), tmp_path, over=over, init_seeds=2, chunk=3, data=dataset())
+    names = sorted(path.name for path in tmp_path.glob("members_*"))
+    assert names == ["members_00000", "members_00003", "members_00006"]
+    whole = states(workdir / "members_00000")["student"]["params"]
+    part = states(tmp_path / "members_00003")["student"]["params"]
+    for a, b in zip(*map(jax.tree.leaves, (whole, part)), strict=True):
+        np.testing.assert_allclose(b, a[3:6], rtol=1e-5, atol=1e-5)
+    for row, expected in zip(found, rows, strict=True):
+        assert row == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_stopped_sweep_goes_on(swept, tmp_path, monkeypatch, capsys):
+    calls, spread = [], parallel.spread
+
+    def stopped(fn, members, *shared):
+        if isinstance(members, tuple):
+            calls.append(fn)
+            if len(calls) == 11:
+                signal.raise_signal(signal.SIGTERM)
+        return spread(fn, members, *shared)
+
+    over = {ALPHA: [1.0, 0.2], RATE: [0.1, 0.3]}
+    arguments = dict(over=over, init_seeds=2, data=dataset())
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "spread", stopped)
+        with pytest.raises(SystemExit) as left:
+            sweep.sweep(config(), tmp_path, **arguments)
+    assert left.value.code == 0 and "SIGTERM at step 11 of 20" in capsys.readouterr().err
+    assert sweep.sweep(config(), tmp_path, **arguments) == swept[1]
+    assert sweep.sweep(config(), tmp_path, **arguments) == swept[1]
+
+
+def test_another_sweep_is_refused_a_workdir(swept):
+    workdir, _ = swept
+    with pytest.raises(ValueError, match=r"sweep.init_seeds .2 there, 1 here."):
+        over = {ALPHA: [1.0, 0.2], RATE: [0.1, 0.3]}
+        sweep.sweep(config(), workdir, over=over, data=dataset())
+
+
+def test_a_member_that_is_not_finite_harms_no_other(swept, tmp_path):
+    rows = sweep.sweep(config(), tmp_path, over={RATE: [0.1, 1e30]}, data=dataset())
+    assert rows[0]["bad_step"] == -1 and rows[1]["bad_step"] >= 0
+    assert rows[0]["test_nll"] < 1.0 and math.isfinite(rows[0]["test_nll"])
+    assert sweep.best(rows)[RATE] == 0.1
+    learners = states(tmp_path / "members_00000")["student"]
+    assert all(np.isfinite(x[1]).all() for x in jax.tree.leaves(learners["params"]))
+
+
+def test_augmented_images_and_schedules(tmp_path):
+    values = config(num_steps=4, checkpoint_every=4)
+    ramp = dict(fn="linear", start=0.0, end=1.0)
+    values = set_at(values, WEIGHT, ramp)
+    rows = sweep.sweep(
+        values, tmp_path, over={f"{WEIGHT}.end": [1.0, 2.0]}, data=images(pad=1, flip=True)
+    )
+    members = states(tmp_path / "members_00000")["student"]["params"]
+    single = set_at(values, f"{WEIGHT}.end", 2.0)
+    train_and_evaluate(single, tmp_path / "single", data=images(pad=1, flip=True))
+    params = states(tmp_path / "single")["student"]["params"]
+    for a, b in zip(*map(jax.tree.leaves, (params, members)), strict=True):
+        np.testing.assert_allclose(b[1], a, rtol=1e-5, atol=1e-5)
+    assert [row[f"{WEIGHT}.end"] for row in rows] == [1.0, 2.0]
+
+
+def test_networks_that_learn_together(tmp_path):
+    values = config(mode="online", num_steps=4, checkpoint_every=4)
+    rows = sweep.sweep(values, tmp_path, over={WEIGHT: [0.0, 2.0]}, init_seeds=1, data=dataset())
+    assert {"test_accuracy", "test_teacher_accuracy", "test_agreement"} <= set(rows[0])
+    members = states(tmp_path / "members_00000")
+    train_and_evaluate(set_at(values, WEIGHT, 2.0), tmp_path / "single", data=dataset())
+    for name, state in states(tmp_path / "single").items():
+        found = members[name]["params"]
+        for a, b in zip(*map(jax.tree.leaves, (state["params"], found)), strict=True):
+            np.testing.assert_allclose(b[1], a, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("over", "options", "sentence"),
+    [
+        ({"student.terms.distil.weight": [1.0]}, {}, "student.terms has no 'distil' .*distill"),
+        ({"teacher.optimizer.learning_rate": [0.1]}, {}, "a sweep has no 'teacher'.*student"),
+        ({"num_steps": [5]}, {}, "a sweep has no 'num_steps'"),
+        ({"student.widths": [1.0]}, {}, "must have a number there; found .5,."),
+        ({f"{ALPHA}.x": [1.0]}, {}, "has no 'x'"),
+        ({ALPHA: []}, {}, "different numbers to sweep; found .."),
+        ({ALPHA: [1.0, 1]}, {}, "different numbers"),
+        ({ALPHA: [1.0, math.nan]}, {}, "different numbers"),
+        ({ALPHA: ["a"]}, {}, "different numbers"),
+        ({"student.terms.distill.temperature": [1.0, -1.0]}, {}, "greater than 0.*found -1"),
+        ({RATE: [-0.1]}, {}, "learning_rate must be at least 0"),
+        ({ALPHA: [1.0]}, {"init_seeds": 0}, "init_seeds must be an integer of at least 1"),
+        ({ALPHA: [1.0]}, {"chunk": -1}, "chunk must be an integer of at least 0"),
+        ({}, {}, "over must name at least one number"),
+        ([ALPHA], {}, "over must be a mapping"),
+    ],
+)
+def test_refusals(over, options, sentence, tmp_path):
+    with pytest.raises(ValueError) as refused:
+        sweep.sweep(config(), tmp_path, over=over, data=dataset(), **options)
+    message = str(refused.value)
+    assert re.search(sentence, message) and "\n" not in message and message.endswith(".")
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 19])
+def test_spread_is_vmap_on_any_number_of_devices(size, monkeypatch):
+    assert jax.local_device_count() == 8
+    members = {"x": jnp.arange(3.0 * size).reshape(size, 3), "n": jnp.arange(size)}
+
+    def fn(member, shared):
+        return {"y": jnp.tanh(member["x"] @ shared), "n": member["n"]}
+
+    shared = jnp.arange(6.0).reshape(3, 2) / 7
+    expected = jax.vmap(lambda m: fn(m, shared))(members)
+    for count in (8, 1):
+        monkeypatch.setattr(jax, "local_device_count", lambda count=count: count)
+        found = parallel.spread(fn, members, shared)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+    with pytest.raises(ValueError, match="first axis"):
+        parallel.spread(fn, {"x": members["x"], "n": jnp.arange(size + 1)}, shared)
