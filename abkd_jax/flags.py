@@ -40,11 +40,12 @@ def parse(argv: list[str], *, known: Sequence[str]) -> list[str]:
     overrides = [part for part in argv if _OVERRIDE.match(part)]
     _ARGV[:] = [part for part in argv if part not in overrides]
     rest = _parsed(_ARGV, known)  # the config as it is in its file, to check overrides against
-    if not flags.FLAGS.config:
+    if not flags.FLAGS.config or not overrides:
         return rest
     for part in overrides:
         _check_override(part, flags.FLAGS.config)
     _ARGV[:] = argv
+    flags.FLAGS.unparse_flags()  # or the values of a flag that may be given twice would double
     return _parsed(argv, known)
 
 

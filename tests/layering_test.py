@@ -19,6 +19,7 @@ FLOORS = {
     "divergences": 1,
     "models": 1,
     "data": 1,
+    "figures": 2,
     "metrics": 2,
     "losses": 2,
     "objective": 3,

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from abkd_jax import figures
 from abkd_jax.train import writer
 
 _CONFIG = ("config", "versions", "commit", "device")
@@ -31,14 +31,7 @@ _ON_FEW_LABELS = ("student", "baseline")  # the teachers of an offline run see a
 _OF_TERMS = ("weight", "where", "other")  # what a term's group has besides its loss
 _MISSING = "-"
 
-_WIDTH = 8.0  # inches, of every figure
-_DPI = 150
-_FONT, _TITLE = 12, 13  # points: still legible where a page shows the figure at half its width
-# Okabe and Ito's colours, which those who are colour-blind can tell apart, in an order that keeps
-# neighbours apart in lightness too; black is left for what all networks share.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _USUAL_NAMES = ("teacher", "baseline", "student")
-_GREY, _LIGHT_GREY = "#767676", "#BBBBBB"
 _NUM_EXAMPLES = 8
 _NUM_TOP_CLASSES = 5
 _LONGEST_NAME = 14  # characters that fit beside an example's bars
@@ -71,7 +64,7 @@ class Run:
         """A network's colour: the same in every figure, and in all offline runs for usual names."""
         usual = _USUAL_NAMES if self.result["mode"] == "offline" else ()
         order = [*usual, *(other for other in self.networks if other not in usual)]
-        return _COLOURS[order.index(name) % len(_COLOURS)]
+        return figures.COLOURS[order.index(name) % len(figures.COLOURS)]
 
     def class_name(self, index: int) -> str:
         """A class's name, or its number where names are not given."""
@@ -95,14 +88,16 @@ def write(workdir: Path) -> Path:
     workdir = Path(workdir)
     run = load(workdir)
     (workdir / "figures").mkdir(exist_ok=True)
-    figures = {
+    pictures = {
         "learning_curves": learning_curves(run),
         "reliability": reliability(run),
         "examples": examples(run),
     }
-    for name, figure in figures.items():
+    for name, figure in pictures.items():
         # Without the version of matplotlib, the bytes depend on the picture alone.
-        figure.savefig(workdir / "figures" / f"{name}.png", dpi=_DPI, metadata={"Software": None})
+        figure.savefig(
+            workdir / "figures" / f"{name}.png", dpi=figures.DPI, metadata={"Software": None}
+        )
     path = workdir / "report.md"
     path.write_text(page(run), encoding="utf-8")
     return path
@@ -165,13 +160,13 @@ def page(run: Run) -> str:
 def learning_curves(run: Run) -> Figure:
     """Training losses on the left, accuracies in the course of training on the right."""
     split = run.result["selected_on"]
-    figure = _figure(4.0)
+    figure = figures.new(4.0)
     left, right = figure.subplots(1, 2)
     for axes, title, label, key, factor in (
         (left, "Training loss", "loss", "{}/loss", 1),
         (right, f"{split.capitalize()} accuracy", "accuracy (%)", f"{split}/{{}}/accuracy", 100),
     ):
-        _label(axes, title, "step", label)
+        figures.label(axes, title, "step", label)
         for name in run.networks:
             steps, values = _series(run.rows[name], key.format(name))
             if len(steps):
@@ -202,7 +197,7 @@ def reliability(run: Run) -> Figure:
     columns = min(len(run.networks), 4)
     rows = math.ceil(len(run.networks) / columns)
     side = min(7 / columns - 0.3, 2.5)  # of a panel, in inches
-    figure = _figure(0.4 + rows * (4 / 3 * side + 1.4), layout="compressed")
+    figure = figures.new(0.4 + rows * (4 / 3 * side + 1.4), layout="compressed")
     grid = figure.add_gridspec(2 * rows, columns, height_ratios=[3, 1] * rows)
     shares = {name: _share(network) for name, network in run.networks.items()}
     highest = 10 * math.ceil(max(share.max() for share in shares.values()) / 10)
@@ -214,12 +209,12 @@ def reliability(run: Run) -> Figure:
         _share_panel(below, shares[name], highest)
         panel.tick_params(labelbottom=False)
         for axes, label in ((panel, "accuracy (%)"), (below, "share (%)")):
-            axes.set_ylabel("" if column else label, fontsize=_FONT)
+            axes.set_ylabel("" if column else label, fontsize=figures.FONT)
             axes.tick_params(labelleft=not column)
     handles = [
-        Patch(facecolor=_LIGHT_GREY, edgecolor=_GREY, label="as trained"),
+        Patch(facecolor=figures.LIGHT_GREY, edgecolor=figures.GREY, label="as trained"),
         Line2D([], [], color="black", marker="o", label="temperature-scaled"),
-        Line2D([], [], color=_GREY, linestyle="--", label="perfect"),
+        Line2D([], [], color=figures.GREY, linestyle="--", label="perfect"),
     ]
     if not any(network["last"]["scaled"] for network in run.networks.values()):
         del handles[1]
@@ -240,7 +235,7 @@ def examples(run: Run) -> Figure:
     most = max(map(len, classes), default=1)
     columns = 2
     rows = max(math.ceil(len(labels) / columns), 1)
-    figure = _figure(1.0 + rows * max(0.27 * most + 0.15, 1.0))
+    figure = figures.new(1.0 + rows * max(0.27 * most + 0.15, 1.0))
     ratios = ([1, 1.5] if images is not None else [1]) * columns
     grid = figure.add_gridspec(rows, len(ratios), width_ratios=ratios)
     for index, label in enumerate(labels):
@@ -253,7 +248,7 @@ def examples(run: Run) -> Figure:
         axes.set_ylim(most - 0.5, -0.5)
         lowest = index + columns >= len(labels)
         axes.tick_params(labelbottom=lowest)
-        axes.set_xlabel("probability (%)" if lowest else "", fontsize=_FONT)
+        axes.set_xlabel("probability (%)" if lowest else "", fontsize=figures.FONT)
     if not labels or not names:
         _say(figure.add_subplot(grid[:, :]), "no examples in examples.npz")
     _legend(figure, _patches(run, names))
@@ -435,7 +430,7 @@ def _reliability_panel(axes: Axes, name: str, network: Mapping[str, Any], colour
         alpha=0.45,
         edgecolor=colour,
     )
-    axes.plot([0, 100], [0, 100], color=_GREY, linestyle="--", linewidth=1.2)
+    axes.plot([0, 100], [0, 100], color=figures.GREY, linestyle="--", linewidth=1.2)
     ece = _number(scores["ece"], 1, 100)
     if scores["scaled"]:
         scaled = scores["scaled"]["reliability"]
@@ -450,7 +445,7 @@ def _reliability_panel(axes: Axes, name: str, network: Mapping[str, Any], colour
             markersize=3.5,
         )
         ece += f" → {_number(scores['scaled']['ece'], 1, 100)}"
-    _label(axes, f"{_short(name)}\nECE {ece} %", None, None)
+    figures.label(axes, f"{_short(name)}\nECE {ece} %", None, None)
     axes.set(xlim=(0, 100), ylim=(0, 100), xticks=(0, 50, 100), yticks=(0, 50, 100))
     axes.set_box_aspect(1)
 
@@ -463,8 +458,8 @@ def _share(network: Mapping[str, Any]) -> np.ndarray:
 
 def _share_panel(axes: Axes, share: np.ndarray, highest: float) -> None:
     edges = np.linspace(0, 100, len(share) + 1)
-    axes.bar(edges[:-1], share, width=edges[1], align="edge", color=_LIGHT_GREY)
-    _label(axes, None, "confidence (%)", None)
+    axes.bar(edges[:-1], share, width=edges[1], align="edge", color=figures.LIGHT_GREY)
+    figures.label(axes, None, "confidence (%)", None)
     axes.set(ylim=(0, max(highest, 1)), yticks=(0, max(highest, 1)))
     axes.set_box_aspect(1 / 3)
 
@@ -481,7 +476,7 @@ def _distribution(
     for index, (name, values) in enumerate(probabilities.items()):
         at = np.arange(len(classes)) + (index - (len(probabilities) - 1) / 2) * height
         axes.barh(at, 100 * values[classes], height=height, color=run.colour(name))
-    _label(axes, None, None, None)
+    figures.label(axes, None, None, None)
     names = [_short(run.class_name(k)) + (" ✓" if k == label else "") for k in classes]
     axes.set_yticks(range(len(classes)), names, parse_math=False)
     axes.get_yticklabels()[classes.index(label)].set_fontweight("bold")
@@ -512,20 +507,6 @@ def _draw_image(axes: Axes, image: np.ndarray) -> None:
     axes.set_axis_off()
 
 
-def _figure(height: float, layout: str = "constrained") -> Figure:
-    figure = Figure(figsize=(_WIDTH, height), layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _label(axes: Axes, title: str | None, x: str | None, y: str | None) -> None:
-    axes.set_title(title or "", fontsize=_TITLE, parse_math=False)
-    axes.set_xlabel(x or "", fontsize=_FONT)
-    axes.set_ylabel(y or "", fontsize=_FONT)
-    axes.tick_params(labelsize=_FONT)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def _patches(run: Run, names: Iterable[str]) -> list[Artist]:
     return [Patch(color=run.colour(name), label=name) for name in names]
 
@@ -538,13 +519,15 @@ def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
             handles=handles,
             loc="outside upper center",
             ncols=min(len(handles), max(85 // (longest + 8), 1)),
-            fontsize=_FONT,
+            fontsize=figures.FONT,
             frameon=False,
         )
 
 
 def _say(axes: Axes, text: str) -> None:
-    axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=_FONT, transform=axes.transAxes)
+    axes.text(
+        0.5, 0.5, text, ha="center", va="center", fontsize=figures.FONT, transform=axes.transAxes
+    )
     axes.set(xticks=(), yticks=())
 
 

@@ -173,7 +173,9 @@ def planned(
 
 
 def best(rows: Sequence[Mapping[str, float]], by: str = "validation_accuracy") -> dict[str, Any]:
-    """The numbers with the highest mean of a score over the init seeds; of equal ones the first.
+    """The numbers with the highest mean of a score over the init seeds.
+
+    Of equal accuracies that with the lowest NLL is taken, else the first.
 
     Args:
         rows: of a sweep.
@@ -186,7 +188,8 @@ def best(rows: Sequence[Mapping[str, float]], by: str = "validation_accuracy") -
     means = [row for row in averaged(rows) if math.isfinite(row[by])]
     if not means:
         raise ValueError(f"no point of the sweep has a finite {by}; lower the learning rate.")
-    return max(means, key=lambda row: row[by])
+    nll = by.replace("accuracy", "nll")
+    return max(means, key=lambda row: (row[by], -row[nll] if nll in row else 0.0))
 
 
 def averaged(rows: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
