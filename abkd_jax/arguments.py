@@ -73,7 +73,7 @@ def apply(
     Raises:
         ValueError: naming the key, what was found and what the term takes.
     """
-    values = dict(values)
+    values, by_method = dict(values), "method" in values
     plugins = tuple(config.get("plugins", ()))
     with config.unlocked(), config.ignore_type():
         if "method" in values:
@@ -90,7 +90,9 @@ def apply(
             group, field = values.pop("divergence"), f"{_TERM}.divergence"
             group = _with_floats(group, Divergence, field, plugins)
             term.divergence = ml_collections.ConfigDict(group)
-        places = dict(_places(term.to_dict(), Loss, _TERM, plugins))
+        # A number that the config gives, before one that is left to its default.
+        found = sorted(_places(term.to_dict(), Loss, _TERM, plugins), key=lambda place: place[2])
+        places = {name: place for name, place, _ in found}
         for key, value in values.items():
             if key not in places:
                 raise ValueError(
@@ -105,7 +107,7 @@ def apply(
             functools.reduce(getattr, path, config)[name] = (
                 ml_collections.ConfigDict(value) if group else value
             )
-    objective.objective(
+    built = objective.objective(
         config.student.terms.to_dict(),
         field="student.terms",
         learner="student",
@@ -114,6 +116,9 @@ def apply(
         plugins=plugins,
         class_means={"teacher": lambda: np.zeros((1, 1))},  # there is no network yet
     )
+    if by_method and any("hidden" in term.loss.needs for term in built.values()):
+        with config.unlocked():
+            config.student.project = ml_collections.ConfigDict({"hidden": "teacher"})
     return config.lock()
 
 
@@ -174,17 +179,20 @@ def _needs_labels(group: Any) -> bool:
 
 def _places(
     group: Any, kind: Any, field: str, plugins: tuple[str, ...]
-) -> Iterator[tuple[str, str]]:
-    """(name, where it stands) for each number of a function; the outermost of a name comes last."""
+) -> Iterator[tuple[str, str, bool]]:
+    """(name, where it stands, whether the config gives it) for each number of a function.
+
+    The outermost of a name comes last.
+    """
     parameters = _parameters(group, kind, field, plugins)
     for name, parameter in parameters.items():
         if parameter.annotation in (Divergence, Loss) and name in group:
             yield from _places(group[name], parameter.annotation, f"{field}.{name}", plugins)
     if kind is Loss:
-        yield "weight", f"{field}.weight"
+        yield "weight", f"{field}.weight", True
     for name, parameter in parameters.items():
         if parameter.annotation not in (Divergence, Loss):
-            yield name, f"{field}.{name}"
+            yield name, f"{field}.{name}", name in group
 
 
 def _with_floats(group: Any, kind: Any, field: str, plugins: tuple[str, ...]) -> Any:

@@ -12,6 +12,7 @@ from jax import numpy as jnp
 from abkd_jax import numerics
 from abkd_jax.types import Divergence
 
+_FEW_CLASSES = 256  # up to here numerics.falling_prefix is faster than jax.lax.top_k, on CPU
 _PUBLISHED_EPSILON = 1e-7  # added to the standard deviation by LSKD's code
 
 
@@ -170,11 +171,11 @@ def top_k(student_logits: Array, teacher_logits: Array, *, divergence: Divergenc
     logits = _broadcast_logits("top_k", student_logits, teacher_logits, k)
     if k >= logits[1].shape[-1]:
         return divergence(*logits)
-    support = _support(*logits, k)
+    support, in_head = _head(_order(*logits), k)
 
     def bucketed(logits):
         head = jnp.take_along_axis(logits, support, axis=-1)
-        tail = log_sum_exp(jnp.put_along_axis(logits, support, -jnp.inf, axis=-1, inplace=False))
+        tail = numerics.log_sum_exp(jnp.where(in_head, -jnp.inf, logits))
         return jnp.concatenate([head, tail[..., None]], axis=-1)
 
     return divergence(*map(bucketed, logits))
@@ -204,7 +205,7 @@ def top_k_renormalised(
     logits = _broadcast_logits("top_k_renormalised", student_logits, teacher_logits, k)
     if k >= logits[1].shape[-1]:
         return divergence(*logits)
-    support = _support(*logits, k)
+    support = jax.lax.top_k(_order(*logits), k)[1]
     return divergence(*(jnp.take_along_axis(x, support, axis=-1) for x in logits))
 
 
@@ -233,11 +234,13 @@ def top_k_dropped(
     logits = _broadcast_logits("top_k_dropped", student_logits, teacher_logits, k)
     if k >= logits[1].shape[-1]:
         return divergence(*logits)
-    support, (student_logits, teacher_logits) = _support(*logits, k), logits
-    head = jnp.take_along_axis(teacher_logits, support, axis=-1)
-    nothing = jnp.full_like(teacher_logits, -jnp.inf)
-    cut = jnp.put_along_axis(nothing, support, head, axis=-1, inplace=False)
-    return divergence(student_logits, cut)
+    order = _order(*logits)
+    if order.shape[-1] <= _FEW_CLASSES:
+        in_head = numerics.falling_prefix(numerics.ordered_bits(order), k)
+    else:
+        _, in_head = _head(order, k)
+    student_logits, teacher_logits = logits
+    return divergence(student_logits, jnp.where(in_head, teacher_logits, -jnp.inf))
 
 
 def at_temperature(
@@ -275,15 +278,6 @@ def at_temperature(
     )
 
 
-def log_sum_exp(logits: Array) -> Array:
-    """log sum exp over the last axis, `[..., K]` -> `[...]`; -inf, with slope 0, if all are."""
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    top = jnp.where(jnp.isneginf(top), 0.0, top)
-    mass = jnp.sum(jnp.exp(logits - top), axis=-1)
-    none = mass == 0
-    return jnp.where(none, -jnp.inf, jnp.log(jnp.where(none, 1.0, mass)) + top[..., 0])
-
-
 def _z_scores(logits: Array) -> Array:
     """Of the finite entries of each row; -inf stays."""
     removed = jnp.isneginf(logits)
@@ -308,12 +302,24 @@ def _broadcast_logits(
     return tuple(jnp.broadcast_arrays(*numerics.check_logits(student_logits, teacher_logits)))
 
 
-def _support(student_logits: Array, teacher_logits: Array, k: int) -> Array:
-    """The teacher's k most probable classes, `[..., k]`, of equal ones the first.
+def _order(student_logits: Array, teacher_logits: Array) -> Array:
+    """By which the teacher's most probable classes are taken, of equal ones the first.
 
-    A class that is removed comes last, also behind those that only the teacher gives nothing.
+    A class that is removed comes last, also behind those that only the teacher gives nothing, and
+    NaN first, so that no cut hides it.
     """
     removed = jnp.isneginf(student_logits) & jnp.isneginf(teacher_logits)
     lowest = jnp.finfo(teacher_logits.dtype).min
     order = jnp.where(removed, -jnp.inf, jnp.maximum(teacher_logits, lowest))
-    return jax.lax.top_k(jax.lax.stop_gradient(order), k)[1]
+    order = jnp.where(order == 0, 0.0, jnp.where(jnp.isnan(order), jnp.inf, order))  # nor any -0
+    return jax.lax.stop_gradient(order)
+
+
+def _head(order: Array, k: int) -> tuple[Array, Array]:
+    """The k first classes, `[..., k]`, and whether a class is one of them, `[..., K]`."""
+    falling, support = jax.lax.top_k(order, k)
+    # Not falling[..., -1:], for which XLA on CPU would sort all classes.
+    last = jnp.min(falling, axis=-1, keepdims=True)
+    end = jnp.max(jnp.where(falling == last, support, -1), axis=-1, keepdims=True)
+    index = jnp.arange(order.shape[-1])
+    return support, (order > last) | ((order == last) & (index <= end))

@@ -616,23 +616,23 @@ def _log_sum_of_powers(log_p: Array, log_q: Array, u: Array, order: Array) -> Ar
     c = jnp.where(u > 0, 1.0 - order, order)
     powers = jnp.maximum(log_p, log_q) - c * jnp.maximum(u, -u)
     powers = numerics.with_slopes(powers, (log_p, log_q, order), (order, 1.0 - order, u))
-    return numerics.log_sum_exp(powers)
+    return numerics.log_sum_exp(powers)[..., None]
 
 
 def _head_share(p: Array, p_less_q: Array, head_mass: Array) -> Array:
     """AKL's share of the error |p - q| that lies in the teacher's head; anything where p = q."""
-    sum_over_classes = functools.partial(jnp.sum, axis=-1, keepdims=True)
-    # Not negative, p has the order of its bits, and integers are sorted five times faster on CPU.
-    bits = jax.lax.bitcast_convert_type(p, jnp.int64 if p.dtype == jnp.float64 else jnp.int32)
-    falling = jax.lax.bitcast_convert_type(jnp.sort(bits, axis=-1, descending=True), p.dtype)
-    inside = (jnp.cumsum(falling, axis=-1) <= head_mass) | (jnp.arange(p.shape[-1]) == 0)
-    last = jnp.min(jnp.where(inside, falling, 2.0), axis=-1, keepdims=True)
-    above, level = p > last, p == last
-    left = sum_over_classes(inside) - sum_over_classes(above)
-    in_head = above | (level & (jnp.cumsum(level, axis=-1) <= left))
+    # In fixed point, whose sums are exact in any order; of classes within 2^-31 the first is first.
+    double = p.dtype == jnp.float64
+    scale, dtype = (2.0**61, jnp.int64) if double else (2.0**30, jnp.int32)
+    mass = jnp.round(p * scale).astype(dtype)
+    limit = (jnp.clip(head_mass, 0.0, 1.0) * scale).astype(dtype)
+    limit = jnp.maximum(limit, jnp.max(mass, axis=-1, keepdims=True))  # at least one class
+    in_head = numerics.falling_prefix(mass, limit, weighted=True)
+    in_head = (in_head & (mass > 0)) | (head_mass >= 1)
     error = jnp.abs(p_less_q)
-    total = sum_over_classes(error)
-    return sum_over_classes(jnp.where(in_head, error, 0.0)) / jnp.where(total > 0, total, 1.0)
+    total = jnp.sum(error, axis=-1, keepdims=True)
+    of_head = jnp.sum(jnp.where(in_head, error, 0.0), axis=-1, keepdims=True)
+    return of_head / jnp.where(total > 0, total, 1.0)
 
 
 def _clipped(u: Array, alpha: Array, clip: Array) -> tuple[Array, Array, Array]:

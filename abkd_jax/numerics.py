@@ -5,6 +5,7 @@ work on the last axis, accept -inf for a class that has been removed, and differ
 and reverse mode to any order.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -56,6 +57,32 @@ def check_logits(student_logits: Array, teacher_logits: Array) -> tuple[Array, A
         raise AssertionError(message + "have leading axes that broadcast.") from None
     dtype = jnp.promote_types(jnp.result_type(student_logits, teacher_logits), jnp.float32)
     return jnp.asarray(student_logits, dtype), jnp.asarray(teacher_logits, dtype)
+
+
+def check_labels(labels: Array, shape: tuple[int, ...], name: str = "logits") -> None:
+    """Refuses what is not one integer for each row of an array.
+
+    Args:
+        labels: integers, `[...]`.
+        shape: `[..., K]`, that of the array.
+        name: what the array is, in the message.
+
+    Raises:
+        AssertionError: naming what was found and what was expected.
+    """
+    chex.assert_type(
+        labels,
+        int,
+        custom_message=f"labels must be integers; found {labels.dtype}.",
+        include_default_message=False,
+    )
+    chex.assert_shape(
+        labels,
+        shape[:-1],
+        custom_message=f"labels {list(labels.shape)} must have the leading axes of the {name} "
+        f"{list(shape)}.",
+        include_default_message=False,
+    )
 
 
 def per_row(name: str, number: float | Array, logits: Array) -> Array:
@@ -192,12 +219,41 @@ def _terms(dtype: Any) -> int:
     return 8 if jnp.finfo(dtype).bits == 32 else 15
 
 
-def log_sum_exp(x: Array) -> Array:
-    """log sum e^x over the last axis, which it keeps; finite also where a row is all -inf."""
-    top = jax.lax.stop_gradient(_finite_max(x))
-    total = jnp.sum(jnp.exp(x - top), axis=-1, keepdims=True)
+def ordered_bits(x: Array) -> Array:
+    """Integers in the order of the floats, among which no NaN and no -0."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int64 if x.dtype == jnp.float64 else jnp.int32)
+    return jnp.where(bits < 0, bits ^ jnp.iinfo(bits.dtype).max, bits)
+
+
+def falling_prefix(levels: Array, limit: int | Array, *, weighted: bool = False) -> Array:
+    """The classes taken in falling order of level for as long as their sum is within a limit.
+
+    Of equal levels the first class comes first.
+
+    Args:
+        levels: integers, `[..., K]`, not negative if they are weights.
+        limit: an integer, or `[..., 1]`, whose leading axes broadcast with those of the levels.
+        weighted: whether a class counts as much as its level; else each counts 1.
+
+    Returns:
+        `[..., K]` bool.
+    """
+    limit = jnp.asarray(limit, levels.dtype)
+    leading = jnp.broadcast_shapes(levels.shape[:-1], limit.shape[:-1])
+    levels = jnp.broadcast_to(levels, (*leading, levels.shape[-1]))
+    limit = jnp.broadcast_to(limit, (*leading, 1))
+    by_search = functools.partial(_prefix_by_search, weighted=weighted)
+    by_sort = functools.partial(_prefix_by_sort, weighted=weighted)
+    return jax.lax.platform_dependent(levels, limit, cpu=by_search, default=by_sort)
+
+
+def log_sum_exp(logits: Array) -> Array:
+    """log sum exp over the last axis, `[..., K]` -> `[...]`; -inf, with slope 0, if all are."""
+    top = jax.lax.stop_gradient(_finite_max(logits))
+    total = jnp.sum(jnp.exp(logits - top), axis=-1)
+    none = total == 0
     # Not _normaliser: the derivative of its maximum is halved where the total is just 1.
-    return top + jnp.log(jnp.where(total == 0, 1.0, total))
+    return jnp.where(none, -jnp.inf, jnp.log(jnp.where(none, 1.0, total)) + top[..., 0])
 
 
 @jax.custom_jvp
@@ -316,3 +372,68 @@ def _centred(tangent: Array, log_probs: Array) -> Array:
     at_pivot = jnp.sum(jnp.where(pivot, tangent, 0.0), axis=-1, keepdims=True)
     delta = jnp.where(pivot, 0.0, tangent - at_pivot)
     return delta - jnp.sum(probs * delta, axis=-1, keepdims=True)
+
+
+def _prefix_by_sort(levels: Array, limit: Array, *, weighted: bool) -> Array:
+    order = jnp.argsort(levels, axis=-1, descending=True, stable=True)
+    falling = jnp.take_along_axis(levels, order, axis=-1) if weighted else jnp.ones_like(levels)
+    within = jnp.cumsum(falling, axis=-1) <= limit
+    nothing = jnp.zeros(levels.shape, bool)
+    return jnp.put_along_axis(nothing, order, within, axis=-1, inplace=False)
+
+
+def _prefix_by_search(levels: Array, limit: Array, *, weighted: bool) -> Array:
+    """By bisection, bit by bit: on CPU all its passes together take a fraction of a sort.
+
+    First of the level at which the sum exceeds the limit, until every row has one class left that
+    may be it. Where several share that level, of the index up to which they still fit.
+    """
+    columns, limit = jnp.moveaxis(levels, -1, 0), limit[..., 0]  # to reduce by whole vectors
+    weights = columns if weighted else jnp.ones_like(columns)
+    one = jnp.ones((), levels.dtype)
+
+    def sum_of(inside):
+        return jnp.sum(jnp.where(inside, weights, 0), axis=0, dtype=levels.dtype)
+
+    def halve(state):  # low <= level < low + 2^bits, with the sums from there on
+        bits, low, from_low, above, _ = state
+        bits -= 1
+        middle = low + (one << bits)
+        from_middle = sum_of(columns >= middle)
+        exceeds = from_middle > limit
+        low = jnp.where(exceeds, middle, low)
+        from_low = jnp.where(exceeds, from_middle, from_low)
+        above = jnp.where(exceeds, above, from_middle)
+        lightest = low if weighted else one
+        single = (from_low > limit) & (from_low - above - lightest < lightest)
+        return bits, low, from_low, above, single
+
+    info = jnp.iinfo(levels.dtype)
+    bits, lowest = (info.bits - 1, 0) if weighted else (info.bits, info.min)
+    low, everything = jnp.full_like(limit, lowest), sum_of(columns >= lowest)
+    state = (
+        jnp.asarray(bits, levels.dtype),
+        low,
+        everything,
+        jnp.zeros_like(limit),
+        jnp.zeros_like(limit, bool),
+    )
+    bits, low, _, above, single = jax.lax.while_loop(
+        lambda state: (state[0] > 0) & ~jnp.all(state[-1]), halve, state
+    )
+    high = low + ((one << bits) - 1)
+
+    level = (columns >= low) & (columns <= high)
+    index = jnp.arange(len(columns)).reshape(-1, *[1] * limit.ndim)
+
+    def advance(state):
+        bits, end = state
+        further = end + (1 << (bits - 1))
+        fits = above + sum_of(level & (index < further)) <= limit
+        return bits - 1, jnp.where(fits, further, end)
+
+    steps = jnp.where(jnp.all(single), 0, len(columns).bit_length())
+    state = steps, jnp.zeros_like(limit, steps.dtype)
+    _, end = jax.lax.while_loop(lambda state: state[0] > 0, advance, state)
+    low, high, end = low[..., None], high[..., None], end[..., None]
+    return (levels > high) | ((levels >= low) & (jnp.arange(levels.shape[-1]) < end))

@@ -40,13 +40,20 @@ CLASS_MEANS = "class_means"  # the array of a config that is computed from a net
 MASKS = ("where", "labelled")
 TERM_FIELDS = ("fn", "weight", "where", "other")
 _UNIT = (lambda x: (x >= 0) & (x <= 1), "between 0 and 1")
+_POSITIVE = (lambda x: (x > 0) & (x < jnp.inf), "greater than 0 and finite")
 _DOMAINS = {  # what a number of that name may be; any other may be what is finite
     "clip_norm": (lambda x: x > 0, "greater than 0"),
     "ema_decay": (lambda x: (x >= 0) & (x < 1), "at least 0 and less than 1"),
+    "clip": (lambda x: x >= 1, "at least 1"),  # of `alphanet`
+    "epsilon": _POSITIVE,
+    "head_mass": _UNIT,
     "label_smoothing": _UNIT,
     "learning_rate": (lambda x: (x >= 0) & (x < jnp.inf), "at least 0 and finite"),
+    "order": (lambda x: (x >= 0) & (x < jnp.inf), "at least 0 and finite"),
+    "regularization": _POSITIVE,
+    "skew": _UNIT,
     "teacher_weight": _UNIT,
-    "temperature": (lambda x: (x > 0) & (x < jnp.inf), "greater than 0 and finite"),
+    "temperature": _POSITIVE,
 }
 _OF_THE_STEP = ("input_gradient",)  # what the training step makes, for any network
 _KINDS = {Divergence: "divergence", Loss: "loss"}

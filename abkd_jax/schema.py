@@ -7,6 +7,7 @@ from jax import Array
 from jax import numpy as jnp
 
 from abkd_jax import data, models
+from abkd_jax.analysis.probe import check_probes
 from abkd_jax.objective import number, objective
 from abkd_jax.train import optimizer
 from abkd_jax.train.state import Module
@@ -21,6 +22,7 @@ DEFAULTS = {
     "devices": 0,  # 0: all that there are
     "micro_batches": 1,
     "plugins": (),
+    "analysis": (),  # of `analysis.PROBES`: what is measured besides, every log_every steps
 }
 NETWORK_FIELDS = ("model", "optimizer", "terms", "checkpoint", "ema_decay", "project")
 GIVEN = "given"  # the model of a network, or the name of a data set, that the caller hands over
@@ -118,13 +120,46 @@ def _learning_module(config: Mapping[str, Any], name: str, num_classes: int) -> 
     plain, project = module(config, name, num_classes=num_classes), config[name].get("project")
     if project is None:
         return plain
-    width = project.get("hidden") if isinstance(project, Mapping) else None
-    if type(width) is not int or width < 1 or len(project) > 1:
+    width = project.get("hidden") if isinstance(project, Mapping) and len(project) == 1 else None
+    others = [other for other in networks(config) if other != name]
+    if not ((type(width) is int and width >= 1) or width in others):
         raise ValueError(
             f"{name}.project must be dict(hidden=WIDTH), with the width of the other network's "
-            f"features; found {project!r}."
+            f"features, or dict(hidden=NAME), with its name; found {project!r}."
         )
-    return models.projected(plain, hidden=width)
+    return models.projected(plain, hidden=width if type(width) is int else 1)
+
+
+def with_widths(
+    config: Mapping[str, Any], hidden_width: Callable[[str], int | None]
+) -> dict[str, Any]:
+    """The config with a width for each name in a `project`, which is left out where it is equal.
+
+    Args:
+        config: as a plain dict.
+        hidden_width: of a network's features before any projection, by its name; None if it shows
+            none.
+
+    Returns:
+        The config.
+
+    Raises:
+        ValueError: naming the network that shows no features.
+    """
+    resolved = dict(config)
+    for name, group in networks(config).items():
+        other = (group.get("project") or {}).get("hidden")
+        if isinstance(other, str):
+            width = hidden_width(other)
+            if width is None:
+                raise ValueError(
+                    f"{name}.project: the model of {other!r} does not give 'hidden', the features "
+                    "to project to."
+                )
+            resolved[name] = {key: value for key, value in group.items() if key != "project"}
+            if width != hidden_width(name):
+                resolved[name]["project"] = {"hidden": width}
+    return resolved
 
 
 def objectives(
@@ -229,7 +264,7 @@ def check(config: Mapping[str, Any], *, given: Iterable[str] = (), has_data: boo
                 f"{', '.join(known)}, and networks, which have a model."
             )
     for key in ("batch_size", "num_steps", "init_seed", "data_seed", *DEFAULTS):
-        if key != "plugins":
+        if key not in ("plugins", "analysis"):
             value, zero = config.get(key, 1), key.endswith("seed") or DEFAULTS.get(key) == 0
             least = 0 if zero else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -241,6 +276,10 @@ def check(config: Mapping[str, Any], *, given: Iterable[str] = (), has_data: boo
             f"batch_size must be a multiple of micro_batches, {parts}; found "
             f"{config['batch_size']!r}."
         )
+    try:
+        check_probes(config.get("analysis", ()))
+    except ValueError as error:
+        raise ValueError(f"analysis: {error}") from None
     if not isinstance(config["mode"], str) or config["mode"] not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}; found {config['mode']!r}.")
     for name in MODES[config["mode"]]:

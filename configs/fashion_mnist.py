@@ -69,6 +69,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
             init_seed=0,
             data_seed=0,
             plugins=(),
+            analysis=(),
         )
     )
     if "omit" in options:

@@ -3,7 +3,7 @@
 Command: python -m abkd_jax.main --config=configs/cifar100.py:method=dkd --workdir=runs/dkd
 
 Weights, temperatures and scales are those of each paper or its code on CIFAR-100 for ResNet-56 to
-ResNet-20, or for the pair that it names; "our reading" marks what is not public. Warm-ups are those
+ResNet-20, or for the pair that is named; "our reading" marks what is not public. Warm-ups are those
 of 20 in 240 epochs. Where labels are withheld, a training config averages the labels' term over the
 labelled examples, and a loss that needs a label takes the teacher's most likely class for it.
 """
@@ -26,7 +26,7 @@ def get_methods(*, batch_size: int, num_steps: int) -> dict[str, dict[str, Any]]
         rest_divergence=dict(fn="forward_kl"),
     )
     dist = dict(fn="dist", row_weight=1.0, column_weight=1.0, temperature=4.0)
-    lskd = _on_logits(_standardized("forward_kl"), temperature=2.0)
+    lskd = _standardized("forward_kl", temperature=2.0)
     alpha_beta = dict(fn="alpha_beta", alpha=0.8, beta=0.3)
     ttm = _on_logits(_powered("forward_kl"), temperature=1.0, power=0.0)
     nd = dict(fn="norm_and_direction", centers="class_means")
@@ -42,7 +42,8 @@ def get_methods(*, batch_size: int, num_steps: int) -> dict[str, dict[str, Any]]
         "js": _terms(
             0.1, distill=(0.9, _kd("jensen_shannon", temperature=4.0, teacher_weight=0.5))
         ),
-        # Zheng and Yang, "Knowledge distillation based on transformed teacher matching", 2024.
+        # Zheng and Yang, "Knowledge distillation based on transformed teacher matching", 2024; the
+        # weight is that of VGG-13 to VGG-8, for WTTM our reading.
         "ttm": _terms(1.0, distill=(45.0, ttm)),
         "wttm": _terms(1.0, distill=(45.0, dict(fn="power_weighted", teacher_power=0.1, loss=ttm))),
         # Zhao et al., "Decoupled knowledge distillation", 2022.
@@ -53,7 +54,8 @@ def get_methods(*, batch_size: int, num_steps: int) -> dict[str, dict[str, Any]]
         "lskd": _terms(0.1, distill=(9.0, lskd)),
         # Huang et al., "Knowledge distillation from a stronger teacher", 2022.
         "dist": _terms(1.0, distill=(1.0, dist)),
-        # Jin et al., "Multi-level logit distillation", 2023: its terms, on one view.
+        # Jin et al., "Multi-level logit distillation", 2023: its terms, on one view and at one of
+        # its five temperatures, without its masks: our reading.
         "mlkd": _terms(
             0.1,
             distill=(0.9, kd),
@@ -73,15 +75,13 @@ def get_methods(*, batch_size: int, num_steps: int) -> dict[str, dict[str, Any]]
                 ),
             ),
         ),
-        # Wang et al., "ABKD", 2025, and its plug-ins.
+        # Wang et al., "ABKD", 2025, and its plug-ins: alpha and beta of `abkd` and `ab_lskd` are
+        # published for this pair, those of the other two our reading.
         "abkd": _terms(1.0, distill=(32.0, _on_logits(alpha_beta, temperature=4.0, power=0.0))),
         "ab_dkd": _terms(1.0, distill=(rising, dkd | dict(rest_divergence=alpha_beta))),
         "ab_lskd": _terms(
             0.1,
-            distill=(
-                9.0,
-                _on_logits(_standardized("alpha_beta", alpha=0.9, beta=0.3), temperature=2.0),
-            ),
+            distill=(9.0, _standardized("alpha_beta", alpha=0.9, beta=0.3, temperature=2.0)),
         ),
         "ab_ttm": _terms(
             1.0,
@@ -90,7 +90,8 @@ def get_methods(*, batch_size: int, num_steps: int) -> dict[str, dict[str, Any]]
                 _on_logits(_powered("alpha_beta", alpha=0.8, beta=0.3), temperature=1.0, power=0.0),
             ),
         ),
-        # Su et al., "EA-KD", 2025, and its first version, "ER-KD", 2023.
+        # Su et al., "EA-KD", 2025, and its first version, "ER-KD", 2023; with DKD's weights for
+        # this pair, and on ABKD: our reading.
         "er_kd": _terms(0.1, distill=(0.9, _weighted("entropy_weighted", kd, 4.0))),
         "er_dkd": _terms(1.0, distill=(rising, _weighted("entropy_weighted", dkd, 4.0))),
         "ea_kd": _terms(0.1, distill=(0.9, _weighted("entropy_aware", kd, 3.0))),
@@ -108,8 +109,8 @@ def get_methods(*, batch_size: int, num_steps: int) -> dict[str, dict[str, Any]]
         "wslkd": _terms(1.0, distill=(2.25, dict(fn="difficulty_weighted", loss=kd))),
         # Amara et al., "BD-KD", 2022, from a teacher that is ready: our reading of the constants.
         "bdkd": _terms(1.0, distill=(1.0, gated)),
-        # Zhang et al., "CAKD", 2024: on logits it is DKD with a target weight of 1; on the
-        # penultimate layer, our reading. It takes equal widths, or a student with `project`.
+        # Zhang et al., "CAKD", 2024: on logits it is DKD with a target weight of 1, here without a
+        # warm-up; on the penultimate layer. Both our reading.
         "cakd": _terms(1.0, distill=(1.0, dkd)),
         "cakd_features": _terms(1.0, distill=(1.0, dkd), features=(1.0, cakd)),
         # Cui et al., "SinKD", 2024: 0.8 x 0.001 x the sum over the batch.
@@ -170,8 +171,12 @@ def _on_logits(divergence: dict[str, Any], *, temperature: float, power: float =
     return dict(fn="on_logits", divergence=divergence) | numbers
 
 
-def _standardized(name: str, **numbers: float) -> dict[str, Any]:
-    return dict(fn="standardized", divergence=dict(fn=name) | numbers)
+def _standardized(name: str, *, temperature: float, **numbers: float) -> dict[str, Any]:
+    """The temperature divides the z-scores: a divisor of the logits would cancel in them."""
+    divergence = dict(fn=name) | numbers
+    scores = dict(temperature=temperature, temperature_power=2.0, divergence=divergence)
+    divergence = dict(fn="standardized", divergence=dict(fn="tempered") | scores)
+    return dict(fn="on_logits", divergence=divergence)
 
 
 def _powered(name: str, **numbers: float) -> dict[str, Any]:

@@ -391,6 +391,25 @@ def test_of_equal_logits_the_first_are_taken():
     np.testing.assert_allclose(bound(student, teacher), true, rtol=1e-5)
 
 
+@pytest.mark.parametrize("classes", [256, 257])
+@pytest.mark.parametrize("name", ["top_k", "top_k_dropped"])
+def test_the_heads_of_many_classes_with_ties(name, classes):
+    """Around the number from which on `top_k_dropped` takes another way to its head."""
+    rng = np.random.default_rng(0)
+    student = rng.normal(size=(8, classes)).astype(np.float32)
+    teacher = rng.integers(-3, 4, (8, classes)).astype(np.float32)  # some 36 of each logit
+    value = bind(getattr(combinators, name), divergence=forward_kl, k=50)(student, teacher)
+    p, q = softmax(teacher.astype(float)), softmax(student.astype(float))
+    head = np.argsort(np.argsort(-teacher, axis=-1, kind="stable"), axis=-1) < 50
+    kept = np.where(head, p, 0)
+    if name == "top_k":
+        tails = [np.where(head, 0, x).sum(-1) for x in (p, q)]
+        true = kl(kept, np.where(head, q, 1)) + kl(*(x[:, None] for x in tails))
+    else:
+        true = kl(kept / kept.sum(-1, keepdims=True), q)
+    np.testing.assert_allclose(value, true, rtol=1e-5)
+
+
 def test_a_removed_class_does_not_stand_before_one_that_only_the_teacher_lacks():
     """k = 3 of four present classes, two of which the teacher gives nothing."""
     teacher = np.array([-INF, 1, 0, -INF, -INF], np.float32)
@@ -425,6 +444,17 @@ def test_dropping_the_tail_costs_its_mass_and_renormalising_nothing():
     tail_moved = np.where(rank < 3, teacher, teacher + 2)
     value, _ = evaluate(ROWS["top_k_renormalised"].bound, tail_moved, teacher)
     np.testing.assert_array_equal(value, np.zeros(B))
+
+
+@pytest.mark.parametrize("name", ["top_k", "top_k_renormalised", "top_k_dropped"])
+def test_of_two_zeros_the_sign_is_no_order_and_a_nan_is_not_cut_away(name):
+    student = np.array([0.3, 0.1, 0.9, -2, 0.4], np.float32)
+    bound = bind(getattr(combinators, name), divergence=forward_kl, k=2)
+    teacher = np.array([-0.0, 0, 0, -1, -1], np.float32)
+    np.testing.assert_array_equal(bound(student, teacher), bound(student, teacher + 0))
+    for nan in (np.nan, -np.nan):
+        assert np.isnan(bound(student, np.array([0, 1, nan, 3, 4], np.float32)))
+        assert np.isnan(bound(student, np.full(5, nan, np.float32)))
 
 
 @pytest.mark.parametrize("power", [0.0, 2.0])

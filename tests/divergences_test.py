@@ -1112,6 +1112,31 @@ def test_the_weights_of_adaptive_kl():
         )
 
 
+def test_the_head_of_a_saturated_teacher_is_its_class_and_that_of_all_the_mass_is_everything():
+    teacher = np.array([[300.0, -INF, 0, 5], [300, 0, 0, 1]], np.float32)
+    student = np.array([[0.0, 1, 2, 3], [3, 2, 1, 0]], np.float32)
+    for head_mass in (0.0, 0.3, 0.999):
+        value = divergences.adaptive_kl(student, teacher, head_mass=head_mass)
+        p, q = (scipy.special.softmax(x.astype(float), axis=-1) for x in (teacher, student))
+        share = np.abs(p - q)[:, 0] / np.abs(p - q).sum(-1)
+        parts = [d(student, teacher) for d in (divergences.forward_kl, divergences.reverse_kl)]
+        np.testing.assert_allclose(value, share * parts[0] + (1 - share) * parts[1], rtol=1e-5)
+    whole = divergences.adaptive_kl(student, teacher, head_mass=1.0)
+    np.testing.assert_allclose(whole, divergences.forward_kl(student, teacher), rtol=1e-6)
+
+
+def test_adaptive_kl_of_a_large_vocabulary_in_float32():
+    """All classes but few lie below the step of fixed point in which the head is found."""
+    rng = np.random.default_rng(0)
+    student, teacher = (3.0 * rng.normal(size=(2, 4, 30_000))).astype(np.float32)
+    teacher[:, :8] += 25
+    for head_mass in (0.5, 0.9):
+        value = divergences.adaptive_kl(student, teacher, head_mass=head_mass)
+        p, q = (scipy.special.softmax(x.astype(float), axis=-1) for x in (teacher, student))
+        true = [adaptive_kl(*row, head_mass) for row in zip(p, q, strict=True)]
+        np.testing.assert_allclose(value, true, rtol=1e-4)
+
+
 def torch_alphanet(torch, z_s, z_t, alpha, clip):
     """D and G, as published."""
     q, p = torch.softmax(z_s, -1).detach(), torch.softmax(z_t, -1)

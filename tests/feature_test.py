@@ -16,7 +16,7 @@ import abkd_jax
 from abkd_jax import data, models, schema, train
 from abkd_jax.losses import decoupled_features, norm_and_direction, total
 from abkd_jax.losses.feature import aligned, class_means, norm
-from abkd_jax.train import fit, loop, optimizer
+from abkd_jax.train import fit, optimizer, phase
 from abkd_jax.train.loop import train_and_evaluate
 from abkd_jax.types import Outputs, Term, bind
 
@@ -400,7 +400,7 @@ def fits(monkeypatch):
         found.append(fitted)
         return fit.fit_phase(fitted, *args)
 
-    monkeypatch.setattr(loop, "fit_phase", spy)
+    monkeypatch.setattr(phase, "fit_phase", spy)
     return found
 
 
@@ -472,14 +472,33 @@ def test_class_means_are_those_of_a_network_that_does_not_learn():
     assert message.startswith("student.terms.it: norm_and_direction.centers must be a number; ")
 
 
-@pytest.mark.parametrize("project", [5, {}, dict(hidden=0), dict(hidden=5.0), dict(logits=5)])
+@pytest.mark.parametrize(
+    "project", [5, {}, dict(hidden=0), dict(hidden=5.0), dict(logits=5), dict(hidden="student")]
+)
 def test_projections_that_are_refused(project):
     made = config(ND)
     made["student"]["project"] = project
     assert refused(made) == (
         "student.project must be dict(hidden=WIDTH), with the width of the other network's "
-        f"features; found {project!r}."
+        f"features, or dict(hidden=NAME), with its name; found {project!r}."
     )
+
+
+def test_a_projection_to_a_network_has_its_width(tmp_path):
+    for width, projected in ((4, True), (5, False)):
+        made = config(ND)
+        made["student"] = made["student"] | dict(widths=(width,), project=dict(hidden="teacher"))
+        folder = tmp_path / f"{width}"
+        train_and_evaluate(made, folder, data=vectors())
+        resolved = json.loads((folder / "config.json").read_text())["config"]["student"]
+        assert resolved.get("project") == (dict(hidden=5) if projected else None)
+    given = {"teacher": (lambda kernel, x: x @ kernel, np.ones((DIM, CLASSES), np.float32))}
+    made = config(ND, teacher=dict(model="given"))
+    made["student"] = made["student"] | dict(project=dict(hidden="teacher"))
+    with pytest.raises(
+        ValueError, match=r"^student\.project: the model of 'teacher' does not give"
+    ):
+        train_and_evaluate(made, tmp_path / "given", networks=given, data=vectors())
 
 
 def test_projections_of_networks_that_do_not_learn_are_refused():

@@ -87,8 +87,8 @@ OF_FLAGS = [
     ([*_FAST, "runs/w"], "unknown arguments: runs/w; every option starts with --."),
     ([*_FAST, "--workdir=w", "--config.studnet.widths=(3,)"],
      "--config.studnet.widths: the config has no 'studnet' there (did you mean 'student'?); it "
-     "has baseline, batch_size, checkpoint_every, data, data_seed, devices, init_seed, log_every, "
-     "micro_batches, mode, num_steps, plugins, steps_per_call, student, teacher."),
+     "has analysis, baseline, batch_size, checkpoint_every, data, data_seed, devices, init_seed, "
+     "log_every, micro_batches, mode, num_steps, plugins, steps_per_call, student, teacher."),
     ([*_FAST, "--workdir=w", "--config.student.optimizer.momentum=1.0"],
      "--config.student.optimizer.momentum: the config has no 'momentum' there; it has "
      "learning_rate, name."),

@@ -47,6 +47,13 @@ def test_where_labels_are_withheld_a_method_uses_those_that_there_are(method):
             assert (term["loss"] if wrapped else term)["fn"] == METHODS[method][name]["fn"]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_on_features_projects_where_widths_differ(method):
+    of_features = bool(named(METHODS[method]) & {"norm_and_direction", "decoupled_features"})
+    student = get_config("digits", f"method={method}")["student"]
+    assert student.get("project") == (dict(hidden="teacher") if of_features else None)
+
+
 def test_weights_that_depend_on_the_run():
     assert METHODS["sinkd"]["transport"]["weight"] == pytest.approx(0.8 * 0.001 * 64)
     assert METHODS["dkd"]["distill"]["weight"] == dict(fn="warmup", value=1.0, steps=20)
@@ -56,6 +63,12 @@ def test_the_number_of_a_method_can_be_changed():
     terms = get_config("digits", "method=abkd,alpha=0.5,weight=16.")["student"]["terms"]
     assert terms["distill"]["weight"] == 16.0
     assert terms["distill"]["divergence"] == dict(fn="alpha_beta", alpha=0.5, beta=0.3)
+
+
+def test_the_temperature_of_lskd_is_that_of_its_scores():
+    terms = get_config("digits", "method=lskd,temperature=4.")["student"]["terms"]
+    assert terms["distill"]["divergence"]["divergence"]["temperature"] == 4.0
+    assert "temperature" not in terms["distill"]
 
 
 def test_an_unknown_method_is_refused():

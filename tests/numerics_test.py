@@ -114,10 +114,55 @@ def test_log_sum_exp():
     )(x)
     kept = [0, 1, 3]
     exact = x.astype(np.float64)[kept]
-    true = scipy.special.logsumexp(exact, axis=-1, keepdims=True)
-    np.testing.assert_allclose(value[kept,], true, rtol=1e-6)
+    np.testing.assert_allclose(value[kept,], scipy.special.logsumexp(exact, axis=-1), rtol=1e-6)
     np.testing.assert_allclose(slopes[kept,], scipy.special.softmax(exact, axis=-1), atol=1e-6)
-    assert np.isfinite(value[2]).all() and not slopes[2].any()
+    assert value[2] == -INF and not slopes[2].any()
+
+
+def taken(levels, limit, weighted):
+    """The mask of one row, class by class."""
+    mask, total = np.zeros(len(levels), bool), 0
+    for index in np.argsort(-levels.astype(object), kind="stable"):
+        total += int(levels[index]) if weighted else 1
+        if total > limit:
+            break
+        mask[index] = True
+    return mask
+
+
+@pytest.mark.parametrize("way", ["falling_prefix", "_prefix_by_search", "_prefix_by_sort"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["counted", "weighted"])
+def test_falling_prefix(weighted, way):
+    """Against a loop: few levels and so many ties, many levels, and both in one batch."""
+    rng = np.random.default_rng(0)
+    prefix = jax.jit(functools.partial(getattr(numerics, way), weighted=weighted))
+    lowest = 0 if weighted else -(2**31)
+    for highest, classes in ((2**31 // 40, 33), (2**31 // 40, 1)):
+        levels = rng.integers(max(lowest, -(2**31)), highest, (40, classes))
+        levels[:10] = rng.integers(max(lowest, -1), 3, (10, classes))
+        levels = levels.astype(np.int32)
+        every = levels.astype(np.int64).sum(-1) if weighted else np.full(40, classes)
+        limits = (every * rng.choice([-0.01, 0, 0.2, 0.5, 0.9, 1, 2], 40)).astype(np.int32)
+        true = [taken(*row, weighted) for row in zip(levels, limits, strict=True)]
+        np.testing.assert_array_equal(prefix(levels, limits[:, None]), true)
+        alone = [prefix(*row) for row in zip(levels[:3], limits[:3, None], strict=True)]
+        np.testing.assert_array_equal(alone, true[:3])
+        np.testing.assert_array_equal(jax.vmap(prefix)(levels, limits[:, None]), true)
+    with jax.enable_x64(True):
+        levels = rng.integers(0 if weighted else -(2**62), 2**62 // 33, (40, 33))
+        limits = rng.integers(0, 2**61 if weighted else 33, (40, 1))
+        true = [taken(*row, weighted) for row in zip(levels, limits[:, 0], strict=True)]
+        np.testing.assert_array_equal(prefix(levels, limits), true)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_ordered_bits(dtype):
+    info = np.finfo(dtype)
+    x = [-INF, info.min, -1.5, -1.0, -info.tiny, 0.0, info.tiny, 1.0, 1.0 + info.eps, info.max, INF]
+    with jax.enable_x64(True):
+        bits = np.asarray(numerics.ordered_bits(jnp.array(x, dtype)))
+        assert bits.dtype.itemsize == np.dtype(dtype).itemsize
+        assert np.all(bits[1:] > bits[:-1])
 
 
 NODES = [0.0, 1e-12, 1e-3, 0.3, 0.5, 0.8, 4.0, 60.0]

@@ -100,10 +100,12 @@ REFUSED = {
     },
     "the config has the unknown key 'num_step' (did you mean 'num_steps'?); it takes mode, data, "
     "batch_size, num_steps, init_seed, data_seed, checkpoint_every, log_every, steps_per_call, "
-    "devices, micro_batches, plugins, and networks, which have a model.": {"num_step": 3},
+    "devices, micro_batches, plugins, analysis, and networks, which have a model.": {"num_step": 3},
     "the config has the unknown group without a model 'peer'; it takes mode, data, batch_size, "
     "num_steps, init_seed, data_seed, checkpoint_every, log_every, steps_per_call, devices, "
-    "micro_batches, plugins, and networks, which have a model.": {"peer": {"widths": (3,)}},
+    "micro_batches, plugins, analysis, and networks, which have a model.": {
+        "peer": {"widths": (3,)}
+    },
     "mode must be one of offline, online; found 'ofline'.": {"mode": "ofline"},
     "batch_size must be an integer of at least 1; found 0.": {"batch_size": 0},
     "num_steps must be an integer of at least 1; found 1.5.": {"num_steps": 1.5},

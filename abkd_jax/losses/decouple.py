@@ -1,12 +1,11 @@
 """Losses that treat the label's class and the rest of the classes apart."""
 
-import chex
 import jax
 from jax import Array
 from jax import numpy as jnp
 
 from abkd_jax import numerics
-from abkd_jax.combinators import at_temperature, log_sum_exp
+from abkd_jax.combinators import at_temperature
 from abkd_jax.divergences import forward_kl
 from abkd_jax.types import Batch, Divergence, Outputs
 
@@ -126,24 +125,12 @@ nkd.needs = ("logits",)
 def _is_label(labels: Array, student_logits: Array, teacher_logits: Array) -> Array:
     """`[..., K]`, True at the label, at class 0 where it is withheld."""
     shape = jnp.broadcast_shapes(student_logits.shape, teacher_logits.shape)
-    chex.assert_type(
-        labels,
-        int,
-        custom_message=f"labels must be integers; found {labels.dtype}.",
-        include_default_message=False,
-    )
-    chex.assert_shape(
-        labels,
-        shape[:-1],
-        custom_message=f"labels {list(labels.shape)} must have the leading axes of the logits "
-        f"{list(shape)}.",
-        include_default_message=False,
-    )
+    numerics.check_labels(labels, shape)
     return jnp.maximum(labels, 0)[..., None] == jnp.arange(shape[-1])
 
 
 def _target_pair(logits: Array, is_label: Array) -> Array:
     """log p_y and log(1 - p_y) up to the row's normaliser, `[..., 2]`."""
     of_label = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
-    of_rest = log_sum_exp(jnp.where(is_label, -jnp.inf, logits))
+    of_rest = numerics.log_sum_exp(jnp.where(is_label, -jnp.inf, logits))
     return jnp.stack([of_label, of_rest], axis=-1)

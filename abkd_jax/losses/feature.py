@@ -10,7 +10,7 @@ from jax import Array
 from jax import numpy as jnp
 
 from abkd_jax import numerics
-from abkd_jax.combinators import at_temperature, log_sum_exp
+from abkd_jax.combinators import at_temperature
 from abkd_jax.divergences import forward_kl
 from abkd_jax.types import Batch, Outputs
 
@@ -48,7 +48,7 @@ def norm_and_direction(
     """
     f_s, f_t = _features(student, teacher)
     labels = batch["labels"]
-    _check_labels(labels, f_s)
+    numerics.check_labels(labels, f_s.shape, "features")
     width = f_s.shape[-1]
     chex.assert_shape(
         centers,
@@ -118,7 +118,7 @@ def decoupled_features(
     """
     f_s, f_t = _features(student, teacher)
     labels = batch["labels"]
-    _check_labels(labels, f_s)
+    numerics.check_labels(labels, f_s.shape, "features")
     strong = _strong_units(f_t, teacher.unembedding, labels)
     s, t, scale = at_temperature(f_s, f_t, temperature, 2.0)
     strong_weight = numerics.per_row("strong_weight", strong_weight, f_s)
@@ -126,7 +126,7 @@ def decoupled_features(
     sets = jnp.stack([strong, ~strong], axis=-2)
     s, t = (jnp.where(sets, x[..., None, :], -jnp.inf) for x in (s, t))
     within = forward_kl(s, t)  # [..., 2]; what is -inf on both sides is no part of it
-    value = forward_kl(log_sum_exp(s), log_sum_exp(t))[..., None]
+    value = forward_kl(numerics.log_sum_exp(s), numerics.log_sum_exp(t))[..., None]
     value += strong_weight * within[..., :1] + weak_weight * within[..., 1:]
     return jnp.where(labels < 0, jnp.nan, scale * value[..., 0])
 
@@ -186,7 +186,7 @@ def class_sums(hidden: Array, labels: Array, num_classes: int) -> tuple[Array, A
     The arguments are those of `class_means`; over parts of a set the results add up.
     """
     chex.assert_rank(hidden, 2)
-    _check_labels(labels, hidden)
+    numerics.check_labels(labels, hidden.shape, "features")
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     member = jax.nn.one_hot(labels, num_classes, dtype=dtype)
     sums = jnp.einsum("nk,nd->kd", member, hidden.astype(dtype), precision="highest")
@@ -211,22 +211,6 @@ def _features(student: Outputs, teacher: Outputs) -> tuple[Array, Array]:
     )
     dtype = jnp.promote_types(jnp.result_type(f_s, f_t), jnp.float32)
     return jnp.asarray(f_s, dtype), jnp.asarray(f_t, dtype)
-
-
-def _check_labels(labels: Array, features: Array) -> None:
-    chex.assert_type(
-        labels,
-        int,
-        custom_message=f"labels must be integers; found {labels.dtype}.",
-        include_default_message=False,
-    )
-    chex.assert_shape(
-        labels,
-        features.shape[:-1],
-        custom_message=f"labels {list(labels.shape)} must have the leading axes of the features "
-        f"{list(features.shape)}.",
-        include_default_message=False,
-    )
 
 
 def _strong_units(f_t: Array, unembedding: Array, labels: Array) -> Array:

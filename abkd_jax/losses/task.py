@@ -40,13 +40,7 @@ def cross_entropy(
         f"{student.logits.dtype} and {labels.dtype}.",
         include_default_message=False,
     )
-    chex.assert_shape(
-        labels,
-        student.logits.shape[:-1],
-        custom_message=f"labels {list(labels.shape)} must have the leading axes of the logits "
-        f"{list(student.logits.shape)}.",
-        include_default_message=False,
-    )
+    numerics.check_labels(labels, student.logits.shape)
     dtype = jnp.promote_types(student.logits.dtype, jnp.float32)
     log_q = numerics.log_softmax(student.logits.astype(dtype))
     present = ~jnp.isneginf(log_q)

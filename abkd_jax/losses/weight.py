@@ -6,7 +6,7 @@ from jax import Array
 from jax import numpy as jnp
 
 from abkd_jax import numerics
-from abkd_jax.combinators import at_temperature, log_sum_exp
+from abkd_jax.combinators import at_temperature
 from abkd_jax.losses.task import cross_entropy
 from abkd_jax.types import Batch, Loss, Outputs
 
@@ -188,7 +188,7 @@ def power_weighted(
     removed = jnp.isneginf(log_p)
     power = numerics.per_row("teacher_power", teacher_power, log_p)
     log_powers = jnp.where(removed, log_p, power * jnp.where(removed, 0.0, log_p))
-    weight = jnp.exp(log_sum_exp(log_powers))
+    weight = jnp.exp(numerics.log_sum_exp(log_powers))
     return _reweighted("power_weighted", loss, weight, student, teacher, batch)
 
 

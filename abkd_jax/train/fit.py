@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from abkd_jax import data as datasets
 from abkd_jax import schema, train
-from abkd_jax.train import evaluation, parallel
+from abkd_jax.train import evaluation, parallel, probing
 from abkd_jax.train.checkpoint import Checkpoints
 from abkd_jax.train.interruption import Interruption
 from abkd_jax.train.progress import Progress
@@ -279,7 +279,11 @@ def _check_finite(fit: Fit, carry: Carry, feed: datasets.Feed) -> None:
 
 
 class _Log:
-    """Writes the rows of a phase and shows them."""
+    """Writes the rows of a phase and shows them.
+
+    With `config.analysis`, each row of training metrics has those of `analysis.probe` beside them,
+    and the seconds that they took.
+    """
 
     def __init__(self, fit: Fit, writer: Writer, progress: Progress, step: int):
         self._fit, self._writer, self._progress = fit, writer, progress
@@ -295,6 +299,15 @@ class _Log:
             preprocess=fit.run.data.preprocess,
             mesh=fit.run.mesh,
         )
+        self._probes = tuple(fit.run.config["analysis"])
+        if self._probes:
+            batches = probing.probe_batches(
+                fit.split,
+                data_seed=fit.run.config["data_seed"],
+                size=fit.size // fit.run.config["micro_batches"],
+                preprocess=fit.run.data.preprocess,
+            )
+            self._batches = parallel.replicated(batches, fit.run.mesh)
 
     def training(self, carry: Carry, step: int) -> None:
         """The means of the metrics since the last multiple of log_every."""
@@ -304,7 +317,23 @@ class _Log:
             row[f"{name}/learning_rate"] = state.opt_state.hyperparams["learning_rate"]
         steps = step - self._step
         self._step = step
+        if self._probes:
+            row |= self._analysis(carry)
         self._write(step, row, examples=steps * self._fit.size)
+
+    def _analysis(self, carry: Carry) -> dict[str, float]:
+        """The probes, and what they cost beside the steps."""
+        jax.block_until_ready(carry)
+        begun = time.monotonic()
+        found = probing.probed(
+            carry.learners,
+            self._fit.frozen,
+            self._batches,
+            self._fit.objectives,
+            probes=self._probes,
+        )
+        row = {name: float(value) for name, value in jax.device_get(found).items()}
+        return row | {"time/analysis_seconds": time.monotonic() - begun}
 
     def evaluation(self, carry: Carry, step: int) -> float:
         """The metrics on validation data; returns the accuracy that decides which is best."""

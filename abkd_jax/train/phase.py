@@ -97,6 +97,9 @@ def opened(
         run = Run(config, folder, data, given, mesh, interruption, profile)
         phases = schema.phases(config)
         states = {name: _ready(run, name) for name in schema.ready(config)}
+        run = run._replace(
+            config=schema.with_widths(config, lambda n: _hidden_width(run, n, states))
+        )
         states |= {name: new_network(run, name) for phase in phases for name in phase.learners}
         for phase in phases:  # all of them before the first trains, and before the folder is ours
             _check(run, phase, states)
@@ -266,6 +269,18 @@ def _check(run: Run, phase: schema.Phase, states: Networks) -> None:
         jax.eval_shape(step, {name: states[name] for name in outputs}, batch, objectives)
     except AssertionError as error:  # a check of a loss
         raise ValueError(f"{' and '.join(phase.learners)}: {error}") from error
+
+
+def _hidden_width(run: Run, name: str, ready: Networks) -> int | None:
+    """The width of the features of a network that is ready, or that is to learn."""
+    if name in ready:
+        state = ready[name]
+    else:
+        alone = {key: value for key, value in run.config[name].items() if key != "project"}
+        state = new_network(run._replace(config=run.config | {name: alone}), name)
+    forward = functools.partial(state.forward, train=False)
+    outputs, _ = jax.eval_shape(forward, state.params, _sample(run))
+    return None if outputs.hidden is None else outputs.hidden.shape[-1]
 
 
 def _sample(run: Run) -> Array:

@@ -119,6 +119,28 @@ def _gradients(networks, terms, counts, batch_stats, batch):
     return jax.grad(loss, has_aux=True)({name: networks[name].params for name in terms})
 
 
+def outputs_of(
+    state: TrainState, params: Any, batch: Batch, *, train: bool, objectives: Objectives
+) -> Outputs:
+    """What a network shows of a batch, with all that the objectives read of any network.
+
+    Args:
+        state: the network's.
+        params: in place of the state's.
+        batch: as for `train_step`; its `outputs` are not read.
+        train: whether the network is seen as in training.
+        objectives: by learner.
+
+    Returns:
+        The outputs.
+    """
+    key = batch.get("key") if train else None
+    outputs, _ = state.forward(params, batch["inputs"], train=train, key=key)
+    if not _of_input_gradient(objectives):
+        return outputs
+    return outputs.replace(input_gradient=_input_gradient(state, params, batch))
+
+
 def _of_input_gradient(terms: Objectives) -> set[str]:
     """The networks whose `input_gradient` a term reads."""
     return {

@@ -1,0 +1,92 @@
+"""How a loss moves probability: gradient steps seen as a reassignment of probability mass.
+
+Pure functions of a user's own logits, for jit and vmap; any number may be traced. p is the teacher,
+q the student.
+"""
+
+from abkd_jax.analysis.checks import check_cached
+from abkd_jax.analysis.effects import (
+    UpperBound,
+    confidence_weight,
+    hardness_weight,
+    likelihood_ratio_weight,
+    tightness,
+    upper_bound,
+)
+from abkd_jax.analysis.flow import (
+    by_rank,
+    head_and_tail,
+    mass_change,
+    mass_flow,
+    moved_mass,
+    over_and_underestimated,
+    target_and_rest,
+)
+from abkd_jax.analysis.gradients import (
+    GradientNoise,
+    VarianceReduction,
+    cosine,
+    gradient_noise,
+    gradient_norm,
+    logit_cosines,
+    logit_gradient,
+    parameter_cosines,
+    tree_cosine,
+    variance_reduction,
+)
+from abkd_jax.analysis.grid import (
+    Summary,
+    bound_summary,
+    gradient_summary,
+    over_grid,
+    reassignment_summary,
+)
+from abkd_jax.analysis.probe import PROBES, probe
+from abkd_jax.analysis.reassignment import (
+    Reassignment,
+    exact_parameter_log_mass_ratio,
+    log_mass_ratio,
+    of_logit_change,
+    parameter_log_mass_ratio,
+)
+from abkd_jax.analysis.temperature import effective_temperature
+
+__all__ = [
+    "PROBES",
+    "GradientNoise",
+    "Reassignment",
+    "Summary",
+    "UpperBound",
+    "VarianceReduction",
+    "bound_summary",
+    "by_rank",
+    "check_cached",
+    "confidence_weight",
+    "cosine",
+    "effective_temperature",
+    "exact_parameter_log_mass_ratio",
+    "gradient_noise",
+    "gradient_norm",
+    "gradient_summary",
+    "hardness_weight",
+    "head_and_tail",
+    "likelihood_ratio_weight",
+    "log_mass_ratio",
+    "logit_cosines",
+    "logit_gradient",
+    "mass_change",
+    "mass_flow",
+    "moved_mass",
+    "of_logit_change",
+    "over_and_underestimated",
+    "over_grid",
+    "parameter_cosines",
+    "parameter_log_mass_ratio",
+    "probe",
+    "reassignment_summary",
+    "target_and_rest",
+    "tightness",
+    "tree_cosine",
+    "upper_bound",
+    "variance_reduction",
+]

@@ -1,0 +1,146 @@
+"""Mass flow: how much probability a change moves into groups of classes."""
+
+from collections.abc import Mapping
+
+import jax
+from jax import Array
+from jax import numpy as jnp
+
+from abkd_jax import numerics
+from abkd_jax.analysis.checks import check_cached, check_logits
+
+
+def mass_change(student_logits: Array, log_ratio: Array) -> Array:
+    """q after - q before = q (e^LogR - 1), exact also where it is tiny.
+
+    Args:
+        student_logits: `[..., K]`, before the change.
+        log_ratio: `[..., K]`, of a `Reassignment`.
+
+    Returns:
+        `[..., K]`, of sum 0 over the classes; 0 at a class that is removed.
+
+    Raises:
+        ValueError: if the logits are refused.
+    """
+    logits = check_logits("student_logits", student_logits)
+    log_q = numerics.log_probabilities(logits)
+    # Where q grows past measure, q e^LogR in one piece: e^LogR alone could overflow.
+    after = jnp.exp(log_q + jnp.maximum(log_ratio, 1.0)) - jnp.exp(log_q)
+    return jnp.where(
+        log_ratio > 1.0, after, jnp.exp(log_q) * jnp.expm1(jnp.minimum(log_ratio, 1.0))
+    )
+
+
+def mass_flow(change: Array, groups: Mapping[str, Array]) -> dict[str, Array]:
+    """The net mass that flows into each group of classes.
+
+    Args:
+        change: `[..., K]`, such as `mass_change`.
+        groups: by name, `[..., K]` bool; leading axes broadcast.
+
+    Returns:
+        `[...]` for each group, by its name; over groups that part the classes the sum is 0.
+
+    Raises:
+        ValueError: if a group is not bool or has another number of classes.
+    """
+    for name, group in groups.items():
+        if group.dtype != bool or group.shape[-1:] != change.shape[-1:]:
+            raise ValueError(
+                f"groups[{name!r}] must be bool over {change.shape[-1]} classes; found "
+                f"{group.dtype}{list(group.shape)}."
+            )
+    return {name: jnp.sum(jnp.where(g, change, 0.0), axis=-1) for name, g in groups.items()}
+
+
+def moved_mass(change: Array) -> Array:
+    """The mass that changes class, sum |change| / 2: `[..., K]` -> `[...]`, in [0, 1]."""
+    return 0.5 * jnp.sum(jnp.abs(change), axis=-1)
+
+
+def over_and_underestimated(student_logits: Array, teacher_logits: Array) -> dict[str, Array]:
+    """The classes by the sign of the student's error.
+
+    Args:
+        student_logits: `[..., K]`.
+        teacher_logits: `[..., K]`.
+
+    Returns:
+        `[..., K]` bool: "underestimated" where p > q, "overestimated" where p <= q.
+
+    Raises:
+        ValueError: if the logits are refused by `check_cached`.
+    """
+    under = numerics.log_ratio(*check_cached(student_logits, teacher_logits)) > 0
+    return {"underestimated": under, "overestimated": ~under}
+
+
+def target_and_rest(labels: Array, num_classes: int) -> dict[str, Array]:
+    """The labelled class and the others.
+
+    Args:
+        labels: `[...]` integers; a withheld one (-1) has no target, so all classes are rest.
+        num_classes: K.
+
+    Returns:
+        `[..., K]` bool: "target" and "rest".
+    """
+    target = jnp.asarray(labels)[..., None] == jnp.arange(num_classes)
+    return {"target": target, "rest": ~target}
+
+
+def head_and_tail(logits: Array, *, head_mass: float | Array = 0.5) -> dict[str, Array]:
+    """The likeliest classes and the others, by mass, with the head of `adaptive_kl`.
+
+    The head is the likeliest class, and those that follow as long as the sum of their
+    probabilities is at most `head_mass`. For a head of k classes see `by_rank`.
+
+    Args:
+        logits: `[..., K]`, the teacher's as a rule.
+        head_mass: in [0, 1], or an array that broadcasts to the leading axes.
+
+    Returns:
+        `[..., K]` bool: "head" and "tail".
+
+    Raises:
+        ValueError: if the logits are refused, or the number does not broadcast.
+    """
+    logits = check_logits("logits", logits)
+    ranks = _ranks(logits)
+    falling = -jnp.sort(-jnp.exp(numerics.log_probabilities(logits)), axis=-1)
+    within = jnp.cumsum(falling, axis=-1) <= numerics.per_row("head_mass", head_mass, logits)
+    head = jnp.take_along_axis(within, ranks, axis=-1) | (ranks == 0)
+    return {"head": head, "tail": ~head}
+
+
+def by_rank(logits: Array, *, edges: tuple[int, ...]) -> dict[str, Array]:
+    """The classes in buckets by how likely they are; of equal ones the first in order comes first.
+
+    Args:
+        logits: `[..., K]`, the teacher's or the student's.
+        edges: how many classes lie in the first bucket, in the first two, and so on, rising;
+            `(1, 5)` gives the likeliest, the next four and the others, and `(k,)` the top k.
+
+    Returns:
+        `[..., K]` bool for each bucket, by name: "1", "2-5", "6-" for `(1, 5)`.
+
+    Raises:
+        ValueError: if the logits are refused, or the edges do not rise from at least 1.
+    """
+    logits = check_logits("logits", logits)
+    starts = (0, *edges)
+    if not edges or any(b <= a for a, b in zip(starts, edges, strict=False)):
+        raise ValueError(f"edges must be counts of classes that rise from 1; found {edges}.")
+    ranks = _ranks(logits)
+    groups = {}
+    for start, stop in zip(starts, (*edges, None), strict=True):
+        name = f"{start + 1}-" if stop is None else f"{start + 1}-{stop}"
+        inside = ranks >= start if stop is None else (ranks >= start) & (ranks < stop)
+        groups[str(stop) if stop == start + 1 else name] = inside
+    return groups
+
+
+def _ranks(logits: Array) -> Array:
+    """0 at the largest."""
+    return jnp.argsort(jnp.argsort(-jax.lax.stop_gradient(logits), axis=-1), axis=-1)

@@ -1,0 +1,206 @@
+"""Large sets of logits over a grid of numbers: one program, a few rows at a time."""
+
+import functools
+
+import jax
+from flax import struct
+from jax import Array
+from jax import numpy as jnp
+
+from abkd_jax.analysis.checks import check_cached
+from abkd_jax.analysis.effects import tightness, upper_bound
+from abkd_jax.analysis.flow import mass_change, mass_flow, moved_mass, over_and_underestimated
+from abkd_jax.analysis.gradients import cosine, gradient_norm, logit_gradient
+from abkd_jax.analysis.reassignment import log_mass_ratio
+from abkd_jax.divergences import forward_kl
+from abkd_jax.types import Bound, Divergence
+
+
+@struct.dataclass
+class Summary:
+    """The distribution over examples of a quantity, at each of G points of a grid.
+
+    Attributes:
+        mean: `[G]`.
+        deviation: `[G]`, the standard deviation (of the examples themselves, divided by n).
+        lowest: `[G]`.
+        highest: `[G]`.
+    """
+
+    mean: Array
+    deviation: Array
+    lowest: Array
+    highest: Array
+
+
+def over_grid(
+    fn: Bound,
+    student_logits: Array,
+    teacher_logits: Array,
+    *,
+    where: Array | None = None,
+    chunk: int = 16,
+) -> dict[str, Summary]:
+    """Evaluates a function on all rows at each point of a grid of its numbers.
+
+    The numbers of `fn` are data: those that are `[G]` arrays make the grid, scalars are shared. So
+
+        fn = bind(reassignment_summary, learning_rate=0.1,
+                  divergence=bind(alpha_beta, alpha=alphas, beta=betas))
+
+    with `alphas` and `betas` `[G]`, their points laid out by `jnp.meshgrid(...)` and raveled, is
+    one compile, and another grid of G points none. The rows are visited in chunks, all points of
+    the grid at once in each, and only sums are kept: the memory is that of the logits themselves
+    and of G x chunk x K numbers, several times.
+
+    Args:
+        fn: student_logits `[n, K]`, teacher_logits `[n, K]` -> {name: `[n]`}, bound.
+        student_logits: `[..., K]`; all leading axes together are the rows.
+        teacher_logits: `[..., K]`.
+        where: `[...]` bool, the rows that count; None for all.
+        chunk: how many rows at a time. Few are fast on a CPU, whose caches then hold them; an
+            accelerator wants more.
+
+    Returns:
+        A `Summary` over rows by the names that `fn` gives.
+
+    Raises:
+        ValueError: if the logits are refused by `check_cached`, or the numbers make no grid.
+    """
+    student_logits, teacher_logits = check_cached(student_logits, teacher_logits)
+    sizes = {leaf.shape for leaf in jax.tree.leaves(fn)} - {()}
+    if len(sizes) != 1 or len(min(sizes)) != 1:
+        found = f"arrays of the shapes {sorted(map(list, sizes))}" if sizes else "scalars alone"
+        raise ValueError(f"the numbers of fn must be scalars and arrays [G]; found {found}.")
+    return _over_grid(fn, student_logits, teacher_logits, where, chunk=chunk)
+
+
+@functools.partial(jax.jit, static_argnames="chunk")
+def _over_grid(fn, student_logits, teacher_logits, where, *, chunk):
+    where = jnp.ones(student_logits.shape[:-1], bool) if where is None else where
+    axes = jax.tree.map(lambda leaf: 0 if leaf.ndim else None, fn)
+    classes = student_logits.shape[-1]
+    at_all_points = jax.vmap(lambda f, s, t: f(s, t), in_axes=(axes, None, None))
+
+    def split(x, *trailing):
+        flat = x.reshape(-1, *trailing)
+        padding = [(0, -len(flat) % chunk)] + [(0, 0)] * len(trailing)
+        return jnp.pad(flat, padding).reshape(-1, chunk, *trailing)
+
+    def step(carry, part):
+        s, t, kept = part
+        values = at_all_points(fn, s, t)
+        return {n: _joined(carry[n], _moments(v, kept)) for n, v in values.items()}, None
+
+    parts = split(student_logits, classes), split(teacher_logits, classes), split(where)
+    shapes = jax.eval_shape(at_all_points, fn, parts[0][0], parts[1][0])
+    nothing = jnp.zeros(chunk, bool)
+    start = {n: _moments(jnp.zeros(v.shape, v.dtype), nothing) for n, v in shapes.items()}
+    moments, _ = jax.lax.scan(step, start, parts)
+    return {name: _summary(*m) for name, m in moments.items()}
+
+
+def _moments(values, kept):
+    """Count, mean, sum of squared deviations, minimum and maximum over the rows that are kept."""
+    count = jnp.sum(kept).astype(values.dtype)
+    mean = jnp.sum(jnp.where(kept, values, 0.0), axis=-1) / jnp.maximum(count, 1.0)
+    square = jnp.sum(jnp.where(kept, jnp.square(values - mean[:, None]), 0.0), axis=-1)
+    lowest = jnp.min(jnp.where(kept, values, jnp.inf), axis=-1)
+    return count, mean, square, lowest, jnp.max(jnp.where(kept, values, -jnp.inf), axis=-1)
+
+
+def _joined(a, b):
+    """The moments of two sets of rows together (Chan et al., 1979)."""
+    count = a[0] + b[0]
+    share, apart = b[0] / jnp.maximum(count, 1.0), b[1] - a[1]
+    square = a[2] + b[2] + jnp.square(apart) * a[0] * share
+    return count, a[1] + share * apart, square, jnp.minimum(a[3], b[3]), jnp.maximum(a[4], b[4])
+
+
+def _summary(count, mean, square, lowest, highest):
+    return Summary(mean, jnp.sqrt(square / jnp.maximum(count, 1.0)), lowest, highest)
+
+
+def reassignment_summary(
+    student_logits: Array,
+    teacher_logits: Array,
+    *,
+    divergence: Divergence,
+    learning_rate: float | Array,
+) -> dict[str, Array]:
+    """One step on the logits: what it moves, and where to.
+
+    Args:
+        student_logits: `[..., K]`.
+        teacher_logits: `[..., K]`.
+        divergence: whose gradient is descended.
+        learning_rate: eta.
+
+    Returns:
+        `[...]` each: "moved", the mass that changes class; "to_underestimated", the net mass that
+        flows from classes with q >= p to those with q < p; "largest", the largest |LogR|;
+        "normaliser", N.
+    """
+    step = log_mass_ratio(
+        student_logits, teacher_logits, divergence=divergence, learning_rate=learning_rate
+    )
+    change = mass_change(student_logits, step.log_ratio)
+    flows = mass_flow(change, over_and_underestimated(student_logits, teacher_logits))
+    return {
+        "moved": moved_mass(change),
+        "to_underestimated": flows["underestimated"],
+        "largest": jnp.max(jnp.abs(step.log_ratio), axis=-1),
+        "normaliser": step.normaliser,
+    }
+
+
+def bound_summary(
+    student_logits: Array,
+    teacher_logits: Array,
+    *,
+    alpha: float | Array,
+    beta: float | Array,
+    learning_rate: float | Array,
+) -> dict[str, Array]:
+    """How tight the bounds on |LogR| are, as means over the classes that are not removed.
+
+    Args:
+        student_logits: `[..., K]`.
+        teacher_logits: `[..., K]`.
+        alpha: of `alpha_beta`.
+        beta: likewise.
+        learning_rate: eta.
+
+    Returns:
+        `[...]` each: "tightness" of Proposition 4.2's bound, "tightness_signed" of the tighter one.
+    """
+    bound = upper_bound(
+        student_logits, teacher_logits, alpha=alpha, beta=beta, learning_rate=learning_rate
+    )
+    present = ~jnp.isneginf(student_logits)
+    over_classes = lambda x: jnp.sum(jnp.where(present, x, 0.0), -1) / jnp.sum(present, -1)  # noqa: E731
+    return {
+        "tightness": over_classes(tightness(bound.log_ratio, bound.total)),
+        "tightness_signed": over_classes(tightness(bound.log_ratio, bound.tighter)),
+    }
+
+
+def gradient_summary(
+    student_logits: Array, teacher_logits: Array, *, divergence: Divergence
+) -> dict[str, Array]:
+    """The size of a divergence's gradient in the logits, and its angle to forward KL's.
+
+    Args:
+        student_logits: `[..., K]`.
+        teacher_logits: `[..., K]`.
+        divergence: D.
+
+    Returns:
+        `[...]` each: "gradient_norm", "cosine_with_forward_kl".
+    """
+    gradient = logit_gradient(student_logits, teacher_logits, divergence=divergence)
+    reference = logit_gradient(student_logits, teacher_logits, divergence=forward_kl)
+    return {
+        "gradient_norm": gradient_norm(gradient),
+        "cosine_with_forward_kl": cosine(gradient, reference),
+    }

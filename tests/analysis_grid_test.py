@@ -1,0 +1,225 @@
+"""Streamed summaries against loops, and refusals of what is no pair of logits."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+from abkd_jax import alpha_beta, bind, forward_kl
+from abkd_jax.analysis import (
+    bound_summary,
+    check_cached,
+    confidence_weight,
+    cosine,
+    effective_temperature,
+    gradient_summary,
+    hardness_weight,
+    log_mass_ratio,
+    logit_gradient,
+    mass_change,
+    over_and_underestimated,
+    over_grid,
+    reassignment_summary,
+    tightness,
+    upper_bound,
+)
+from abkd_jax.analysis.grid import _over_grid
+
+ALPHAS, BETAS = np.array([1.0, 0.0, 0.8]), np.array([0.0, 1.0, 0.3])
+ROWS, K = (5, 8), 6
+
+
+def draw(seed, shape=(*ROWS, K)):
+    return np.float32(2 * np.random.default_rng(seed).normal(size=shape))
+
+
+def grid(alphas=ALPHAS, betas=BETAS):
+    return bind(alpha_beta, alpha=alphas, beta=betas)
+
+
+def expected_of(values, where=None):
+    values = np.asarray(values, np.float64)
+    values = values.ravel() if where is None else values[where]
+    return values.mean(), values.std(), values.min(), values.max()
+
+
+def check(summary, point, values, where=None):
+    found = summary.mean, summary.deviation, summary.lowest, summary.highest
+    for part, expected in zip(found, expected_of(values, where), strict=True):
+        np.testing.assert_allclose(part[point], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_reassignments_over_a_grid(masked):
+    student, teacher = draw(0), draw(1)
+    where = np.random.default_rng(2).random(ROWS) < 0.6 if masked else None
+    fn = bind(reassignment_summary, divergence=grid(), learning_rate=0.3)
+    found = over_grid(fn, student, teacher, where=where, chunk=7)  # 40 rows are no multiple
+    for i, numbers in enumerate(zip(ALPHAS, BETAS, strict=True)):
+        divergence = bind(alpha_beta, alpha=numbers[0], beta=numbers[1])
+        step = log_mass_ratio(student, teacher, divergence=divergence, learning_rate=0.3)
+        change = np.asarray(mass_change(student, step.log_ratio))
+        under = np.asarray(over_and_underestimated(student, teacher)["underestimated"])
+        check(found["moved"], i, np.maximum(change, 0).sum(-1), where)
+        check(found["to_underestimated"], i, np.where(under, change, 0).sum(-1), where)
+        check(found["normaliser"], i, step.normaliser, where)
+        check(found["largest"], i, np.abs(step.log_ratio).max(-1), where)
+
+
+def test_bounds_and_gradients_over_a_grid():
+    student, teacher = draw(0), draw(1)
+    student[..., 3] = teacher[..., 3] = -np.inf
+    kept = [0, 1, 2, 4, 5]
+    fn = bind(bound_summary, alpha=ALPHAS, beta=BETAS, learning_rate=[0.3, 0.2, 0.1])
+    bounds = over_grid(fn, student, teacher, chunk=8)
+    gradients = over_grid(bind(gradient_summary, divergence=grid()), student, teacher)
+    reference = logit_gradient(student, teacher, divergence=forward_kl)
+    for i, (alpha, beta, eta) in enumerate(zip(ALPHAS, BETAS, (0.3, 0.2, 0.1), strict=True)):
+        bound = upper_bound(
+            student[..., kept], teacher[..., kept], alpha=alpha, beta=beta, learning_rate=eta
+        )
+        whole, tighter = (tightness(bound.log_ratio, b) for b in (bound.total, bound.tighter))
+        check(bounds["tightness"], i, np.mean(whole, -1))
+        check(bounds["tightness_signed"], i, np.mean(tighter, -1))
+        divergence = bind(alpha_beta, alpha=alpha, beta=beta)
+        gradient = logit_gradient(student, teacher, divergence=divergence)
+        check(gradients["gradient_norm"], i, np.linalg.norm(gradient, axis=-1))
+        check(gradients["cosine_with_forward_kl"], i, cosine(gradient, reference))
+
+
+def test_another_grid_is_no_other_compile():
+    student, teacher = draw(0), draw(1)
+    run = lambda *g: over_grid(bind(gradient_summary, divergence=grid(*g)), student, teacher)  # noqa: E731
+    first = run()
+    before = _over_grid._cache_size()
+    second = run(ALPHAS + 0.1, BETAS)
+    assert _over_grid._cache_size() == before
+    assert np.all(first["gradient_norm"].mean != second["gradient_norm"].mean)
+
+
+def test_moments_far_from_0_keep_their_digits():
+    def distance(student, teacher, *, offset: float | jax.Array):
+        return {"value": offset + student[..., 0]}
+
+    student = draw(0, (4000, 2))
+    found = over_grid(bind(distance, offset=[1e4, 0.0]), student, student)["value"]
+    np.testing.assert_allclose(found.deviation[0], student[:, 0].std(), rtol=1e-3)
+    np.testing.assert_allclose(found.mean[0], 1e4 + student[:, 0].mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "alpha,beta,found",
+    [
+        (1.0, 0.5, "scalars alone"),
+        (np.ones(3), np.ones(2), r"\[\[2\], \[3\]\]"),
+        (np.ones((2, 2)), 1.0, r"\[\[2, 2\]\]"),
+    ],
+)
+def test_numbers_that_make_no_grid_are_refused(alpha, beta, found):
+    fn = bind(gradient_summary, divergence=bind(alpha_beta, alpha=alpha, beta=beta))
+    with pytest.raises(ValueError, match=f"numbers of fn must be scalars and arrays.*{found}"):
+        over_grid(fn, draw(0), draw(1))
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+GOOD = draw(0, (4, 3))
+
+
+def altered(value):
+    logits = draw(1, (4, 3))
+    logits[2, 1] = value
+    return logits
+
+
+REFUSED = [
+    pytest.param(
+        GOOD,
+        draw(1, (4, 5)),
+        r"student_logits \[4, 3\] and teacher_logits \[4, 5\] must have the same number of classes "
+        "in their last axis.",
+        id="classes",
+    ),
+    pytest.param(GOOD, draw(1, (5, 3)), "must have leading axes that broadcast", id="leading axes"),
+    pytest.param(
+        GOOD,
+        altered(np.nan),
+        r"teacher_logits must be finite, .* found NaN in 1 of 4 rows, the first at \[2\]: cache",
+        id="NaN",
+    ),
+    pytest.param(altered(np.inf), GOOD, r"student_logits .* found \+inf in 1 of 4 rows", id="+inf"),
+    pytest.param(
+        GOOD,
+        np.asarray(jax.nn.softmax(GOOD)),
+        r"teacher_logits must be logits; found probabilities .* jnp.log\(probabilities\)",
+        id="probabilities",
+    ),
+    pytest.param(
+        np.asarray(jax.nn.softmax(jnp.bfloat16(GOOD))),
+        GOOD,
+        "student_logits must be logits; found prob",
+        id="16 bit",
+    ),
+    pytest.param(
+        GOOD,
+        np.ones((4, 3), int),
+        r"teacher_logits must be a floating-point array \[..., K\]; found int64\[4, 3\]",
+        id="integers",
+    ),
+    pytest.param(
+        [1.0, 2.0], GOOD, r"student_logits must be a floating.*found list\[2\]", id="list"
+    ),
+    pytest.param(np.float32(1), GOOD, "student_logits must have at least one class", id="scalar"),
+]
+
+
+@pytest.mark.parametrize("student,teacher,message", REFUSED)
+def test_what_is_no_pair_of_logits_is_refused_in_one_sentence(student, teacher, message):
+    with pytest.raises(ValueError, match=message) as error:
+        check_cached(student, teacher)
+    assert "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
+LOG_UNIFORM = np.full((4, 3), -np.log(3), np.float32)
+ONE_HOT = np.eye(3, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    "logits", [LOG_UNIFORM, ONE_HOT, ONE_HOT[0], np.full((2, 1), 1.0), altered(-np.inf)]
+)
+def test_what_is_a_pair_of_logits_passes(logits):
+    found = check_cached(logits, logits)
+    assert found[0].shape == found[1].shape == logits.shape
+
+
+def test_a_pair_is_broadcast_and_lifted():
+    found = check_cached(jnp.zeros((2, 1, 3), jnp.bfloat16), jnp.zeros((4, 3)))
+    assert found[0].shape == found[1].shape == (2, 4, 3)
+    assert found[0].dtype == found[1].dtype == jnp.float32
+
+
+PROBABILITIES = np.asarray(jax.nn.softmax(GOOD))
+USERS = {
+    "log_mass_ratio": functools.partial(log_mass_ratio, divergence=forward_kl, learning_rate=1.0),
+    "logit_gradient": functools.partial(logit_gradient, divergence=forward_kl),
+    "upper_bound": functools.partial(upper_bound, alpha=1.0, beta=1.0, learning_rate=1.0),
+    "hardness_weight": functools.partial(hardness_weight, alpha=1.0),
+    "confidence_weight": lambda s, t: confidence_weight(s, beta=1.0),
+    "over_and_underestimated": over_and_underestimated,
+    "effective_temperature": effective_temperature,
+    "over_grid": functools.partial(over_grid, bind(gradient_summary, divergence=grid())),
+}
+
+
+@pytest.mark.parametrize("name", USERS)
+def test_every_function_refuses_probabilities(name):
+    with pytest.raises(ValueError, match="student_logits must be logits; found probabilities"):
+        USERS[name](PROBABILITIES, GOOD)
+
+
+def test_values_are_not_read_inside_jit():
+    jax.jit(check_cached)(PROBABILITIES, GOOD)
+    with pytest.raises(ValueError, match="found probabilities"):  # closed over: still there to read
+        jax.jit(lambda s: check_cached(s, PROBABILITIES))(GOOD)
