@@ -105,7 +105,8 @@ def upper_bound(
     """The bounds of ABKD's Propositions 3.1 and 4.2 on |LogR| of a step of `alpha_beta`.
 
     With c = q^beta (p^alpha - q^alpha) / alpha the logits change by eta (c - q sum_k c_k). The
-    bounds are the triangle inequality on that and N; they hold for a step of any size.
+    bounds are the triangle inequality on that and N; they hold for a step of any size, as long as
+    no |c| is saturated (at 1e30, which needs alpha + beta < 0 or a class removed on one side).
 
     Args:
         student_logits: `[..., K]`.

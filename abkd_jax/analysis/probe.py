@@ -112,7 +112,9 @@ def probe(
 
 
 def check_probes(probes: tuple[str, ...]) -> None:
-    """Refuses a name that is not in PROBES, in one sentence."""
+    """Refuses what is no tuple of names in PROBES, in one sentence."""
+    if not isinstance(probes, tuple | list):
+        raise ValueError(f"probes must be a tuple of names; found {probes!r}.")
     for name in probes:
         if name not in PROBES:
             raise ValueError(

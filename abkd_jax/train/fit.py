@@ -349,7 +349,8 @@ class _Log:
         seconds, self._time = now - self._time, now
         row["time/seconds"] = seconds
         if examples is not None:
-            row["time/images_per_second"] = examples / seconds
+            stepping = seconds - row.get("time/analysis_seconds", 0.0)
+            row["time/images_per_second"] = examples / stepping
         self._writer.write(step, row)
         self._progress.log(step, row)
 

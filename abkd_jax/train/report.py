@@ -93,6 +93,8 @@ def write(workdir: Path) -> Path:
         "reliability": reliability(run),
         "examples": examples(run),
     }
+    if _analysed(run):
+        pictures["analysis"] = analysis(run)
     for name, figure in pictures.items():
         # Without the version of matplotlib, the bytes depend on the picture alone.
         figure.savefig(
@@ -153,6 +155,7 @@ def page(run: Run) -> str:
         f"*Figure 3. Probabilities that each network gives to {run.result['evaluated_on']} "
         f"examples: the true class (bold, ✓) and up to {_NUM_TOP_CLASSES} others that some network "
         "finds likely.*",
+        *_analysis(run),
     ]
     return "\n\n".join(blocks) + "\n"
 
@@ -255,6 +258,26 @@ def examples(run: Run) -> Figure:
     return figure
 
 
+def analysis(run: Run) -> Figure:
+    """A panel for each metric of `config.analysis`, by step, with a curve for each network."""
+    metrics = _analysed(run)
+    rows = math.ceil(len(metrics) / 2)
+    figure = figures.new(2.4 * rows + 0.4)
+    panels = figure.subplots(rows, 2, squeeze=False).ravel()
+    for axes, metric in zip(panels, metrics, strict=False):
+        for name in run.networks:
+            steps, values = _series(run.rows[name], f"analysis/{name}/{metric}")
+            axes.plot(steps, values, "o-", color=run.colour(name), linewidth=1.8, markersize=4)
+        title = metric.replace("_", " ").replace("/", ": ", 1).replace("/", ", ")
+        last = metric in metrics[-2:]
+        figures.label(axes, title, "step" if last else None, _units(metric))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+    for axes in panels[len(metrics) :]:
+        axes.set_axis_off()
+    _legend(figure, _patches(run, run.networks))
+    return figure
+
+
 # --- the page's parts -----------------------------------------------------------------------------
 
 
@@ -291,6 +314,44 @@ def _origin(run: Run) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run.origin["versions"].items())
     commit = f"commit `{run.origin['commit']}`" if run.origin["commit"] else "commit unknown"
     return f"Made with {versions}; {commit}; on {_plain(run.origin['device'])}."
+
+
+def _analysed(run: Run) -> list[str]:
+    """The metrics of `config.analysis` that the rows have."""
+    return list(
+        dict.fromkeys(
+            key.split("/", 2)[2]
+            for rows in run.rows.values()
+            for row in rows
+            for key in row
+            if key.startswith("analysis/")
+        )
+    )
+
+
+def _units(metric: str) -> str:
+    kinds = {"entropy": "nats", "mass_flow": "probability", "gradient_cosine": "cosine"}
+    return kinds.get(metric.split("/")[0], "")
+
+
+def _analysis(run: Run) -> list[str]:
+    """The figure of `config.analysis`, and what its metrics cost."""
+    if not _analysed(run):
+        return []
+    parts = list(run.rows.values())  # of an online run the same ones for each network
+    rows = parts[0] if run.result["mode"] == "online" else [row for part in parts for row in part]
+    spent, whole = (
+        sum(row.get(key) or 0.0 for row in rows)
+        for key in ("time/analysis_seconds", "time/seconds")
+    )
+    return [
+        "## Analysis",
+        f"Measuring this took {spent:.1f} s, {100 * spent / whole:.1f} % of the time of training "
+        "and evaluation together, compilation included.",
+        "![Analysis](figures/analysis.png)",
+        "*Figure 4. How each network's objective moves it, on the same few training batches every "
+        "time: one gradient step on the logits (mass flow), or on the parameters (gradients).*",
+    ]
 
 
 def _results(run: Run) -> str:
