@@ -232,7 +232,7 @@ class _Program:
         self._evaluations = len(steps)
         how = {"size": self._size, "micro_batches": run.config["micro_batches"]}
         # One object for each count, by which `spread` compiles.
-        self._steps = functools.cache(lambda n: functools.partial(_advanced, count=n, **how))
+        self._steps = functools.cache(lambda n: functools.partial(advanced, count=n, **how))
         validation = run.data.validation
         self._selects = "test" if validation is None else "validation"
         self._selecting = run.data.test if validation is None else validation
@@ -383,7 +383,7 @@ class _Program:
         return rows
 
 
-def _advanced(member, frozen, fed, preprocess, data_seed, step, *, count, size, micro_batches):
+def advanced(member, frozen, fed, preprocess, data_seed, step, *, count, size, micro_batches):
     """A member, which comes with its objectives, after `count` steps."""
     member, objectives = member
     one = functools.partial(
