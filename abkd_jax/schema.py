@@ -1,6 +1,6 @@
 """The schema of a config: a top-level group with a `model` is a network, the rest is the run."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jax import Array
@@ -24,7 +24,15 @@ DEFAULTS = {
     "plugins": (),
     "analysis": (),  # of `analysis.PROBES`: what is measured besides, every log_every steps
 }
-NETWORK_FIELDS = ("model", "optimizer", "terms", "checkpoint", "ema_decay", "project")
+NETWORK_FIELDS = (
+    "model",
+    "optimizer",
+    "terms",
+    "checkpoint",
+    "ema_decay",
+    "project",
+    "init_seed",  # its own, in place of the run's
+)
 GIVEN = "given"  # the model of a network, or the name of a data set, that the caller hands over
 
 
@@ -263,14 +271,13 @@ def check(config: Mapping[str, Any], *, given: Iterable[str] = (), has_data: boo
                 f"the config has the unknown {what} {key!r}{nearest(key, known)}; it takes "
                 f"{', '.join(known)}, and networks, which have a model."
             )
-    for key in ("batch_size", "num_steps", "init_seed", "data_seed", *DEFAULTS):
+    for key in ("init_seed", "data_seed"):
+        _check_seed(key, config[key])
+    for key in ("batch_size", "num_steps", *DEFAULTS):
         if key not in ("plugins", "analysis"):
-            value, zero = config.get(key, 1), key.endswith("seed") or DEFAULTS.get(key) == 0
-            least = 0 if zero else 1
+            value, least = config.get(key, 1), 0 if DEFAULTS.get(key) == 0 else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{key} must be an integer of at least {least}; found {value!r}.")
-            if key.endswith("seed") and value >= 2**31:
-                raise ValueError(f"{key} must be less than 2**31; found {value!r}.")
     if config["batch_size"] % (parts := config.get("micro_batches", 1)):
         raise ValueError(
             f"batch_size must be a multiple of micro_batches, {parts}; found "
@@ -294,6 +301,8 @@ def _check_networks(config, found, given):
     """Refuses networks that cannot be built, and objectives that do not fit them."""
     if not found:
         raise ValueError("the config has no network, a group with a model; it needs at least one.")
+    for name, group in found.items():
+        _check_seed(f"{name}.init_seed", group.get("init_seed", 0))
     for name in given:
         if name not in found:
             raise ValueError(
@@ -326,3 +335,30 @@ def _check_networks(config, found, given):
             network(config, name, num_classes=2)
         present = (*phase.learners, *phase.frozen)
         objectives(config, learners=phase.learners, present=present)
+        _check_twins(config, [name for name in phase.learners if name not in given])
+
+
+def init_seed(config: Mapping[str, Any], name: str) -> int:
+    """Of a network's parameters: its own, or the run's."""
+    return config[name].get("init_seed", config["init_seed"])
+
+
+def _check_seed(key: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{key} must be an integer of at least 0; found {value!r}.")
+    if value >= 2**31:
+        raise ValueError(f"{key} must be less than 2**31; found {value!r}.")
+
+
+def _check_twins(config: Mapping[str, Any], learners: Sequence[str]) -> None:
+    """Refuses networks that would learn together and start as one and the same."""
+    begun = {}
+    for name in learners:
+        start = (_learning_module(config, name, 2), init_seed(config, name))
+        if start in begun:
+            raise ValueError(
+                f"{name} and {begun[start]} are the same model with the same init_seed, "
+                f"{start[1]}, so that they would start as one; give one of them its own: "
+                f"{name}.init_seed={start[1] + 1}."
+            )
+        begun[start] = name

@@ -238,6 +238,18 @@ def test_who_sees_the_withheld_labels_and_the_unlabelled_examples(tmp_path):
     assert differ(sums["as"], sums["inputs"])
 
 
+def test_twins_need_seeds_of_their_own(tmp_path):
+    made = config(mode="online", teacher=network(), student=network())
+    assert refusal(tmp_path, made, data=dataset()) == (
+        "student and teacher are the same model with the same init_seed, 0, so that they would "
+        "start as one; give one of them its own: student.init_seed=1."
+    )
+    made["student"] = network(init_seed=1)
+    train_and_evaluate(made, tmp_path, data=dataset())
+    assert differ(parameters(tmp_path), parameters(tmp_path, "teacher"))
+    assert "init_seed" in refusal(tmp_path, config(student=network(init_seed=-1)), data=dataset())
+
+
 def test_online_both_networks_learn_and_from_each_other(tmp_path):
     mutual = network(terms=dict(task=TASK, distill=DISTILL))
     alone = network(terms=dict(task=TASK, distill=DISTILL | dict(weight=0.0)))

@@ -95,7 +95,7 @@ def test_networks_that_learn_together_and_input_gradients(tmp_path):
     values = config(mode="online", analysis=("gradient_norms", "mass_flow"), batch_size=64)
     kdiga = dict(fn="input_gradient_alignment", weight=1.0)
     terms = values["student"]["terms"] | dict(it=kdiga)
-    values["student"] = values["student"] | dict(terms=terms, widths=(4,))
+    values["student"] = values["student"] | dict(terms=terms, init_seed=1)
     train_and_evaluate(values, tmp_path, data=dataset())
     last = [row for row in rows(tmp_path) if "student/loss" in row][-1]
     assert last["analysis/student/gradient_norm/it"] > 0

@@ -217,6 +217,7 @@ def test_augmented_images_and_schedules(tmp_path):
 
 def test_networks_that_learn_together(tmp_path):
     values = config(mode="online", num_steps=4, checkpoint_every=4)
+    values["teacher"] = values["teacher"] | dict(init_seed=9)
     rows = sweep.sweep(values, tmp_path, over={WEIGHT: [0.0, 2.0]}, init_seeds=1, data=dataset())
     assert {"test_accuracy", "test_teacher_accuracy", "test_agreement"} <= set(rows[0])
     members = states(tmp_path / "members_00000")

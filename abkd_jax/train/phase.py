@@ -188,7 +188,9 @@ def new_network(run: Run, name: str) -> train.TrainState:
         return train.adopt(*run.given[name], **how)
     inputs = _sample(run)
     try:
-        return train.create(built.module, inputs, init_seed=run.config["init_seed"], **how)
+        return train.create(
+            built.module, inputs, init_seed=schema.init_seed(run.config, name), **how
+        )
     except (TypeError, ValueError, IndexError) as error:
         raise ValueError(_misfit(name, inputs, error)) from error
 

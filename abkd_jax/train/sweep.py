@@ -274,7 +274,9 @@ class _Program:
         stack = functools.partial(jax.tree.map, lambda *x: jnp.stack(x))
         numbers, objectives = stack(*optimizers), stack(*built)
         seeds = jnp.asarray([point["init_seed"] for point in self._plan.points[start:end]])
-        learners = {n: self._new(n, seeds, *numbers[n]) for n in self._phase.learners}
+        config = self._run.config
+        own = {n: schema.init_seed(config, n) - config["init_seed"] for n in self._phase.learners}
+        learners = {n: self._new(n, seeds + own[n], *numbers[n]) for n in own}
         empty = jnp.full((count, self._evaluations), jnp.nan)
         history = {f"{n}/{m}": empty for n in learners for m in _ON_THE_WAY}
         return Member(learners, jnp.full(count, -1), history), objectives
