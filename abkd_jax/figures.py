@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import NullFormatter
 
 WIDTH = 8.0  # inches, of every figure
 DPI = 150
@@ -29,6 +31,11 @@ _SPECIAL = (  # points of the (alpha, beta) plane, and where their names stand
     ((1.0, 1.0), "Euclidean", "right", "bottom"),
     ((0.0, 0.0), "log-ratios", "left", "bottom"),
 )
+_SPECIAL_SHORT = (  # where a panel is too small for names
+    ((1.0, 0.0), "FKL", "right", "top"),
+    ((0.0, 1.0), "RKL", "left", "bottom"),
+    *((point, "", "left", "bottom") for point, *_ in _SPECIAL[2:]),
+)
 
 
 def new(height: float, layout: str = "constrained") -> Figure:
@@ -43,7 +50,7 @@ def label(axes: Axes, title: str | None, x: str | None, y: str | None) -> None:
     axes.set_title(title or "", fontsize=TITLE, parse_math=False)
     axes.set_xlabel(x or "", fontsize=FONT)
     axes.set_ylabel(y or "", fontsize=FONT)
-    axes.tick_params(labelsize=FONT)
+    axes.tick_params(which="both", labelsize=FONT)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -80,7 +87,8 @@ def heat_map(
         ValueError: if the points are no grid of at least two by two.
     """
     xs, ys = (sorted({row[name] for row in rows}) for name in (x, y))
-    if len(xs) < 2 or len(ys) < 2 or len(rows) != len(xs) * len(ys):
+    points = {(row[x], row[y]) for row in rows}
+    if min(len(xs), len(ys)) < 2 or not len(rows) == len(points) == len(xs) * len(ys):
         raise ValueError(
             f"a heat map needs a grid of two numbers, at least 2 x 2; found {len(rows)} points, "
             f"with {len(xs)} values of {x} and {len(ys)} of {y}."
@@ -92,12 +100,8 @@ def heat_map(
     axes = figure.subplots()
     finite = values[np.isfinite(values)]
     low = np.percentile(finite, 10) if len(finite) else 0.0  # outliers leave no colours to the rest
-    mesh = axes.pcolormesh(_edges(xs), _edges(ys), np.ma.masked_invalid(values), cmap=_MAP)
-    mesh.set_clim(low, finite.max() if len(finite) else 1.0)
-    axes.patch.set(hatch="///", edgecolor=LIGHT_GREY)
-    bar = figure.colorbar(mesh, ax=axes, extend="min" if np.any(finite < low) else "neither")
-    bar.set_label(score_label, fontsize=FONT)
-    bar.ax.tick_params(labelsize=FONT)
+    limits = (low, finite.max() if len(finite) else 1.0)
+    _draw_map(axes, xs, ys, values, limits, score_label)
     if special:
         _mark_special(axes, xs, ys)
     if best is not None:
@@ -105,8 +109,53 @@ def heat_map(
         axes.scatter(best[x], best[y], **style)
         title = f"{title}; best (star): {best[x]:g}, {best[y]:g}"
     label(axes, title, x.rpartition(".")[2], y.rpartition(".")[2])
-    axes.set_xlim(_edges(xs)[[0, -1]])
-    axes.set_ylim(_edges(ys)[[0, -1]])
+    return figure
+
+
+def heat_maps(
+    panels: Sequence[Mapping[str, Any]],
+    alphas: Sequence[float],
+    betas: Sequence[float],
+    *,
+    columns: int = 2,
+    height: float = 3.5,
+) -> Figure:
+    """Maps over the (alpha, beta) plane side by side, forward and reverse KL marked.
+
+    Args:
+        panels: each with "title", "label" (of the colours) and "values" `[len(betas),
+            len(alphas)]`, hatched where not finite; with "log" true the colours are logarithmic,
+            and values that are not positive hatched; "limits" (low, high) are the colours' ends,
+            by default the values' own.
+        alphas: sorted, along the horizontal axes.
+        betas: sorted, along the vertical ones.
+        columns: how many panels stand side by side.
+        height: inches for each row of panels.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: if a panel's values have another shape.
+    """
+    rows = math.ceil(len(panels) / columns)
+    figure = new(height * rows)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, panel in zip(grid, panels, strict=False):
+        values = np.asarray(panel["values"], float)
+        if values.shape != (len(betas), len(alphas)):
+            raise ValueError(
+                f"the values of {panel['title']!r} must be [{len(betas)}, {len(alphas)}], beta by "
+                f"alpha; found {list(values.shape)}."
+            )
+        log = panel.get("log", False)
+        shown = values[np.isfinite(values) & ((values > 0) | (not log))]
+        ends = (shown.min(), shown.max()) if len(shown) else (0.1, 1.0)
+        _draw_map(axes, alphas, betas, values, panel.get("limits", ends), panel["label"], log)
+        _mark_special(axes, alphas, betas, _SPECIAL_SHORT)
+        label(axes, panel["title"], "alpha", "beta")
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
     return figure
 
 
@@ -115,7 +164,8 @@ def lines(panels: Sequence[Mapping[str, Any]], *, columns: int = 2, height: floa
 
     Args:
         panels: each with "title", "x" and "y" (labels), and "curves", {name: (xs, ys)} or
-            {name: (xs, ys, spread)}, where a band of +- spread is drawn.
+            {name: (xs, ys, spread)}, where a band of +- spread is drawn; "log_x" true for a
+            logarithmic horizontal axis.
         columns: how many panels stand side by side.
         height: inches for each row of panels.
 
@@ -126,18 +176,55 @@ def lines(panels: Sequence[Mapping[str, Any]], *, columns: int = 2, height: floa
     figure = new(height * rows)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, panel in zip(grid, panels, strict=False):
-        for index, (name, (xs, ys, *spread)) in enumerate(panel["curves"].items()):
-            colour, style = COLOURS[index % len(COLOURS)], ("-", "--", ":")[index // len(COLOURS)]
-            axes.plot(xs, ys, style, color=colour, label=name, linewidth=2)
-            for band in spread:
-                low, high = np.subtract(ys, band), np.add(ys, band)
-                axes.fill_between(xs, low, high, color=colour, alpha=0.2, linewidth=0)
-        label(axes, panel["title"], panel["x"], panel["y"])
-        if len(panel["curves"]) > 1:
-            axes.legend(fontsize=FONT - 2, frameon=False)
+        curves(axes, panel)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     return figure
+
+
+def curves(axes: Axes, panel: Mapping[str, Any]) -> None:
+    """Draws a panel of `lines`, with a legend where there is more than one curve."""
+    for index, (name, (xs, ys, *spread)) in enumerate(panel["curves"].items()):
+        colour, style = COLOURS[index % len(COLOURS)], ("-", "--", ":")[index // len(COLOURS)]
+        axes.plot(xs, ys, style, color=colour, label=name, linewidth=2)
+        for band in spread:
+            low, high = np.subtract(ys, band), np.add(ys, band)
+            axes.fill_between(xs, low, high, color=colour, alpha=0.2, linewidth=0)
+    if panel.get("log_x"):
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    label(axes, panel["title"], panel["x"], panel["y"])
+    if len(panel["curves"]) > 1:
+        axes.legend(fontsize=FONT - 1, frameon=False)
+
+
+def bars(
+    axes: Axes,
+    groups: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    *,
+    colours: Sequence[str] = COLOURS,
+) -> None:
+    """Bars side by side for each group.
+
+    Args:
+        axes: to draw on.
+        groups: their names, along the horizontal axis.
+        series: {name: a value for each group}; one bar of each series stands in a group.
+        colours: of the series, in turn.
+
+    Raises:
+        ValueError: if a series has another number of values.
+    """
+    width = 0.8 / len(series)
+    for index, (name, values) in enumerate(series.items()):
+        if len(values) != len(groups):
+            raise ValueError(
+                f"{name!r} must have a value for each of {len(groups)} groups; found {len(values)}."
+            )
+        left = np.arange(len(groups)) + (index - (len(series) - 1) / 2) * width
+        axes.bar(left, values, width, color=colours[index % len(colours)], label=name)
+    axes.set_xticks(np.arange(len(groups)), groups)
 
 
 def save(figure: Figure, path: Any) -> None:
@@ -151,18 +238,44 @@ def _edges(centres: Sequence[float]) -> np.ndarray:
     return np.asarray([2 * centres[0] - middle[0], *middle, 2 * centres[-1] - middle[-1]])
 
 
-def _mark_special(axes: Axes, xs: Sequence[float], ys: Sequence[float]) -> None:
+def _draw_map(
+    axes: Axes,
+    xs: Sequence[float],
+    ys: Sequence[float],
+    values: np.ndarray,
+    limits: tuple[float, float],
+    colour_label: str,
+    log: bool = False,
+) -> None:
+    """A map with its colour bar; what is not finite is hatched, what lies outside is marked."""
+    finite = values[np.isfinite(values)]
+    scale = (LogNorm if log else Normalize)(*limits)
+    shown = np.ma.masked_invalid(values)
+    mesh = axes.pcolormesh(_edges(xs), _edges(ys), shown, cmap=_MAP, norm=scale)
+    axes.patch.set(hatch="///", edgecolor=LIGHT_GREY)
+    below, above = np.any(finite < limits[0]), np.any(finite > limits[1])
+    extend = {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[(below, above)]
+    bar = axes.figure.colorbar(mesh, ax=axes, extend=extend)
+    bar.set_label(colour_label, fontsize=FONT)
+    bar.ax.tick_params(which="both", labelsize=FONT)
+    axes.set_xlim(_edges(xs)[[0, -1]])
+    axes.set_ylim(_edges(ys)[[0, -1]])
+
+
+def _mark_special(
+    axes: Axes, xs: Sequence[float], ys: Sequence[float], special: Sequence[tuple] = _SPECIAL
+) -> None:
     """The known divergences on the (alpha, beta) plane."""
     axes.plot([-9, 10], [10, -9], "--", color="white", linewidth=1.5)
-    for (alpha, beta), name, side, above in _SPECIAL:
+    for (alpha, beta), name, side, above in special:
         if not (xs[0] <= alpha <= xs[-1] and ys[0] <= beta <= ys[-1]):
             continue
         axes.scatter(alpha, beta, color="white", edgecolor="black", s=45, zorder=3)
-        sign = 1 if side == "left" else -1
+        signs = (1 if side == "left" else -1, 1 if above == "bottom" else -1)
         axes.annotate(
             name,
             (alpha, beta),
-            xytext=(6 * sign, 5),
+            xytext=(6 * signs[0], 5 * signs[1]),
             textcoords="offset points",
             fontsize=FONT - 1,
             color="white",

@@ -62,7 +62,7 @@ def over_grid(
             accelerator wants more.
 
     Returns:
-        A `Summary` over rows by the names that `fn` gives.
+        A `Summary` over rows by the names that `fn` gives, in alphabetical order.
 
     Raises:
         ValueError: if the logits are refused by `check_cached`, or the numbers make no grid.
