@@ -14,6 +14,8 @@ from abkd_jax.types import Divergence
 
 _FEW_CLASSES = 256  # up to here numerics.falling_prefix is faster than jax.lax.top_k, on CPU
 _PUBLISHED_EPSILON = 1e-7  # added to the standard deviation by LSKD's code
+_SMALL = 2.0**-64  # a power of two: its products are exact
+_SMALLEST_UNIT = 1e-30  # of z-scores times _SMALL: far below that epsilon
 
 
 def tempered(
@@ -144,6 +146,7 @@ def prior_shifted(
             f"log_prior must have one entry per class, the shape {list(classes)}; found the shape "
             f"{list(log_prior.shape)}."
         )
+    log_prior = jnp.broadcast_to(log_prior, teacher_logits.shape)
     return divergence(student_logits, teacher_logits + log_prior)
 
 
@@ -282,15 +285,22 @@ def _z_scores(logits: Array) -> Array:
     """Of the finite entries of each row; -inf stays."""
     removed = jnp.isneginf(logits)
     count = jnp.sum(~removed, axis=-1, keepdims=True)
-    # Less the largest, so that a row of equal logits is one of zeros whatever its level.
+    # Less the largest, so that a row of equal logits is one of zeros whatever its level; and in
+    # units of the longest way to it, which cancel, since 3e38 stands for a mask and has no square
+    # (nor has it an inverse, hence _SMALL first).
     top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    below = jnp.where(removed, 0.0, logits - jnp.where(jnp.isneginf(top), 0.0, top))
+    top = jnp.where(jnp.isneginf(top), 0.0, top)
+    below = jnp.where(removed, 0.0, _SMALL * logits - _SMALL * top)
+    unit = jax.lax.stop_gradient(jnp.max(jnp.abs(below), axis=-1, keepdims=True))
+    unit = jnp.maximum(unit, _SMALLEST_UNIT)
+    below = below / unit
     mean = jnp.sum(below, axis=-1, keepdims=True) / jnp.maximum(count, 1)
     centred = jnp.where(removed, 0.0, below - mean)
     variance = jnp.sum(jnp.square(centred), axis=-1, keepdims=True) / jnp.maximum(count - 1, 1)
     constant = variance == 0  # where the root has no slope
     deviation = jnp.where(constant, 0.0, jnp.sqrt(jnp.where(constant, 1.0, variance)))
-    return jnp.where(removed, logits, centred / (deviation + _PUBLISHED_EPSILON))
+    epsilon = _SMALL * _PUBLISHED_EPSILON / unit
+    return jnp.where(removed, logits, centred / (deviation + epsilon))
 
 
 def _broadcast_logits(
@@ -321,5 +331,5 @@ def _head(order: Array, k: int) -> tuple[Array, Array]:
     # Not falling[..., -1:], for which XLA on CPU would sort all classes.
     last = jnp.min(falling, axis=-1, keepdims=True)
     end = jnp.max(jnp.where(falling == last, support, -1), axis=-1, keepdims=True)
-    index = jnp.arange(order.shape[-1])
+    index = jax.lax.broadcasted_iota(support.dtype, order.shape, order.ndim - 1)
     return support, (order > last) | ((order == last) & (index <= end))

@@ -7,6 +7,7 @@ and reverse mode to any order.
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import chex
@@ -83,6 +84,29 @@ def check_labels(labels: Array, shape: tuple[int, ...], name: str = "logits") ->
         f"{list(shape)}.",
         include_default_message=False,
     )
+
+
+def labels_of(loss: str, batch: Mapping[str, Array]) -> Array:
+    """The batch's labels.
+
+    Raises:
+        ValueError: naming the loss that needs them, if there are none.
+    """
+    if "labels" not in batch:
+        found = ", ".join(batch) or "nothing"
+        raise ValueError(f"{loss} needs batch['labels'], one integer per example; found {found}.")
+    return batch["labels"]
+
+
+def known_labels(labels: Array, num_classes: int) -> tuple[Array, Array]:
+    """The labels, 0 in place of one that is no class, and whether each is one in [0, num_classes).
+
+    A label that is none (-1 where it is withheld) is no class's, and what a loss gives for it is
+    NaN: the value is made with class 0, whose slopes are finite, and replaced in the end.
+    """
+    last = min(num_classes - 1, jnp.iinfo(labels.dtype).max)  # 255 is the last of 8 bit
+    known = (labels >= 0) & (labels <= last)
+    return jnp.where(known, labels, 0), known
 
 
 def per_row(name: str, number: float | Array, logits: Array) -> Array:
@@ -399,7 +423,7 @@ def _prefix_by_search(levels: Array, limit: Array, *, weighted: bool) -> Array:
         bits, low, from_low, above, _ = state
         bits -= 1
         middle = low + (one << bits)
-        from_middle = sum_of(columns >= middle)
+        from_middle = sum_of(columns >= middle[None])
         exceeds = from_middle > limit
         low = jnp.where(exceeds, middle, low)
         from_low = jnp.where(exceeds, from_middle, from_low)
@@ -423,17 +447,18 @@ def _prefix_by_search(levels: Array, limit: Array, *, weighted: bool) -> Array:
     )
     high = low + ((one << bits) - 1)
 
-    level = (columns >= low) & (columns <= high)
-    index = jnp.arange(len(columns)).reshape(-1, *[1] * limit.ndim)
+    level = (columns >= low[None]) & (columns <= high[None])
+    index = jax.lax.broadcasted_iota(int, columns.shape, 0)
 
     def advance(state):
         bits, end = state
         further = end + (1 << (bits - 1))
-        fits = above + sum_of(level & (index < further)) <= limit
+        fits = above + sum_of(level & (index < further[None])) <= limit
         return bits - 1, jnp.where(fits, further, end)
 
     steps = jnp.where(jnp.all(single), 0, len(columns).bit_length())
     state = steps, jnp.zeros_like(limit, steps.dtype)
     _, end = jax.lax.while_loop(lambda state: state[0] > 0, advance, state)
     low, high, end = low[..., None], high[..., None], end[..., None]
-    return (levels > high) | ((levels >= low) & (jnp.arange(levels.shape[-1]) < end))
+    index = jnp.moveaxis(index, 0, -1)
+    return (levels > high) | ((levels >= low) & (index < end))

@@ -147,7 +147,8 @@ def get_methods(*, batch_size: int, num_steps: int) -> dict[str, dict[str, Any]]
             1.0,
             distill=(1.0, dict(fn="rank_correlation", pearson_weight=1.0, spearman_weight=1.0)),
         ),
-        # Shao et al., "How and when adversarial robustness transfers in KD?", 2021.
+        # Shao et al., "How and when adversarial robustness transfers in KD?", 2021; the weight of
+        # the gradients is our reading.
         "kdiga": _terms(
             0.5,
             distill=(0.5, _kd(temperature=1.0)),

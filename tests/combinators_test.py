@@ -318,6 +318,24 @@ def test_standardized_is_blind_to_increasing_affine_maps():
     np.testing.assert_allclose(same, np.zeros(B), atol=1e-6)
 
 
+@pytest.mark.parametrize("mask", [np.finfo(np.float32).min, -3.3895314e38, -1e30, -1e20])
+def test_standardized_with_a_large_number_as_a_mask(mask):
+    """Its square is no float32; the truth is that of the same logits in float64."""
+    logits = draw(seed=3)
+    for side in (0, 1):
+        logits[side][:, 2:4] = np.float32(mask)
+    function = make(combinators.standardized, divergence=forward_kl)
+    value, *slopes = jax.device_get(evaluate(function, *logits))
+    with jax.enable_x64(True):
+        exact = jax.device_get(evaluate(wide(function), *(x.astype(np.float64) for x in logits)))
+    p, q = (softmax(z_scores(x.astype(np.float64))) for x in logits[::-1])
+    np.testing.assert_allclose(exact[0], kl(p, q), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(value, exact[0], rtol=1e-5, atol=1e-6)
+    for slope, true in zip(jax.tree.leaves(slopes), jax.tree.leaves(exact[1:]), strict=True):
+        assert np.isfinite(slope).all()
+        np.testing.assert_allclose(slope, true, rtol=1e-4, atol=1e-20)
+
+
 @pytest.mark.parametrize("level", [0.0, 0.1, 1e3])
 def test_standardized_rows_of_equal_logits_are_uniform(level):
     _, teacher = draw()

@@ -1051,6 +1051,49 @@ def test_alpha_and_beta_divergences_are_alpha_beta(logits, alpha):
             assert (np.abs(mine - other) <= 1e-6 * sizes).all()
 
 
+def peaked_rows():
+    """Student and teacher logits, of which some make tiny gradients of large slopes."""
+    rng = np.random.default_rng(11)
+    scales = [(0.1, 5.0), (5.0, 0.1), (5.0, 5.0), (15.0, 5.0), (5.0, 15.0), (15.0, 15.0)]
+    rows = [[scale * rng.normal(size=4) for scale in pair] for pair in scales]
+    rows += [
+        ([0.0, 1, 2, -1], [25.0, 0, -25, -9]),
+        ([25.0, 0, -25, -9], [0.0, 1, 2, -1]),
+        ([20.0, 19.3, -9, -9], [-9.0, -8, 3, 4]),
+        ([-9.0, -8, 3, 4], [20.0, 19.3, -9, -9]),
+    ]
+    return np.moveaxis(np.array(rows, np.float32), 1, 0)
+
+
+@pytest.mark.parametrize("skew", [0.001, 0.1, 0.9])
+@pytest.mark.parametrize("name", ["skew_forward_kl", "skew_reverse_kl"])
+def test_gradients_of_skewed_kl_have_their_digits_in_float32(name, skew):
+    """Also where they are a billionth of the slopes that they are made of."""
+    function, (student, teacher) = getattr(divergences, name), peaked_rows()
+    _, found = value_and_gradients(function, student, teacher, {"skew": np.float32(skew)})
+    for i in range(len(student)):
+        with mpmath.workdps(80):
+            true = mp_value_and_gradients(IN_MPMATH[name], student[i], teacher[i], np.float32(skew))
+        for leaf, expected in zip(found[:2], true[1:3], strict=True):
+            two_heads = i >= 8  # which the mixture bounds alike: their difference is rounded
+            atol = 4e-7 if two_heads else 1e-5 * np.max(np.abs(expected))
+            np.testing.assert_allclose(leaf[i], expected, rtol=0, atol=atol, err_msg=str(i))
+
+
+@pytest.mark.parametrize("order", [0.5, 1.0, 1.5, 2.0, 5.0])
+@pytest.mark.parametrize("side", ["student", "teacher", "both"])
+def test_renyi_of_a_row_without_classes_is_not_negative(order, side):
+    logits = {name: np.array([[1.0, -2.0, 0.5]], np.float32) for name in ("student", "teacher")}
+    for name in logits:
+        if side in (name, "both"):
+            logits[name] = np.full((1, 3), -np.inf, np.float32)
+    function = bind(divergences.renyi, order=order)
+    of_sum = lambda s, t: jnp.sum(function(s, t))  # noqa: E731
+    value, slopes = jax.value_and_grad(of_sum, argnums=(0, 1))(*logits.values())
+    assert value >= 0 and np.isfinite(value) and (side != "both" or value == 0)
+    assert all(np.isfinite(slope).all() for slope in slopes)
+
+
 def test_renyi_of_saturated_logits_keeps_its_digits():
     """Far where the sum of powers underflows, it is the log of the largest of them."""
     far = np.array([0.0, -1e4], np.float32)

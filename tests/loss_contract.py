@@ -202,7 +202,7 @@ def check_masks(of_term, loss, single, found, where, rtol):
         assert_close_trees(rows_of(network, ~padding), network_cut, 5 * rtol)
         for leaf in jax.tree.leaves(rows_of(network, padding, shared=False)):
             np.testing.assert_array_equal(leaf, 0)
-    for filling in (37.0, NAN):
+    for filling in (37.0, NAN, INF):
         fill = lambda x, filling=filling: (  # noqa: E731
             np.where(column(padding, x), x.dtype.type(filling), x)
             if np.issubdtype(x.dtype, np.floating)
@@ -210,8 +210,7 @@ def check_masks(of_term, loss, single, found, where, rtol):
         )
         _, mean_filled, slopes_filled = of_term(loss, *by_row(fill, single))
         np.testing.assert_array_equal(mean_filled, mean)
-        if np.isfinite(filling):
-            assert_close_trees(slopes_filled, slopes, rtol)
+        assert_close_trees(slopes_filled, slopes, rtol)
 
     nothing = dict.fromkeys(("where", "labelled"), np.zeros_like(padding))
     _, mean_empty, slopes_empty = of_term(loss, *single[:2], {**batch, **nothing})

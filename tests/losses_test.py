@@ -13,10 +13,11 @@ import scipy.special
 from jax import Array
 from jax import numpy as jnp
 
+from abkd_jax import divergences, losses
 from abkd_jax.divergences import alpha_beta, forward_kl, reverse_kl
 from abkd_jax.losses import cross_entropy, on_logits, term_counts, total
 from abkd_jax.schedules import constant
-from abkd_jax.types import Batch, Bound, Outputs, Term, bind, schedule
+from abkd_jax.types import Batch, Bound, Divergence, Loss, Outputs, Term, bind, kind_of, schedule
 
 B, K = 12, 7
 INF, NAN = np.inf, np.nan
@@ -337,14 +338,18 @@ def test_what_is_masked_out_changes_nothing(row):
 
 
 @every_loss
-@pytest.mark.parametrize("filling", [NAN, INF, -INF])
-def test_values_of_masked_rows_may_be_nan_or_infinite(row, filling):
+@pytest.mark.parametrize("filling", [NAN, INF, -INF, 3e38])
+def test_masked_rows_may_be_nan_or_infinite(row, filling):
+    """With labels that are no class: neither the value nor any gradient sees them."""
     student, teacher, batch = make()
-    out = ~batch[row.where][:, None]
-    expected, _ = evaluate_row(row, student, teacher, batch)
-    filled = [np.where(out, np.float32(filling), x) for x in (student, teacher)]
-    actual, _ = evaluate_row(row, *filled, batch)
+    out = ~batch[row.where]
+    terms = {"it": Term(loss=row.bound, weight=jnp.ones(()), where=row.where)}
+    expected = in_everything(terms, student, teacher, batch)
+    filled = [np.where(out[:, None], np.float32(filling), x) for x in (student, teacher)]
+    unknown = batch | {"labels": np.where(out, K + 2, batch["labels"])}
+    actual = in_everything(terms, *filled, unknown)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(actual))
 
 
 @every_loss
@@ -564,6 +569,174 @@ def test_a_weight_that_is_still_a_schedule_is_refused_by_name():
     terms = {"task": Term(loss=bind(cross_entropy), weight=weight, where="labelled")}
     with pytest.raises(ValueError, match=r"task.*at_step"):
         summed(terms, student, teacher, batch)
+
+
+# --- all that is public -------------------------------------------------------------------------
+
+KD = bind(on_logits, divergence=forward_kl)
+OF_KL = {
+    "tempered": dict(temperature=2.0),
+    "standardized": {},
+    "powered": dict(teacher_power=0.5),
+    "prior_shifted": dict(log_prior=np.linspace(0, 1, K)),
+    "top_k": dict(k=2),
+    "top_k_dropped": dict(k=2),
+    "top_k_renormalised": dict(k=2),
+}
+DIVERGENCES = {
+    "alpha_beta": dict(alpha=0.8, beta=0.3),
+    "alpha_divergence": dict(alpha=0.5),
+    "beta_divergence": dict(beta=0.5),
+    "renyi": dict(order=2.0),
+    "skew_forward_kl": dict(skew=0.1),
+    "skew_reverse_kl": dict(skew=0.1),
+    "jensen_shannon": dict(teacher_weight=0.5),
+} | {name: dict(divergence=forward_kl) | numbers for name, numbers in OF_KL.items()}
+OF_LABELS = {
+    "cross_entropy": dict(label_smoothing=0.1),
+    "dkd": dict(
+        target_divergence=forward_kl,
+        rest_divergence=forward_kl,
+        target_weight=1.0,
+        rest_weight=8.0,
+        temperature=4.0,
+    ),
+    "nkd": dict(rest_weight=1.5, temperature=2.0),
+    "difficulty_weighted": dict(loss=KD),
+    "norm_and_direction": dict(centers=np.random.default_rng(2).normal(size=(K, 3))),
+    "decoupled_features": dict(strong_weight=1.0, weak_weight=2.0, temperature=4.0),
+    "input_gradient_alignment": {},
+    "with_teacher_labels": dict(loss=bind(cross_entropy)),
+}
+EVERY_LOSS = OF_LABELS | {
+    "on_logits": dict(divergence=forward_kl),
+    "entropy_weighted": dict(loss=KD, temperature=4.0),
+    "entropy_aware": dict(loss=KD, temperature=3.0),
+    "entropy_gated": dict(forward=KD, reverse=bind(on_logits, divergence=reverse_kl)),
+    "power_weighted": dict(loss=KD, teacher_power=0.1),
+    "dist": {},
+    "gram": {},
+    "rank_correlation": {},
+    "sinkhorn": {},
+}
+
+
+def public(module, kind):
+    """The names of a module's functions of a kind."""
+    return sorted(name for name in dir(module) if name[0] != "_" and _kind(module, name) == kind)
+
+
+def _kind(module, name):
+    return kind_of(getattr(module, name)) if callable(getattr(module, name)) else None
+
+
+def bound_loss(name):
+    """A loss, or the loss of a divergence, with the numbers above."""
+    if hasattr(losses, name):
+        return bind(getattr(losses, name), **EVERY_LOSS[name])
+    function = getattr(divergences, name)
+    return bind(on_logits, divergence=bind(function, **DIVERGENCES.get(name, {})))
+
+
+EVERYTHING = public(losses, Loss) + public(divergences, Divergence)
+
+
+def everything(size=B):
+    """Both networks with all parts, and a batch whose labels are all known."""
+    rng = np.random.default_rng(0)
+    shapes = dict(logits=(size, K), hidden=(size, 3), unembedding=(3, K), input_gradient=(size, 4))
+    outputs = [
+        Outputs(**{n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()})
+        for _ in range(2)
+    ]
+    return *outputs, full({"labels": np.zeros(size)})
+
+
+def of_total(bound, student, teacher, batch, where="where"):
+    terms = {"it": Term(loss=bound, weight=jnp.ones(()), where=where)}
+    return total(terms, student, {"teacher": teacher}, batch)[0]
+
+
+slopes_of_total = jax.value_and_grad(of_total, argnums=(0, 1, 2))
+
+
+def test_the_tables_above_have_every_loss():
+    assert public(losses, Loss) == sorted(EVERY_LOSS)
+    assert set(DIVERGENCES) < set(public(divergences, Divergence))
+    for name in OF_LABELS:
+        assert getattr(getattr(losses, name), "needs_labels", True), name
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_no_rank_is_promoted(name, per_row):
+    bound = bound_loss(name)
+    if per_row:
+        bound = jax.tree.map(lambda x: jnp.full(B, x) if jnp.ndim(x) == 0 else x, bound)
+    with jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(jax.value_and_grad(of_total, argnums=(0, 1, 2)), bound, *everything())
+
+
+@pytest.mark.parametrize("name", EVERY_LOSS)
+def test_no_example_at_all(name):
+    bound, args = bound_loss(name), everything(size=0)
+    assert bound(*args).shape == (0,)
+    value, slopes = slopes_of_total(bound, *args)
+    assert value == 0
+    for leaf in jax.tree.leaves(slopes):
+        np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
+
+
+@pytest.mark.parametrize("name", sorted(OF_LABELS.keys() - {"input_gradient_alignment"}))
+def test_a_label_that_is_no_class_is_nan(name):
+    student, teacher, batch = everything()
+    labels = batch["labels"].copy()
+    labels[:4] = -1, K, K + 5, np.iinfo(np.int32).max
+    bound, unknown = bound_loss(name), (labels < 0) | (labels >= K)
+    values = bound(student, teacher, batch | {"labels": labels})
+    if name == "with_teacher_labels":
+        unknown &= labels >= 0
+    np.testing.assert_array_equal(np.isnan(values), unknown)
+    known = bound(student, teacher, batch)
+    np.testing.assert_array_equal(np.asarray(values)[4:], np.asarray(known)[4:])
+
+
+@pytest.mark.parametrize("name", OF_LABELS)
+def test_labels_that_are_missing_are_refused(name):
+    student, teacher, _ = everything()
+    message = rf"^{name} needs batch\['labels'\], one integer per example; found where\.$"
+    with pytest.raises(ValueError, match=message):
+        bound_loss(name)(student, teacher, {"where": np.ones(B, bool)})
+
+
+@pytest.mark.parametrize("name", OF_LABELS)
+def test_withheld_labels_leave_no_nan_behind_where_they_are_masked(name):
+    """As jax_debug_nans finds: it looks at every result on the way, without jit."""
+    student, teacher, batch = everything()
+    withheld = np.arange(B) % 3 == 0
+    batch |= {"labels": np.where(withheld, -1, batch["labels"]), "labelled": ~withheld}
+    bound = bound_loss(name)
+    with jax.debug_nans(True):
+        value, _ = slopes_of_total(bound, student, teacher, batch, "labelled")
+        if name == "cross_entropy":
+            with pytest.raises(FloatingPointError):
+                slopes_of_total(bound, student, teacher, batch, "where")
+    assert np.isfinite(value)
+
+
+@pytest.mark.parametrize("name", ["dist", "gram", "sinkhorn"])
+def test_a_loss_that_couples_the_batch_sees_all_that_is_no_padding(name):
+    """Its term's mask chooses examples of the mean alone; and no padding gets in."""
+    student, teacher, batch = everything()
+    labelled, where = np.arange(B) < 5, np.arange(B) < 9
+    batch |= {"labelled": labelled, "where": where}
+    bound = bound_loss(name)
+    cut = jax.tree.map(lambda x: x[:9] if len(x) == B else x, (student, teacher, batch))
+    expected = np.mean(np.asarray(bound(*cut))[:5])
+    hide = lambda o: o.replace(logits=np.where(where[:, None], o.logits, np.float32(NAN)))  # noqa: E731
+    value, (_, *slopes) = slopes_of_total(bound, hide(student), hide(teacher), batch, "labelled")
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
 
 
 @every_loss

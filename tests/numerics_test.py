@@ -401,3 +401,14 @@ def test_check_logits_lifts_to_one_dtype():
     with jax.enable_x64(True):
         lifted = numerics.check_logits(half, np.zeros(3))
         assert [array.dtype for array in lifted] == [np.float64] * 2
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32])
+def test_a_label_that_is_no_class_counts_as_the_first_and_is_marked(dtype):
+    given = jnp.asarray([0, 4, 5, 100, 127, -1 if np.issubdtype(dtype, np.signedinteger) else 255])
+    labels, known = numerics.known_labels(given.astype(dtype), 5)
+    np.testing.assert_array_equal(labels, [0, 4, 0, 0, 0, 0])
+    np.testing.assert_array_equal(known, [True, True, False, False, False, False])
+    assert labels.dtype == dtype
+    _, known = numerics.known_labels(given.astype(dtype), 1000)  # more than 8 bit can say
+    np.testing.assert_array_equal(known, given.astype(dtype) >= 0)

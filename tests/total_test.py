@@ -79,6 +79,18 @@ def test_cached_teacher_logits_serve_as_well():
     )
 
 
+@pytest.mark.parametrize("filling", [jnp.nan, jnp.inf, 3e38])
+def test_masked_tokens_may_be_nan_or_infinite(filling):
+    """Neither the value nor any gradient sees them, that of the shared matrix least of all."""
+    out = ~BATCH["where"]
+    fill = lambda x: jnp.where(out[..., None], filling, x)  # noqa: E731
+    expected = gradients(chunked(4))
+    teacher = TEACHER.replace(hidden=fill(TEACHER.hidden))
+    arguments = fill(STUDENT[0]), *STUDENT[1:], *NUMBERS
+    of_all = jax.value_and_grad(chunked(4, teacher), argnums=range(7), has_aux=True)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(of_all)(*arguments), expected)
+
+
 def test_the_cotangent_scales():
     gradient = jax.grad(lambda hidden: -3.0 * chunked(4)(hidden, *STUDENT[1:], *NUMBERS)[0])
     expected = jax.grad(lambda hidden: -3.0 * whole(hidden, *STUDENT[1:], *NUMBERS)[0])

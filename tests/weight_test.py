@@ -510,6 +510,30 @@ def test_difficulty_weights_by_hand():
     np.testing.assert_allclose(values, true, rtol=1e-5, atol=1e-7)
 
 
+def test_difficulty_where_a_label_is_impossible():
+    """-log 0 counts as one large number: alike on both sides, and then a ratio of 1."""
+    one, none = [0, 0], [-INF, 0]
+    student, teacher = (np.array(x, np.float32) for x in ([none, none, one], [none, one, none]))
+    weigh = ONE_WEIGHT["difficulty_weighted"](UNIT)
+    values = evaluate(weigh, student, teacher, {"labels": np.zeros(3, int)})
+    np.testing.assert_allclose(values, [1 - np.exp(-1), 1, 0], rtol=1e-6, atol=1e-12)
+
+
+def test_difficulty_against_one_row_of_a_teacher():
+    student, teacher, batch = labelled()
+    weigh = ONE_WEIGHT["difficulty_weighted"](KD)
+    one, all_rows = teacher[:1], np.repeat(teacher[:1], B, 0)
+    values = evaluate(weigh, student, one, batch)
+    np.testing.assert_array_equal(values, evaluate(weigh, student, all_rows, batch))
+
+
+def test_difficulty_refuses_labels_that_are_no_integers():
+    student, teacher, _ = labelled()
+    weigh = ONE_WEIGHT["difficulty_weighted"](KD)
+    with pytest.raises(AssertionError, match="integer labels; found float32 and bool"):
+        evaluate(weigh, student, teacher, {"labels": np.ones(B, bool)})
+
+
 @every_weight
 def test_one_weight_of_what_is_not_one_value_per_example_is_refused(weigh):
     def column(student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:

@@ -31,8 +31,9 @@ def dkd(
     here the second has a weight of its own, whatever the teacher's confidence.
 
     DKD has forward KL in both (on CIFAR-100 the weights 1 and 8 and T = 4), CAKD on logits is that
-    with a target_weight of 1, AB-DKD has `alpha_beta`. A withheld label (-1) makes the value NaN:
-    take the mean over `where="labelled"`, or wrap the loss in `with_teacher_labels`.
+    with a target_weight of 1, AB-DKD has `alpha_beta`. A label that is no class, such as a withheld
+    one (-1), makes the value NaN: take the mean over `where="labelled"`, or wrap the loss in
+    `with_teacher_labels`.
 
     Args:
         student: the network that is being trained; its `logits` [..., K].
@@ -50,19 +51,20 @@ def dkd(
 
     Raises:
         AssertionError: if logits and labels do not fit.
-        ValueError: if a network shows no logits, or a number does not broadcast.
+        ValueError: if a network shows no logits, the batch no labels, or a number does not
+            broadcast.
 
     Source: Zhao et al., "Decoupled knowledge distillation", CVPR 2022,
     https://arxiv.org/abs/2203.08679; Zhang et al., "CAKD", https://arxiv.org/abs/2410.14741.
     """
     *logits, scale = at_temperature(student.logits, teacher.logits, temperature, temperature_power)
-    is_label = _is_label(batch["labels"], *logits)
+    is_label, known = _is_label("dkd", batch, *logits)
     target = target_divergence(*(_target_pair(x, is_label) for x in logits))[..., None]
     rest = rest_divergence(*(jnp.where(is_label, -jnp.inf, x) for x in logits))[..., None]
     like = jax.ShapeDtypeStruct(is_label.shape, rest.dtype)
     weighted = numerics.per_row("target_weight", target_weight, like) * target
     weighted += numerics.per_row("rest_weight", rest_weight, like) * rest
-    return jnp.where(batch["labels"] < 0, jnp.nan, scale * weighted[..., 0])
+    return jnp.where(known, scale * weighted[..., 0], jnp.nan)
 
 
 dkd.needs_labels = True
@@ -82,8 +84,9 @@ def nkd(
     The label's part is cross-entropy at temperature 1 times the teacher's probability of the label,
     which is detached; p^ and q^ are the two distributions among the other classes at temperature T.
     Both parts are cross-entropies as published, so the value where the networks agree is not 0.
-    ImageNet: rest_weight 1.5 and T = 1; CIFAR-100: 3.5 and 3. A withheld label (-1) gives NaN:
-    take the mean over `where="labelled"`, or wrap the loss in `with_teacher_labels`.
+    ImageNet: rest_weight 1.5 and T = 1; CIFAR-100: 3.5 and 3. A label that is no class, such as a
+    withheld one (-1), makes the value NaN: take the mean over `where="labelled"`, or wrap the loss
+    in `with_teacher_labels`.
 
     Args:
         student: the network that is being trained; its `logits` [..., K].
@@ -97,7 +100,8 @@ def nkd(
 
     Raises:
         AssertionError: if logits and labels do not fit.
-        ValueError: if a network shows no logits, or a number does not broadcast.
+        ValueError: if a network shows no logits, the batch no labels, or a number does not
+            broadcast.
 
     Source: Yang et al., "From knowledge distillation to self-knowledge distillation: a unified
     approach with normalized loss and customized soft labels", ICCV 2023,
@@ -105,28 +109,33 @@ def nkd(
     """
     *tempered, scale = at_temperature(student.logits, teacher.logits, temperature, 2.0)
     student_logits, teacher_logits = numerics.check_logits(student.logits, teacher.logits)
-    is_label = _is_label(batch["labels"], student_logits, teacher_logits)
+    is_label, known = _is_label("nkd", batch, student_logits, teacher_logits)
     # Cross-entropies as forward KL, whose value and slopes stay finite where q is 0.
     certain = jnp.array([0.0, -jnp.inf], student_logits.dtype)
     log_p = numerics.log_probabilities(jax.lax.stop_gradient(teacher_logits))
     confidence = jnp.sum(jnp.where(is_label, jnp.exp(log_p), 0.0), axis=-1)
-    target = confidence * forward_kl(_target_pair(student_logits, is_label), certain)
+    pair = _target_pair(student_logits, is_label)
+    target = confidence * forward_kl(pair, jnp.broadcast_to(certain, pair.shape))
     rest = [jnp.where(is_label, -jnp.inf, x) for x in tempered]
     rest = forward_kl(*rest) + numerics.entropy(rest[1])
     like = jax.ShapeDtypeStruct(is_label.shape, rest.dtype)
     weighted = numerics.per_row("rest_weight", rest_weight, like) * (scale * rest)[..., None]
-    return jnp.where(batch["labels"] < 0, jnp.nan, target + weighted[..., 0])
+    return jnp.where(known, target + weighted[..., 0], jnp.nan)
 
 
 nkd.needs_labels = True
 nkd.needs = ("logits",)
 
 
-def _is_label(labels: Array, student_logits: Array, teacher_logits: Array) -> Array:
-    """`[..., K]`, True at the label, at class 0 where it is withheld."""
+def _is_label(
+    loss: str, batch: Batch, student_logits: Array, teacher_logits: Array
+) -> tuple[Array, Array]:
+    """`[..., K]`, True at the label, or at class 0 where it is no class; `[...]`, where it is."""
     shape = jnp.broadcast_shapes(student_logits.shape, teacher_logits.shape)
+    labels = numerics.labels_of(loss, batch)
     numerics.check_labels(labels, shape)
-    return jnp.maximum(labels, 0)[..., None] == jnp.arange(shape[-1])
+    labels, known = numerics.known_labels(labels, shape[-1])
+    return jax.nn.one_hot(labels, shape[-1], dtype=bool), known
 
 
 def _target_pair(logits: Array, is_label: Array) -> Array:

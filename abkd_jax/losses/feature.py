@@ -24,9 +24,9 @@ def norm_and_direction(
     growing along e lowers the loss; where they are longer, it is one minus the cosine to e. The
     teacher's features enter by their norm alone. They and the centers are detached.
 
-    A withheld label (-1) makes the value NaN: take the mean over `where="labelled"`. Our reading,
-    where the published code divides by zero: a norm of 0 has slope 0, both norms 0 give 1, and so
-    does a center of 0, that of a class without examples.
+    A label that is no class, such as a withheld one (-1), makes the value NaN: take the mean over
+    `where="labelled"`. Our reading, where the published code divides by zero: a norm of 0 has slope
+    0, both norms 0 give 1, and so does a center of 0, that of a class without examples.
 
     Args:
         student: the network that is being trained; its `hidden` [..., D], or in its place its
@@ -41,13 +41,13 @@ def norm_and_direction(
 
     Raises:
         AssertionError: if features, labels and centers do not fit.
-        ValueError: if the widths of the features differ.
+        ValueError: if the widths of the features differ, or the batch has no labels.
 
     Wang et al., "Improving knowledge distillation via regularizing feature direction and norm",
     ECCV 2024, https://arxiv.org/abs/2305.17007.
     """
     f_s, f_t = _features(student, teacher)
-    labels = batch["labels"]
+    labels = numerics.labels_of("norm_and_direction", batch)
     numerics.check_labels(labels, f_s.shape, "features")
     width = f_s.shape[-1]
     chex.assert_shape(
@@ -60,10 +60,11 @@ def norm_and_direction(
     centers = jax.lax.stop_gradient(jnp.asarray(centers, f_s.dtype))
     length = norm(centers)[:, None]
     directions = jnp.where(length > 0, centers / jnp.where(length > 0, length, 1.0), 0.0)
-    along = jnp.sum(f_s * directions[jnp.maximum(labels, 0)], axis=-1)
+    labels, known = numerics.known_labels(labels, len(centers))
+    along = jnp.sum(f_s * directions[labels], axis=-1)
     longer = jnp.maximum(norm(f_s), jax.lax.stop_gradient(norm(f_t)))
     value = 1.0 - along / jnp.where(longer > 0, longer, 1.0)
-    return jnp.where(labels < 0, jnp.nan, value)
+    return jnp.where(known, value, jnp.nan)
 
 
 norm_and_direction.needs_labels = True
@@ -94,8 +95,8 @@ def decoupled_features(
     unit matters to the prediction. Our reading, for there is no public code: a unit is strong if
     |w f_t|, with w its weight for the label in the teacher's last linear map, lies above the mean
     over units (which is |f dz/df|, the usual relevance); the mask is the teacher's, for both, and
-    detached; BCD has weight 1; the factor T^2. As for other losses on labels, a withheld one (-1)
-    makes the value NaN: take the mean over `where="labelled"`.
+    detached; BCD has weight 1; the factor T^2. As for other losses on labels, one that is no class,
+    such as a withheld one (-1), makes the value NaN: take the mean over `where="labelled"`.
 
     Args:
         student: the network that is being trained; its `hidden` [..., D], or in its place its
@@ -111,15 +112,15 @@ def decoupled_features(
 
     Raises:
         AssertionError: if features, labels and unembedding do not fit.
-        ValueError: if the widths of the features differ.
+        ValueError: if the widths of the features differ, or the batch has no labels.
 
     Zhang et al., "CAKD: A correlation-aware knowledge distillation framework based on decoupling
     Kullback-Leibler divergence", 2024, https://arxiv.org/abs/2410.14741.
     """
     f_s, f_t = _features(student, teacher)
-    labels = batch["labels"]
+    labels = numerics.labels_of("decoupled_features", batch)
     numerics.check_labels(labels, f_s.shape, "features")
-    strong = _strong_units(f_t, teacher.unembedding, labels)
+    strong, known = _strong_units(f_t, teacher.unembedding, labels)
     s, t, scale = at_temperature(f_s, f_t, temperature, 2.0)
     strong_weight = numerics.per_row("strong_weight", strong_weight, f_s)
     weak_weight = numerics.per_row("weak_weight", weak_weight, f_s)
@@ -128,7 +129,7 @@ def decoupled_features(
     within = forward_kl(s, t)  # [..., 2]; what is -inf on both sides is no part of it
     value = forward_kl(numerics.log_sum_exp(s), numerics.log_sum_exp(t))[..., None]
     value += strong_weight * within[..., :1] + weak_weight * within[..., 1:]
-    return jnp.where(labels < 0, jnp.nan, scale * value[..., 0])
+    return jnp.where(known, scale * value[..., 0], jnp.nan)
 
 
 decoupled_features.needs_labels = True
@@ -213,8 +214,11 @@ def _features(student: Outputs, teacher: Outputs) -> tuple[Array, Array]:
     return jnp.asarray(f_s, dtype), jnp.asarray(f_t, dtype)
 
 
-def _strong_units(f_t: Array, unembedding: Array, labels: Array) -> Array:
-    """`[..., D]` bool: the units whose part in the label's logit is larger than the mean part."""
+def _strong_units(f_t: Array, unembedding: Array, labels: Array) -> tuple[Array, Array]:
+    """`[..., D]`, the units whose part in the label's logit is larger than the mean part.
+
+    And `[...]`, where the label is one of the classes.
+    """
     chex.assert_shape(
         unembedding,
         (f_t.shape[-1], None),
@@ -222,6 +226,7 @@ def _strong_units(f_t: Array, unembedding: Array, labels: Array) -> Array:
         f"{list(jnp.shape(unembedding))}.",
         include_default_message=False,
     )
-    weights = unembedding.astype(f_t.dtype).T[jnp.maximum(labels, 0)]
+    labels, known = numerics.known_labels(labels, unembedding.shape[-1])
+    weights = unembedding.astype(f_t.dtype).T[labels]
     relevance = jnp.abs(jax.lax.stop_gradient(weights * f_t))
-    return relevance > jnp.mean(relevance, axis=-1, keepdims=True)
+    return relevance > jnp.mean(relevance, axis=-1, keepdims=True), known

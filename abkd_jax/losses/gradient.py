@@ -4,6 +4,7 @@ import chex
 from jax import Array
 from jax import numpy as jnp
 
+from abkd_jax import numerics
 from abkd_jax.losses.feature import norm
 from abkd_jax.types import Batch, Outputs
 
@@ -35,12 +36,12 @@ def input_gradient_alignment(student: Outputs, teacher: Outputs, batch: Batch) -
 
     Raises:
         AssertionError: if the gradients and the labels do not fit.
-        ValueError: if a network shows no gradient.
+        ValueError: if a network shows no gradient, or the batch no labels.
 
     Shao et al., "How and when adversarial robustness transfers in knowledge distillation?", 2021,
     https://arxiv.org/abs/2110.12072.
     """
-    labels = batch["labels"]
+    labels = numerics.labels_of("input_gradient_alignment", batch)
     named = {
         "network being trained": student.input_gradient,
         "other network": teacher.input_gradient,

@@ -57,7 +57,7 @@ def with_teacher_labels(student: Outputs, teacher: Outputs, batch: Batch, *, los
     Args:
         student: the network that is being trained.
         teacher: the other one; its `logits` [..., K].
-        batch: its `labels` [...], -1 where withheld.
+        batch: its `labels` [...], integers, negative where withheld.
         loss: what gets the batch so labelled.
 
     Returns:
@@ -65,10 +65,10 @@ def with_teacher_labels(student: Outputs, teacher: Outputs, batch: Batch, *, los
 
     Raises:
         AssertionError: if the logits do not fit.
-        ValueError: if a network shows no logits.
+        ValueError: if a network shows no logits, or the batch no labels.
     """
     _, teacher_logits = numerics.check_logits(student.logits, teacher.logits)
-    labels = batch["labels"]
+    labels = numerics.labels_of("with_teacher_labels", batch)
     likeliest = jnp.argmax(jax.lax.stop_gradient(teacher_logits), axis=-1).astype(labels.dtype)
     return loss(student, teacher, {**batch, "labels": jnp.where(labels < 0, likeliest, labels)})
 

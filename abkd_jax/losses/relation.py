@@ -244,8 +244,8 @@ def _centred(x: Array, present: Array, axis: int) -> Array:
     norm.
     """
     options = dict(axis=axis, keepdims=True)
-    low = jnp.min(jnp.where(present, x, jnp.inf), **options)
-    high = jnp.max(jnp.where(present, x, -jnp.inf), **options)
+    low = jnp.min(jnp.where(present, x, jnp.inf), initial=jnp.inf, **options)
+    high = jnp.max(jnp.where(present, x, -jnp.inf), initial=-jnp.inf, **options)
     count = jnp.maximum(jnp.sum(present, **options), 1)
     mean = jnp.sum(jnp.where(present, x, 0.0), **options) / count
     return jnp.where(present & (high != low), x - mean, 0.0)
@@ -270,7 +270,8 @@ def _soft_ranks(values: Array, present: Array, regularization: Array) -> Array:
     order = jnp.argsort(jnp.where(present, -values, jnp.inf), axis=-1)
     sort = lambda x: jnp.take_along_axis(x, order, axis=-1)  # noqa: E731
     falling = sort(centred / jnp.where(norm > 0, norm, 1.0)) * size
-    ranks = count - jnp.arange(values.shape[-1], dtype=values.dtype)  # below 1: not present
+    position = jax.lax.broadcasted_iota(values.dtype, values.shape, values.ndim - 1)
+    ranks = count - position  # below 1: not present
     rest = jnp.where(ranks > 0, falling - ranks, 0.0)
     # Not `falling` less the fit: where a block is of one, its rank is then exact.
     sorted_ranks = ranks + (rest - _block_means(rest, _blocks(jax.lax.stop_gradient(rest), ranks)))
@@ -283,7 +284,7 @@ def _blocks(x: Array, ranks: Array) -> Array:
     The fit is v_i = max_(k >= i) min_(j <= i) mean(x_j..x_k). The minima are carried along i, which
     takes memory for one row of the table of all means.
     """
-    position = jnp.arange(x.shape[-1])
+    position = jax.lax.broadcasted_iota(int, x.shape, x.ndim - 1)
     sums = jnp.cumsum(x, axis=-1)
 
     def step(lowest, i_and_before):
@@ -294,7 +295,8 @@ def _blocks(x: Array, ranks: Array) -> Array:
         return lowest, jnp.max(jnp.where(ahead, lowest, -jnp.inf), axis=-1)
 
     before = jnp.moveaxis(sums - x, -1, 0)
-    _, fit = jax.lax.scan(step, jnp.full_like(x, jnp.inf), (position, before))
+    each = jnp.arange(x.shape[-1]), before
+    _, fit = jax.lax.scan(step, jnp.full_like(x, jnp.inf), each)
     fit = jnp.moveaxis(fit, 0, -1)
     blocks = jnp.cumsum(fit != jnp.roll(fit, 1, axis=-1), axis=-1)
     return blocks - blocks[..., :1]  # from 0, also in a row of NaN: the rows share one numbering

@@ -13,7 +13,8 @@ def cross_entropy(
 ) -> Array:
     """-log q at the label, or against (1 - s) of it and s of the uniform distribution.
 
-    A withheld label (-1) makes the value NaN: take the mean over `where="labelled"`.
+    A label that is no class, such as a withheld one (-1), makes the value NaN: take the mean over
+    `where="labelled"`.
 
     Args:
         student: the network that is being trained; its `logits` [..., K].
@@ -27,10 +28,10 @@ def cross_entropy(
 
     Raises:
         AssertionError: if logits and labels do not fit.
-        ValueError: if the network shows no logits.
+        ValueError: if the network shows no logits, or the batch no labels.
     """
     del teacher
-    labels = batch["labels"]
+    labels = numerics.labels_of("cross_entropy", batch)
     if student.logits is None:
         raise ValueError("cross_entropy needs the logits of the network being trained; found None.")
     chex.assert_type(
@@ -44,11 +45,13 @@ def cross_entropy(
     dtype = jnp.promote_types(student.logits.dtype, jnp.float32)
     log_q = numerics.log_softmax(student.logits.astype(dtype))
     present = ~jnp.isneginf(log_q)
-    at_label = jnp.take_along_axis(log_q, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
-    uniform = jnp.sum(jnp.where(present, log_q, 0.0), axis=-1) / jnp.sum(present, axis=-1)
+    labels, known = numerics.known_labels(labels, log_q.shape[-1])
+    at_label = jnp.take_along_axis(log_q, labels[..., None], axis=-1)[..., 0]
+    count = jnp.maximum(jnp.sum(present, axis=-1), 1)
+    uniform = jnp.sum(jnp.where(present, log_q, 0.0), axis=-1) / count
     smoothing = jnp.asarray(label_smoothing, dtype)
     value = -(1.0 - smoothing) * at_label - smoothing * uniform
-    return jnp.where(labels < 0, jnp.nan, value)
+    return jnp.where(known, value, jnp.nan)
 
 
 cross_entropy.needs = ("logits",)

@@ -28,6 +28,10 @@ def total(
 ) -> tuple[Array, dict[str, Array]]:
     """The sum over terms of weight x mean of the loss over the examples of the term's mask.
 
+    What a mask leaves out may be anything, NaN included, and changes neither the value nor a
+    gradient: a loss sees zeros there, in the networks' outputs and as the label. One that couples
+    the batch also sees what is in batch["where"], whatever its term's mask.
+
     Args:
         terms: by name; their schedules replaced by numbers (`types.at_step`).
         student: the network that is being trained.
@@ -49,7 +53,8 @@ def total(
         where = batch[term.where]
         if where.dtype != bool:
             raise ValueError(f"batch[{term.where!r}] must be bool; found {where.dtype}.")
-        values = term.loss(student, others[term.other], batch)
+        seen = where | batch["where"] if term.loss.couples_batch else where
+        values = term.loss(*_selected((student, others[term.other], batch), seen))
         chex.assert_shape(
             values,
             where.shape,
@@ -111,6 +116,28 @@ def chunked_total(
     return value, jax.lax.stop_gradient(means)
 
 
+def _selected(
+    seen_by_loss: tuple[Outputs, Outputs, Batch], where: Array
+) -> tuple[Outputs, Outputs, Batch]:
+    """What a loss sees, with 0 in the rows outside: to mask its values alone lets NaN slopes in."""
+    student, other, batch = seen_by_loss
+    labels = {"labels": _rows(batch["labels"], where)} if "labels" in batch else {}
+    return _outputs_selected(student, where), _outputs_selected(other, where), {**batch, **labels}
+
+
+def _outputs_selected(outputs: Outputs, where: Array) -> Outputs:
+    select = functools.partial(_rows, where=where)
+    of_network = dict(unembedding=outputs.unembedding, bias=outputs.bias)
+    return jax.tree.map(select, outputs).replace(**of_network)
+
+
+def _rows(x: Array, where: Array) -> Array:
+    """x with 0 in the rows outside, if it has these rows."""
+    if x.shape[: where.ndim] != where.shape:
+        return x
+    return jnp.where(jnp.expand_dims(where, range(where.ndim, x.ndim)), x, 0)
+
+
 @jax.custom_vjp
 def _over_chunks(rows: Outputs, shared: Any, frozen: Any) -> tuple[Array, dict[str, Array]]:
     """The total and the means over all chunks of the student's rows."""
@@ -146,6 +173,11 @@ _over_chunks.defvjp(_over_chunks_forward, _over_chunks_backward)
 def _chunk_total(rows, shared, chunk, heads, counts):
     """`total` of one chunk, its logits formed here and nowhere else."""
     (head, terms), (other_rows, batch) = shared, chunk
+    seen = functools.reduce(jnp.logical_or, (batch[term.where] for term in terms.values()))
+    rows, other_rows = (  # before the head's matrix spreads what they hold
+        _outputs_selected(rows, seen),
+        {name: _outputs_selected(outputs, seen) for name, outputs in other_rows.items()},
+    )
     student = _with_logits(rows, *head)
     others = {name: _with_logits(other_rows[name], *heads[name]) for name in other_rows}
     return total(terms, student, others, batch, counts=counts)

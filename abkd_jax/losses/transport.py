@@ -54,12 +54,14 @@ def sinkhorn(
         raise ValueError(f"sinkhorn: num_iterations must be at least 1; found {num_iterations}.")
     q, p, _ = batch_probabilities(student, teacher, batch, temperature)
     leading, where = batch["where"].shape, batch["where"].reshape(-1)
+    if not where.size:
+        return jnp.zeros(leading, q.dtype)  # no kernel to normalise
     shape = jax.ShapeDtypeStruct((*leading, q.shape[-1]), q.dtype)
     epsilon = jnp.broadcast_to(numerics.per_row("epsilon", epsilon, shape), (*leading, 1))
     epsilon = jnp.where(epsilon > 0, epsilon, jnp.nan).reshape(-1, 1)
     cost = _distances(q, p)
     # The padding has a plan of its own, so that no row is empty whatever the mask.
-    together = where[:, None] == where
+    together = where[:, None] == where[None]
     log_plan = _normalized(jnp.where(together, -cost / epsilon, -jnp.inf), num_iterations)
     return jnp.sum(jnp.exp(log_plan) * cost, axis=-1).reshape(leading)
 
@@ -74,7 +76,7 @@ def _distances(x: Array, y: Array) -> Array:
     Some rows at a time and again in the backward pass: no `[M, N, K]` array ever exists, which is
     also several times as fast.
     """
-    to_all = jax.checkpoint(lambda row: jnp.sum(jnp.abs(row - y), axis=-1))
+    to_all = jax.checkpoint(lambda row: jnp.sum(jnp.abs(row[None] - y), axis=-1))
     return jax.lax.map(to_all, x, batch_size=16)
 
 

@@ -200,9 +200,10 @@ def difficulty_weighted(student: Outputs, teacher: Outputs, batch: Batch, *, los
 
     The weight is in [0, 1]: near 0 where the student is much better at the label than the teacher,
     which is left to teach where the student has more to learn. It has no gradient. To CE_teacher
-    1e-7 is added, as published. A withheld label (-1) makes the value NaN: take the mean over
-    `where="labelled"`, or wrap the loss in `with_teacher_labels`. WSLD is this around KD (T = 2 and
-    the weight 2.5 on ImageNet).
+    1e-7 is added, as published. A label that is no class, such as a withheld one (-1), makes the
+    value NaN: take the mean over `where="labelled"`, or wrap the loss in `with_teacher_labels`.
+    WSLD is this around KD (T = 2 and the weight 2.5 on ImageNet). Our reading, where the published
+    code divides infinities: both alike, a weight of 1 - 1/e.
 
     Args:
         student: the network that is being trained; its `logits` [..., K].
@@ -216,18 +217,17 @@ def difficulty_weighted(student: Outputs, teacher: Outputs, batch: Batch, *, los
     Raises:
         AssertionError: if logits and labels do not fit, or the loss does not give one value per
             example.
-        ValueError: if a network shows no logits.
+        ValueError: if a network shows no logits, or the batch no labels.
 
     Source: Zhou et al., "Rethinking soft labels for knowledge distillation: a bias-variance
     tradeoff perspective", ICLR 2021, https://arxiv.org/abs/2102.00650.
     """
-    known = {"labels": jnp.maximum(batch["labels"], 0)}
+    labels = {"labels": numerics.labels_of("difficulty_weighted", batch)}
     of_student, of_teacher = (
-        cross_entropy(Outputs(logits=logits), teacher, known)
-        for logits in _detached_at(1.0, student, teacher)
+        jnp.minimum(cross_entropy(Outputs(logits=x), teacher, labels), numerics.MAX_LOG_RATIO)
+        for x in jnp.broadcast_arrays(*_detached_at(1.0, student, teacher))
     )
     weight = -jnp.expm1(-of_student / (of_teacher + 1e-7))
-    weight = jnp.where(batch["labels"] < 0, jnp.nan, weight)
     return _reweighted("difficulty_weighted", loss, weight, student, teacher, batch)
 
 

@@ -155,10 +155,12 @@ def _of_input_gradient(terms: Objectives) -> set[str]:
 def _input_gradient(state: TrainState, params: Any, batch: Batch) -> Array:
     """The gradient of each label's cross-entropy in the inputs, in eval mode; 0 without a label."""
 
+    known = batch["labels"] >= 0
+    labels = {"labels": jnp.where(known, batch["labels"], 0)}
+
     def loss(inputs):
         outputs, _ = state.forward(params, inputs, train=False)
-        values = cross_entropy(outputs, outputs, batch)
-        return jnp.sum(jnp.where(batch["labels"] >= 0, values, 0.0))
+        return jnp.sum(jnp.where(known, cross_entropy(outputs, outputs, labels), 0.0))
 
     return jax.grad(loss)(batch["inputs"])
 

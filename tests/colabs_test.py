@@ -1,0 +1,114 @@
+"""The notebooks run from top to bottom, show their figures, and are stored without outputs."""
+
+import json
+import os
+import pathlib
+import re
+import time
+
+import jax
+import pytest
+
+_FOLDER = pathlib.Path(__file__).parent.parent / "colabs"
+_NAMES = ("quickstart", "gradient_analysis", "bring_your_own", "sweeps")
+_BADGE = (
+    "[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+    "(https://colab.research.google.com/github/abkd-jax/abkd_jax/blob/main/colabs/{}.ipynb)\n"
+)
+_INSTALL = """import importlib.util
+
+if importlib.util.find_spec("abkd_jax") is None:
+    %pip install -q "abkd_jax @ git+https://github.com/abkd-jax/abkd_jax"
+"""
+_SECONDS = 60  # of a notebook with FAST=1, on two cores
+_NOWHERE = "http://127.0.0.1:9"  # a proxy that is not there, so that a download fails
+
+every_notebook = pytest.mark.parametrize("name", _NAMES)
+
+
+def read(name):
+    """The notebook's JSON, and (type, source) of its cells."""
+    notebook = json.loads((_FOLDER / f"{name}.ipynb").read_text())
+    return notebook, [(c["cell_type"], "".join(c["source"])) for c in notebook["cells"]]
+
+
+def environment(folder):
+    """A user's, not the tests': one device, and nothing of the home directory."""
+    kept = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    places = ("TMPDIR", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR")
+    for place in places:
+        (folder / place).mkdir()
+    return kept | {
+        "FAST": "1",
+        "JAX_PLATFORMS": "cpu",
+        # The notebooks share programs with each other.
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), _NOWHERE),
+        **{place: str(folder / place) for place in places},
+    }
+
+
+@every_notebook
+def test_runs(name, tmp_path):
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    nbformat = pytest.importorskip("nbformat")
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpecManager
+
+    (tmp_path / "cwd").mkdir()
+    # With no folder to look into, python3 is this interpreter, installed as a kernel or not.
+    kernels = KernelSpecManager(kernel_dirs=[])
+    manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=kernels)
+    manager.connection_file = str(tmp_path / "connection.json")
+    notebook = nbformat.read(_FOLDER / f"{name}.ipynb", as_version=4)
+    where = {"metadata": {"path": str(tmp_path / "cwd")}}
+    client = nbclient.NotebookClient(notebook, km=manager, timeout=2 * _SECONDS, resources=where)
+    started = time.monotonic()
+    client.execute(env=environment(tmp_path))
+    seconds = time.monotonic() - started
+
+    shown = [out for cell in notebook.cells for out in cell.get("outputs", ())]
+    images = [out for out in shown if "image/png" in out.get("data", {})]
+    figures = sum("display(" in source for _, source in read(name)[1])
+    assert len(images) >= figures >= 3
+    streams = "".join(out["text"] for out in shown if out["output_type"] == "stream")
+    assert "warning" not in streams.lower(), streams
+    assert not list((tmp_path / "cwd").iterdir())
+    assert seconds < _SECONDS, f"{seconds:.0f} s"
+
+
+@every_notebook
+def test_is_stored_as_it_should_be(name):
+    path = _FOLDER / f"{name}.ipynb"
+    notebook, cells = read(name)
+    assert path.stat().st_size < 60_000
+    assert notebook["nbformat"] == 4
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    assert set(notebook["metadata"]) <= {"kernelspec", "language_info"}
+    ids = [cell["id"] for cell in notebook["cells"]]
+    assert len(set(ids)) == len(ids) and all(re.fullmatch(r"[a-z-]{2,20}", i) for i in ids)
+    for cell in notebook["cells"]:
+        assert cell["metadata"] == {}
+        assert cell.get("outputs", []) == [] and cell.get("execution_count") is None
+    assert cells[0][0] == "markdown" and cells[0][1].startswith(_BADGE.format(name))
+    assert cells[1] == ("code", _INSTALL.rstrip("\n"))
+    assert not re.search(r"/(home|root|tmp|work|Users|content)/", path.read_text())
+
+
+@every_notebook
+def test_every_figure_says_what_to_look_at(name):
+    _, cells = read(name)
+    for index, (kind, source) in enumerate(cells):
+        if kind == "code" and re.search(r"\bdisplay\(", source):
+            near = [text for k, text in cells[index - 1 : index + 2] if k == "markdown"]
+            assert any("**Look at** " in text for text in near), source
+
+
+@every_notebook
+def test_links_exist(name):
+    _, cells = read(name)
+    for kind, source in cells:
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", source) if kind == "markdown" else ():
+            assert (_FOLDER / link).exists(), link
