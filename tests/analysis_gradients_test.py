@@ -106,6 +106,7 @@ def test_cosines_in_parameters():
         np.testing.assert_allclose(found[a][b], cos(grads[a], grads[b]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_cosines_of_a_loss_that_couples_the_batch():
     params, batch, others, terms, *_ = setup()
     terms = {"dist": Term(bind(dist), 1.0), "kd": terms["kd"]}

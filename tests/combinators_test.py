@@ -215,6 +215,7 @@ def test_lskd_is_torchs(side):
 # --- the contract of divergences ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_row
 def test_a_batch_is_a_vmap_of_its_rows(row):
     student, teacher = draw()

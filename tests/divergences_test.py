@@ -538,6 +538,7 @@ def test_saturated_logits_are_finite(row, gap):
                 assert (np.asarray(value) >= 0).all()
 
 
+@pytest.mark.slow
 @every_row
 def test_second_derivatives_without_a_removed_class_are_those_of_cutting_it_out(row):
     student, teacher, numbers = row.draw(4)

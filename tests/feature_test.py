@@ -372,6 +372,7 @@ def test_a_run_that_is_interrupted_ends_as_one_that_was_not(tmp_path, monkeypatc
     assert sums[0] != sums[1]  # the term teaches
 
 
+@pytest.mark.slow
 def test_what_a_projection_is_no_part_of(tmp_path):
     """The count of parameters, what `load` gives, and what a later run takes as its teacher."""
     made = config(ND, student=config(ND)["student"] | dict(ema_decay=0.5))
@@ -404,6 +405,7 @@ def fits(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_the_centers_of_a_run_are_the_teachers_means_without_augmentation(tmp_path, fits, devices):
     """Of all training examples, withheld labels and a last, padded batch included."""

@@ -241,6 +241,7 @@ def cnn_pair():
     return {"student": new(0), "teacher": train.frozen(new(1))}
 
 
+@pytest.mark.slow
 def test_batch_norm_is_that_of_evaluation():
     """Of the gradient alone: the statistics move as without it, and rows do not see each other."""
     networks, batch = cnn_pair(), make_batch(shape=(6, 6, 1))

@@ -117,6 +117,7 @@ def test_a_run_on_feature_vectors(tmp_path):
         assert (tmp_path / part).stat().st_size
 
 
+@pytest.mark.slow
 def test_a_run_on_images_without_validation_data(tmp_path):
     cnn = network(model="cnn", widths=(4,))
     made = config(teacher=cnn, student=cnn | dict(terms=dict(distill=DISTILL)))
@@ -331,6 +332,7 @@ def plugin(tmp_path, monkeypatch):
     return ("losses_of_a_test",)
 
 
+@pytest.mark.slow
 def test_any_number_of_devices_learns_the_same(tmp_path, plugin):
     """Batch norm and a loss that couples the batch see the whole of it on 1, 2 and 8 devices."""
     student = network(model="cnn", widths=(4, 4), batch_norm=True, terms=dict(coupled=COUPLED))

@@ -394,6 +394,7 @@ def clean_inputs():
 # A full disk, wherever it strikes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "room", "seen"),
     [

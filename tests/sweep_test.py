@@ -147,6 +147,7 @@ def test_best_and_averages():
         sweep.best(rows[3:])
 
 
+@pytest.mark.slow
 def test_chunks_and_forward_passes_do_not_change_members(swept, tmp_path, monkeypatch):
     workdir, rows = swept
     monkeypatch.setattr(sweep, "_cacheable", lambda *_: False)
@@ -199,6 +200,7 @@ def test_a_member_that_is_not_finite_harms_no_other(swept, tmp_path):
     assert all(np.isfinite(x[1]).all() for x in jax.tree.leaves(learners["params"]))
 
 
+@pytest.mark.slow
 def test_augmented_images_and_schedules(tmp_path):
     values = config(num_steps=4, checkpoint_every=4)
     ramp = dict(fn="linear", start=0.0, end=1.0)
@@ -215,6 +217,7 @@ def test_augmented_images_and_schedules(tmp_path):
     assert [row[f"{WEIGHT}.end"] for row in rows] == [1.0, 2.0]
 
 
+@pytest.mark.slow
 def test_networks_that_learn_together(tmp_path):
     values = config(mode="online", num_steps=4, checkpoint_every=4)
     values["teacher"] = values["teacher"] | dict(init_seed=9)

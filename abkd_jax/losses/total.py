@@ -53,7 +53,7 @@ def total(
         where = batch[term.where]
         if where.dtype != bool:
             raise ValueError(f"batch[{term.where!r}] must be bool; found {where.dtype}.")
-        seen = where | batch["where"] if term.loss.couples_batch else where
+        seen = where | batch["where"] if getattr(term.loss, "couples_batch", False) else where
         values = term.loss(*_selected((student, others[term.other], batch), seen))
         chex.assert_shape(
             values,
