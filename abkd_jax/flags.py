@@ -1,5 +1,6 @@
 """The flag `--config` of every command, refused in one sentence where it cannot be read."""
 
+import logging
 import pathlib
 import re
 import sys
@@ -47,6 +48,18 @@ def parse(argv: list[str], *, known: Sequence[str]) -> list[str]:
     _ARGV[:] = argv
     flags.FLAGS.unparse_flags()  # or the values of a flag that may be given twice would double
     return _parsed(argv, known)
+
+
+def silence() -> None:
+    """Leaves to a command's own sentence what orbax and tensorstore log, for it is raised, too."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _unraisable
+
+
+def _unraisable(found: "sys.UnraisableHookArgs") -> None:
+    """Python's hook, but for what threads of tensorstore say after a failed write."""
+    if f"{found.exc_value}" != "Event loop is closed":
+        sys.__unraisablehook__(found)
 
 
 def _parsed(argv: list[str], known: Sequence[str]) -> list[str]:

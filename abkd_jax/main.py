@@ -6,7 +6,6 @@ command goes on where the workdir stands.
 """
 
 import functools
-import logging
 import pathlib
 import sys
 
@@ -30,8 +29,7 @@ def main(argv: list[str]) -> None:
         sys.exit("--config is missing; give a config file: --config=configs/digits.py.")
     if not _WORKDIR.value:
         sys.exit("--workdir is missing; give the folder of the run: --workdir=runs/digits.")
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # of orbax; its errors are raised, too
-    sys.unraisablehook = _unraisable
+    config_flags.silence()
     try:
         result = loop.train_and_evaluate(
             _CONFIG.value,
@@ -45,12 +43,6 @@ def main(argv: list[str]) -> None:
         last = network["last"]
         print(f"{name}: accuracy {last['accuracy']:.2%}, NLL {last['nll']:.4f}, on the test set")
     print(f"report: {pathlib.Path(_WORKDIR.value) / 'report.md'}")
-
-
-def _unraisable(found: "sys.UnraisableHookArgs") -> None:
-    """Python's hook, but for what threads of tensorstore say after a failed write: it is raised."""
-    if f"{found.exc_value}" != "Event loop is closed":
-        sys.__unraisablehook__(found)
 
 
 if __name__ == "__main__":

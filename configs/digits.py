@@ -24,6 +24,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
                 widths=(256, 256),
                 optimizer=dict(name="adam", learning_rate=1e-3),
                 terms=dict(task=dict(fn="cross_entropy", weight=1.0)),
+                checkpoint="",
             ),
             student=dict(
                 model="mlp",

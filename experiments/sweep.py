@@ -19,7 +19,7 @@ import sys
 import time
 
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 
 from abkd_jax import figures
 from abkd_jax import flags as config_flags
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     for name, value in (("config", _CONFIG.value), ("workdir", _WORKDIR.value)):
         if not value:
             sys.exit(f"--{name} is missing.")
-    logging.set_verbosity(logging.ERROR)
+    config_flags.silence()
     started = time.monotonic()
     folder = pathlib.Path(_WORKDIR.value)
     try:
@@ -51,18 +51,18 @@ def main(argv: list[str]) -> None:
         how = {"init_seeds": _SEEDS.value, "chunk": _CHUNK.value}
         rows = sweep.sweep(_CONFIG.value, folder, over=over, **how)
         table = sweep.averaged(rows)
-        selects = "validation" if "validation_accuracy" in table[0] else "test"
-        best = sweep.best(rows, f"{selects}_accuracy")
-    except (ValueError, OSError) as error:
+        selects = _scores(table[0], next(iter(over)))
+        best = sweep.best(rows, f"{selects}accuracy")
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"{error}")
     unfinished = sum(row["bad_step"] >= 0 for row in rows)
     print(f"{len(rows)} students in {time.monotonic() - started:.0f} s; not finite: {unfinished}")
-    print(f"best by {selects} accuracy, mean over {_SEEDS.value} init seeds:")
+    print(f"best by {_words(selects)} accuracy, mean over {_SEEDS.value} init seeds:")
     for path in over:
         print(f"  {path} {best[path]:g}")
-    for split in dict.fromkeys((selects, "test")):
-        cells = (_cell(best, f"{split}_{name}", *how) for name, *how in _SCORES)
-        print(f"  {split}: {', '.join(filter(None, cells))}")
+    for scores in dict.fromkeys((selects, selects.replace("validation", "test"))):
+        cells = (_cell(best, f"{scores}{name}", name, *how) for name, *how in _SCORES)
+        print(f"  {_words(scores)}: {', '.join(cells)}")
     for path in _pictures(folder, table, best, tuple(over), selects):
         print(path)
 
@@ -96,28 +96,38 @@ def parsed(text: str) -> tuple[str, list[float]]:
         ) from None
 
 
-def _cell(row: dict[str, float], key: str, factor: float, digits: int, unit: str) -> str:
-    if key not in row:
-        return ""
+def _scores(row: dict[str, float], path: str) -> str:
+    """How the scores that select are called, for the network of the path: "validation_"."""
+    split = "validation" if any(key.startswith("validation_") for key in row) else "test"
+    alone = f"{split}_accuracy" in row
+    return f"{split}_" if alone else f"{split}_{path.partition('.')[0]}_"
+
+
+def _words(name: str) -> str:
+    return name.strip("_").replace("_", " ")
+
+
+def _cell(row: dict[str, float], key: str, name: str, factor: float, digits: int, unit: str) -> str:
     spread = row[f"{key}_std"]
     spread = "" if math.isnan(spread) else f" +- {factor * spread:.{digits}f}"
-    return f"{key.partition('_')[2]} {factor * row[key]:.{digits}f}{spread}{unit}"
+    return f"{name} {factor * row[key]:.{digits}f}{spread}{unit}"
 
 
 def _pictures(
     folder: pathlib.Path, table: list, best: dict, paths: tuple[str, ...], selects: str
 ) -> list[pathlib.Path]:
     """A map over two numbers, or a curve over one; further ones are left to the table."""
-    score = f"{selects}_accuracy"
+    score = f"{selects}accuracy"
     counts = [len({row[path] for row in table}) for path in paths]
     if len(paths) == 2 and min(counts) > 1:
         plane = [next((p for p in paths if p.endswith(name)), None) for name in _PLANE]
         special = None not in plane
         x, y = plane if special else paths
-        how = {"score_label": f"{selects} accuracy (%)", "special": special, "factor": 100.0}
+        what = f"{_words(selects)} accuracy"
+        how = {"score_label": f"{what} (%)", "special": special, "factor": 100.0}
         how["best"] = best
-        title = f"{selects} accuracy".capitalize()
-        figure, name = figures.heat_map(table, x, y, score, title=title, **how), "heat_map.png"
+        how["title"] = what.capitalize()
+        figure, name = figures.heat_map(table, x, y, score, **how), "heat_map.png"
     elif len(paths) == 1 and counts[0] > 1:
         rows = sorted(table, key=lambda row: row[paths[0]])
         xs, ys, spread = (
@@ -126,7 +136,7 @@ def _pictures(
         )
         curves = {score: (xs, ys, np.nan_to_num(spread))}
         panel = {"title": paths[0], "x": paths[0].rpartition(".")[2], "curves": curves}
-        panel["y"] = f"{selects} accuracy (%)"
+        panel["y"] = f"{_words(selects)} accuracy (%)"
         figure, name = figures.lines([panel], columns=1), "curve.png"
     else:
         return []

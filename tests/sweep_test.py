@@ -145,6 +145,8 @@ def test_best_and_averages():
     assert sweep.best(rows) == first
     with pytest.raises(ValueError, match="no point"):
         sweep.best(rows[3:])
+    with pytest.raises(ValueError, match=r"^by must be one of validation_accuracy, test_nll; "):
+        sweep.best(rows, "accuracy")
 
 
 @pytest.mark.slow
@@ -189,6 +191,36 @@ def test_another_sweep_is_refused_a_workdir(swept):
     with pytest.raises(ValueError, match=r"sweep.init_seeds .2 there, 1 here."):
         over = {ALPHA: [1.0, 0.2], RATE: [0.1, 0.3]}
         sweep.sweep(config(), workdir, over=over, data=dataset())
+
+
+def test_another_order_is_another_sweep(swept):
+    workdir, _ = swept
+    with pytest.raises(ValueError, match=r"sweep\.over"):
+        over = {RATE: [0.1, 0.3], ALPHA: [1.0, 0.2]}
+        sweep.sweep(config(), workdir, over=over, init_seeds=2, data=dataset())
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '[{"last": {}}]'])
+def test_damaged_rows_are_made_again(swept, content):
+    workdir, rows = swept
+    (workdir / "members_00000" / "rows.json").write_text(content)
+    over = {ALPHA: np.asarray([1.0, 0.2]), RATE: (0.1, 0.3)}
+    assert sweep.sweep(config(), workdir, over=over, init_seeds=2, data=dataset()) == rows
+
+
+@pytest.mark.slow
+def test_a_seed_of_a_networks_own_goes_along(tmp_path):
+    values = config(num_steps=4, checkpoint_every=4)
+    values["student"] = values["student"] | dict(init_seed=7)
+    over = {WEIGHT: [1.0]}
+    sweep.sweep(values, tmp_path, over=over, init_seeds=2, data=dataset())
+    members = states(tmp_path / "members_00000")["student"]["params"]
+    single = values | dict(init_seed=4, student=values["student"] | dict(init_seed=8))
+    single["teacher"] = single["teacher"] | dict(checkpoint=str(tmp_path / "teacher"))
+    train_and_evaluate(single, tmp_path / "single", data=dataset())
+    params = states(tmp_path / "single")["student"]["params"]
+    for a, b in zip(*map(jax.tree.leaves, (params, members)), strict=True):
+        np.testing.assert_allclose(b[1], a, rtol=1e-5, atol=1e-5)
 
 
 def test_a_member_that_is_not_finite_harms_no_other(swept, tmp_path):
@@ -243,6 +275,8 @@ def test_networks_that_learn_together(tmp_path):
         ({ALPHA: [1.0, 1]}, {}, "different numbers"),
         ({ALPHA: [1.0, math.nan]}, {}, "different numbers"),
         ({ALPHA: ["a"]}, {}, "different numbers"),
+        ({ALPHA: 0.5}, {}, "different numbers to sweep; found 0.5"),
+        ({ALPHA: [1.0]}, {"init_seeds": 2**31}, "every init seed below"),
         ({"student.terms.distill.temperature": [1.0, -1.0]}, {}, "greater than 0.*found -1"),
         ({RATE: [-0.1]}, {}, "learning_rate must be at least 0"),
         ({ALPHA: [1.0]}, {"init_seeds": 0}, "init_seeds must be an integer of at least 1"),

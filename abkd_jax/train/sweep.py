@@ -64,12 +64,12 @@ class Plan(NamedTuple):
     Attributes:
         points: the swept numbers of each member, by path, and its init seed.
         configs: of each member, a single run's.
-        paths: the swept paths.
+        over: the swept values, by path; members go through them in this order.
     """
 
     points: list[dict[str, float | int]]
     configs: list[dict[str, Any]]
-    paths: tuple[str, ...]
+    over: dict[str, list[float]]
 
 
 def sweep(
@@ -84,8 +84,9 @@ def sweep(
 ) -> list[dict[str, float]]:
     """Trains a student for every combination of numbers and init seeds, or goes on with it.
 
-    A member is the student of the single run with the same numbers and seeds. Teachers are trained
-    once, in the workdir; the config's `baseline` is left out.
+    A member is the student of the single run with the same numbers and seeds (an `init_seed` of a
+    network's own goes up with the run's). Teachers are trained once, in the workdir; the config's
+    `baseline` is left out.
 
     Args:
         config: of a run; see `train_and_evaluate`.
@@ -106,6 +107,7 @@ def sweep(
     Raises:
         ValueError: one sentence, if a path, a value, the config or the workdir cannot be used.
         OSError: one sentence, if a file cannot be written; what was saved before is kept.
+        FloatingPointError: one sentence, if a teacher's training is not finite.
         SystemExit: with code 0, if a signal asked to stop, after saving.
     """
     for name, value, least in (("init_seeds", init_seeds, 1), ("chunk", chunk, 0)):
@@ -116,8 +118,8 @@ def sweep(
     with opened(config, workdir, networks=networks, data=data) as (run, states):
         *before, phase = schema.phases(run.config)
         plan = planned(run.config, phase, over, init_seeds)
-        about = {"over": {path: list(map(float, values)) for path, values in over.items()}}
-        about |= {"init_seeds": init_seeds, "chunk": chunk}
+        values = [[path, list(map(float, numbers))] for path, numbers in plan.over.items()]
+        about = {"over": values, "init_seeds": init_seeds, "chunk": chunk}
         folders.claim(run.workdir, describe(run, phase) | {"sweep": about})
         for part in before:
             result = run_phase(run, part, states, trains=True)
@@ -157,19 +159,30 @@ def planned(
         raise ValueError(f"over must be a mapping {{path: values}}; found {over!r:.80}.")
     if not over:
         raise ValueError(f"over must name at least one number to sweep, such as {_EXAMPLE!r}.")
+    over = {path: _listed(values) for path, values in over.items()}
     for path, values in over.items():
         _check_path(config, phase, path)
-        _check_values(config, phase, path, list(values))
+        _check_values(config, phase, path, values)
+    own = {name: schema.init_seed(config, name) for name in phase.learners}
+    if max(own.values()) + init_seeds > 2**31:
+        raise ValueError(
+            f"init_seeds must leave every init seed below 2**31; found {init_seeds} from "
+            f"{max(own.values())} on."
+        )
     seeds = range(config["init_seed"], config["init_seed"] + init_seeds)
     points, configs = [], []
     for *numbers, seed in itertools.product(*over.values(), seeds):
         point = dict(zip(over, map(float, numbers), strict=True))
         member = config | {"init_seed": seed}
+        for name in phase.learners:  # a network's own seed goes along with the run's
+            if "init_seed" in config[name]:
+                shifted = config[name]["init_seed"] + seed - config["init_seed"]
+                member[name] = dict(config[name]) | {"init_seed": shifted}
         for path, number in point.items():
             member = _with(member, path.split("."), number)
         points.append(point | {"init_seed": seed})
         configs.append(member)
-    return Plan(points, configs, tuple(over))
+    return Plan(points, configs, over)
 
 
 def best(rows: Sequence[Mapping[str, float]], by: str = "validation_accuracy") -> dict[str, Any]:
@@ -185,6 +198,9 @@ def best(rows: Sequence[Mapping[str, float]], by: str = "validation_accuracy") -
         The row's numbers with the mean and the standard deviation of every score over the seeds,
         as `averaged` gives them.
     """
+    known = [key for key in rows[0] if key.startswith(("validation_", "test_"))]
+    if by not in known:
+        raise ValueError(f"by must be one of {', '.join(known)}; found {by!r}{nearest(by, known)}.")
     means = [row for row in averaged(rows) if math.isfinite(row[by])]
     if not means:
         raise ValueError(f"no point of the sweep has a finite {by}; lower the learning rate.")
@@ -249,8 +265,8 @@ class _Program:
         """Trains some of the members from where their folder stands; their rows."""
         folder = self._run.workdir / f"members_{start:05}"
         done = folder / "rows.json"
-        if done.exists():
-            return _read_rows(done)
+        if done.exists() and len(rows := _read_rows(done)) == end - start:
+            return rows
         folder.mkdir(exist_ok=True)
         checkpoints = checkpoint.Checkpoints(folder / folders.CHECKPOINTS)
         try:
@@ -273,10 +289,11 @@ class _Program:
             optimizers.append({n: (x.optimizer, x.ema_decay) for n, x in found.items()})
         stack = functools.partial(jax.tree.map, lambda *x: jnp.stack(x))
         numbers, objectives = stack(*optimizers), stack(*built)
-        seeds = jnp.asarray([point["init_seed"] for point in self._plan.points[start:end]])
-        config = self._run.config
-        own = {n: schema.init_seed(config, n) - config["init_seed"] for n in self._phase.learners}
-        learners = {n: self._new(n, seeds + own[n], *numbers[n]) for n in own}
+        configs = self._plan.configs[start:end]
+        learners = {}
+        for name in self._phase.learners:
+            seeds = jnp.asarray([schema.init_seed(member, name) for member in configs])
+            learners[name] = self._new(name, seeds, *numbers[name])
         empty = jnp.full((count, self._evaluations), jnp.nan)
         history = {f"{n}/{m}": empty for n in learners for m in _ON_THE_WAY}
         return Member(learners, jnp.full(count, -1), history), objectives
@@ -454,13 +471,20 @@ def _check_path(config: Mapping[str, Any], phase: schema.Phase, path: str) -> No
         group = group[key]
     if not _is_number(group):
         raise ValueError(f"over {path}: the config must have a number there; found {group!r:.80}.")
+    if path.endswith(".init_seed"):
+        raise ValueError(f"over {path}: seeds are swept by init_seeds.")
 
 
 def _check_values(
     config: Mapping[str, Any], phase: schema.Phase, path: str, values: list[Any]
 ) -> None:
     """Refuses values that are no numbers, that repeat, or that the config's functions refuse."""
-    if not values or not all(map(_is_number, values)) or len(set(values)) < len(values):
+    if (
+        not isinstance(values, list)
+        or not values
+        or not all(map(_is_number, values))
+        or len(set(values)) < len(values)
+    ):
         raise ValueError(f"over {path} must have different numbers to sweep; found {values!r:.80}.")
     present, structures = (*phase.learners, *phase.frozen), set()
     for value in values:
@@ -475,6 +499,12 @@ def _check_values(
         structures.add((jax.tree.structure(numbers), *(d[0] for d in decays.values())))
     if len(structures) > 1:
         raise ValueError(f"over {path}: this changes the program; sweep numbers alone.")
+
+
+def _listed(values: Any) -> Any:
+    """Values as a plain list, so that arrays of any library do; else as they are."""
+    listed = values.tolist() if hasattr(values, "tolist") else values
+    return list(listed) if isinstance(listed, Sequence) and not isinstance(listed, str) else listed
 
 
 def _is_number(value: Any) -> bool:
@@ -503,17 +533,30 @@ def _shown(value: Any) -> float:
 
 
 def _remembered(path: pathlib.Path, size: int | Callable[[], int]) -> int:
-    """The size of a chunk, as it was when the sweep began."""
+    """The size of a chunk, as it was when the sweep began.
+
+    Raises:
+        ValueError: if the file that says so is damaged.
+    """
     if not path.exists():
         folders.write_json(path, size if isinstance(size, int) else size())
-    return json.loads(path.read_text())
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if type(found) is not int or found < 1:
+        raise ValueError(f"{path} must hold the size of a chunk, a positive integer; restore it.")
+    return found
 
 
 def _read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a chunk that is done; null is NaN."""
+    """The rows of a chunk that is done, null as NaN; none if the file is damaged."""
     nan = lambda row: {k: math.nan if v is None else v for k, v in row.items()}  # noqa: E731
-    rows = json.loads(path.read_text())
-    return [{"last": nan(r["last"]), "history": [nan(x) for x in r["history"]]} for r in rows]
+    try:
+        rows = json.loads(path.read_text())
+        return [{"last": nan(r["last"]), "history": [nan(x) for x in r["history"]]} for r in rows]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return []  # the checkpoints have it all
 
 
 def _write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
