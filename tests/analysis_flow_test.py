@@ -124,13 +124,32 @@ def test_ranks():
     assert [list(np.flatnonzero(g)) for g in ties.values()] == [[0], [1], [2, 3]]
 
 
-@pytest.mark.parametrize("edges", [(), (0,), (3, 2), (2, 2)])
+@pytest.mark.parametrize("edges", [(), (0,), (3, 2), (2, 2), (1.5,), 2])
 def test_edges_that_do_not_rise_are_refused(edges):
-    with pytest.raises(ValueError, match="edges must be counts of classes that rise from 1"):
+    with pytest.raises(
+        ValueError, match="edges must be a tuple of counts of classes that rise from 1"
+    ):
         by_rank(jnp.zeros(4), edges=edges)
 
 
-@pytest.mark.parametrize("group", [np.ones(3, bool), np.ones(4)])
-def test_groups_that_do_not_fit_are_refused(group):
-    with pytest.raises(ValueError, match=r"groups\['mine'\] must be bool over 4 classes; found"):
+@pytest.mark.parametrize(
+    "group,found",
+    [
+        (np.ones(3, bool), r"bool\[3\]"),
+        (np.ones(1, bool), r"bool\[1\]"),
+        (np.ones(4), r"float64\[4\]"),
+        (np.ones((5, 4), bool), r"bool\[5, 4\]"),
+        (np.bool_(True), r"bool\[\]"),
+        ([True] * 4, "list"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(group, found):
+    message = rf"groups\['mine'\] must be bool over 4 classes, .* \[2\] of change; found {found}\.$"
+    with pytest.raises(ValueError, match=message):
         mass_flow(jnp.zeros((2, 4)), {"mine": group})
+
+
+@pytest.mark.parametrize("log_ratio", [jnp.zeros(4), jnp.zeros((2, 3)), [0.0] * 4])
+def test_a_log_ratio_of_another_shape_is_refused(log_ratio):
+    with pytest.raises(ValueError, match=r"log_ratio must be an array of the shape \[2, 4\] of st"):
+        mass_change(jnp.zeros((2, 4)), log_ratio)

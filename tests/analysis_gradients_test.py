@@ -45,6 +45,31 @@ def test_norm_and_cosine(scale):
     np.testing.assert_allclose(gradient_norm(low[0]), scale * np.linalg.norm(a, axis=-1), rtol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [6e-38, 1.3e-37, 9e37, 3e38])
+def test_norm_and_cosine_at_the_ends_of_float32(scale):
+    a, b = np.float32([[scale, scale / 5], [0, scale]])
+    np.testing.assert_allclose(gradient_norm(a), np.linalg.norm(np.float64(a)), rtol=1e-6)
+    expected = cos(np.float64(a) / scale, np.float64(b) / scale)
+    np.testing.assert_allclose(jax.jit(cosine)(a, b), expected, rtol=1e-6)
+    np.testing.assert_allclose(cosine(a, np.float32([2e-38, 0])), 26**-0.5 * 5, rtol=1e-6)
+    assert gradient_norm(jnp.bfloat16(a)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    "b,found",
+    [
+        ({"b": np.ones(3)}, r"\['a'\] \[3\] in a where b has \['b'\] \[3\]\.$"),
+        ({"a": np.ones((3, 1))}, r"\['a'\] \[3\] in a where b has \['a'\] \[3, 1\]\.$"),
+        ({"a": np.ones(3), "c": np.ones(2)}, r"nothing in a where b has \['c'\] \[2\]\.$"),
+        (np.ones(3), r"\['a'\] \[3\] in a where b has \[3\]\.$"),
+    ],
+)
+def test_trees_that_differ_are_refused(b, found):
+    message = f"a and b must have the same structure and shapes; found {found}"
+    with pytest.raises(ValueError, match=message):
+        tree_cosine({"a": np.ones(3)}, b)
+
+
 def test_cosine_of_trees():
     a, b = np.random.default_rng(0).normal(size=(2, 23))
     tree = lambda x: {"w": np.float32(x[:20].reshape(4, 5)), "b": np.float32(x[20:])}  # noqa: E731
@@ -179,6 +204,12 @@ def test_variance_reduction_against_numpy():
     best = scipy.optimize.minimize_scalar(variance)
     np.testing.assert_allclose(found.best_weight, best.x, rtol=1e-4)
     np.testing.assert_allclose(found.removed_at_best, 1 - best.fun / variance(0), rtol=1e-4)
+
+
+def test_other_batches_for_the_task_are_refused():
+    message = r"distill_gradients and task_gradients must .* \[3, 2\] in .* has \[4, 2\]\.$"
+    with pytest.raises(ValueError, match=message):
+        variance_reduction(np.ones((3, 2)), np.ones((4, 2)))
 
 
 def test_a_teacher_is_a_control_variate():

@@ -123,6 +123,50 @@ def test_numbers_that_make_no_grid_are_refused(alpha, beta, found):
         over_grid(fn, draw(0), draw(1))
 
 
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (dict(where=np.ones(40, bool)), r"where must be a bool array \[5, 8\].* bool\[40\]\.$"),
+        (
+            dict(where=np.ones((5, 1), bool)),
+            r"where must be a bool array \[5, 8\].* bool\[5, 1\]\.$",
+        ),
+        (dict(where=np.ones(ROWS, int)), r"where must be a bool array.* found int64\[5, 8\]\.$"),
+        (dict(where=[True] * 5), r"where must be a bool array.* found list\.$"),
+        (dict(chunk=0), r"chunk must be an integer of at least 1; found 0\.$"),
+        (dict(chunk=-3), "chunk must be .* found -3"),
+        (dict(chunk=2.5), "chunk must be .* found 2.5"),
+        (dict(fn=gradient_summary), r"fn must be bound, bind\(function, ...\); found function\.$"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+    fn = bind(gradient_summary, divergence=grid())
+    with pytest.raises(ValueError, match=message):
+        over_grid(**(dict(fn=fn, student_logits=draw(0), teacher_logits=draw(1)) | options))
+
+
+def test_no_rows_are_as_rows_of_which_none_counts():
+    fn = bind(gradient_summary, divergence=grid())
+    none = over_grid(fn, draw(0)[:0], draw(1)[:0])
+    masked = over_grid(fn, draw(0), draw(1), where=np.zeros(ROWS, bool))
+    jax.tree.map(np.testing.assert_array_equal, none, masked)
+    norm = none["gradient_norm"]
+    assert np.all(norm.mean == 0) and np.all(norm.deviation == 0)
+    assert np.all(norm.lowest == np.inf) and np.all(norm.highest == -np.inf)
+
+
+def test_a_row_whose_classes_are_all_removed_does_not_poison_the_bounds():
+    student, teacher = draw(0), draw(1)
+    student[0, 0] = teacher[0, 0] = -np.inf
+    fn = bind(bound_summary, alpha=ALPHAS, beta=BETAS, learning_rate=0.1)
+    found = over_grid(fn, student, teacher)
+    where = np.arange(40).reshape(ROWS) > 0
+    others = over_grid(fn, student, teacher, where=where)
+    for name in ("tightness", "tightness_signed"):
+        assert np.all(found[name].lowest == 0)
+        np.testing.assert_allclose(found[name].mean, others[name].mean * 39 / 40, rtol=1e-5)
+
+
 # --- refusals -----------------------------------------------------------------------------------
 
 GOOD = draw(0, (4, 3))
@@ -168,9 +212,8 @@ REFUSED = [
         r"teacher_logits must be a floating-point array \[..., K\]; found int64\[4, 3\]",
         id="integers",
     ),
-    pytest.param(
-        [1.0, 2.0], GOOD, r"student_logits must be a floating.*found list\[2\]", id="list"
-    ),
+    pytest.param([1.0, 2.0], GOOD, r"student_logits must be a floating.*found list\.$", id="list"),
+    pytest.param(GOOD, [[1.0], [1.0, 2.0]], "teacher_logits must be a fl.*found list", id="ragged"),
     pytest.param(np.float32(1), GOOD, "student_logits must have at least one class", id="scalar"),
 ]
 

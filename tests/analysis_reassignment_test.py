@@ -329,7 +329,7 @@ def test_a_network_in_half_precision():
 
 
 def test_a_change_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"change must have the shape \[2, 4\] of student_logits"):
+    with pytest.raises(ValueError, match=r"change must be an array of the shape \[2, 4\] of stud"):
         of_logit_change(jnp.zeros((2, 4)), jnp.zeros(4))
 
 
@@ -340,3 +340,20 @@ def test_a_teacher_of_another_batch_is_refused():
         ValueError, match=r"broadcast to the shape \[7, 6\] of what logits_fn gives"
     ):
         parameter_step(*args, AB(alpha=1.0, beta=0.0), ETA)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(
+    "where,found",
+    [
+        (np.ones(1, bool), r"bool\[1\]"),
+        (np.ones(4, bool), r"bool\[4\]"),
+        (np.ones((7, 1), bool), r"bool\[7, 1\]"),
+        (np.full(7, 2, np.int32), r"int32\[7\]"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(where, found, exact):
+    params, inputs, teacher = jax.tree.map(jnp.float32, setup())
+    message = rf"where must be a bool array \[7\], one value for each row .* found {found}\.$"
+    with pytest.raises(ValueError, match=message):
+        parameter_step.__wrapped__(params, inputs, teacher, forward_kl, ETA, where, exact=exact)

@@ -1,4 +1,4 @@
-"""Refusals for logits that come from a user's own files."""
+"""Refusals for what comes from a user: logits from files, masks, arrays of the wrong shape."""
 
 import jax
 import jax.core
@@ -41,7 +41,7 @@ def check_cached(student_logits: Array, teacher_logits: Array) -> tuple[Array, A
 
 def check_logits(name: str, logits: Array) -> Array:
     """`check_cached` for one array: refused by its name, or lifted from 16 bit to 32."""
-    found = f"{getattr(logits, 'dtype', type(logits).__name__)}{list(np.shape(logits))}"
+    found = what_is(logits)
     if not hasattr(logits, "dtype") or not jnp.issubdtype(logits.dtype, jnp.floating):
         raise ValueError(f"{name} must be a floating-point array [..., K]; found {found}.")
     if logits.ndim == 0 or logits.shape[-1] == 0:
@@ -49,6 +49,31 @@ def check_logits(name: str, logits: Array) -> Array:
     if _is_readable(logits):
         _check_values(name, np.asarray(logits))
     return jnp.asarray(logits, jnp.promote_types(jnp.result_type(logits), jnp.float32))
+
+
+def check_where(where: Array | None, leading: tuple[int, ...]) -> None:
+    """Refuses a mask that is neither None nor bool of exactly this shape."""
+    if where is None:
+        return
+    if getattr(where, "dtype", None) != np.bool_ or where.shape != leading:
+        raise ValueError(
+            f"where must be a bool array {list(leading)}, one value for each row of the logits; "
+            f"found {what_is(where)}."
+        )
+
+
+def check_shape(name: str, x: Array, student_logits: Array) -> None:
+    """Refuses by its name what must have the shape of student_logits and has not."""
+    if getattr(x, "shape", None) != student_logits.shape:
+        raise ValueError(
+            f"{name} must be an array of the shape {list(student_logits.shape)} of student_logits; "
+            f"found {what_is(x)}."
+        )
+
+
+def what_is(x: object) -> str:
+    """The dtype and shape of an array, or the type of what is none: the end of a refusal."""
+    return f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else type(x).__name__
 
 
 def _is_readable(x: Array) -> bool:

@@ -1,13 +1,15 @@
 """Mass flow: how much probability a change moves into groups of classes."""
 
+import itertools
 from collections.abc import Mapping
 
 import jax
+import numpy as np
 from jax import Array
 from jax import numpy as jnp
 
 from abkd_jax import numerics
-from abkd_jax.analysis.checks import check_cached, check_logits
+from abkd_jax.analysis.checks import check_cached, check_logits, check_shape, what_is
 
 
 def mass_change(student_logits: Array, log_ratio: Array) -> Array:
@@ -21,9 +23,10 @@ def mass_change(student_logits: Array, log_ratio: Array) -> Array:
         `[..., K]`, of sum 0 over the classes; 0 at a class that is removed.
 
     Raises:
-        ValueError: if the logits are refused.
+        ValueError: if the logits are refused, or log_ratio has another shape.
     """
     logits = check_logits("student_logits", student_logits)
+    check_shape("log_ratio", log_ratio, logits)
     log_q = numerics.log_probabilities(logits)
     # Where q grows past measure, q e^LogR in one piece: e^LogR alone could overflow.
     after = jnp.exp(log_q + jnp.maximum(log_ratio, 1.0)) - jnp.exp(log_q)
@@ -43,13 +46,14 @@ def mass_flow(change: Array, groups: Mapping[str, Array]) -> dict[str, Array]:
         `[...]` for each group, by its name; over groups that part the classes the sum is 0.
 
     Raises:
-        ValueError: if a group is not bool or has another number of classes.
+        ValueError: if a group is not bool, or its shape does not fit.
     """
     for name, group in groups.items():
-        if group.dtype != bool or group.shape[-1:] != change.shape[-1:]:
+        if getattr(group, "dtype", None) != np.bool_ or not _fits(group.shape, change.shape):
             raise ValueError(
-                f"groups[{name!r}] must be bool over {change.shape[-1]} classes; found "
-                f"{group.dtype}{list(group.shape)}."
+                f"groups[{name!r}] must be bool over {change.shape[-1]} classes, with leading axes "
+                f"that broadcast with the {list(change.shape[:-1])} of change; found "
+                f"{what_is(group)}."
             )
     return {name: jnp.sum(jnp.where(g, change, 0.0), axis=-1) for name, g in groups.items()}
 
@@ -129,16 +133,27 @@ def by_rank(logits: Array, *, edges: tuple[int, ...]) -> dict[str, Array]:
         ValueError: if the logits are refused, or the edges do not rise from at least 1.
     """
     logits = check_logits("logits", logits)
-    starts = (0, *edges)
-    if not edges or any(b <= a for a, b in zip(starts, edges, strict=False)):
-        raise ValueError(f"edges must be counts of classes that rise from 1; found {edges}.")
+    counts = isinstance(edges, tuple | list) and all(isinstance(e, int | np.integer) for e in edges)
+    if not counts or not edges or any(b <= a for a, b in itertools.pairwise((0, *edges))):
+        raise ValueError(
+            f"edges must be a tuple of counts of classes that rise from 1; found {edges!r}."
+        )
     ranks = _ranks(logits)
     groups = {}
-    for start, stop in zip(starts, (*edges, None), strict=True):
+    for start, stop in zip((0, *edges), (*edges, None), strict=True):
         name = f"{start + 1}-" if stop is None else f"{start + 1}-{stop}"
         inside = ranks >= start if stop is None else (ranks >= start) & (ranks < stop)
         groups[str(stop) if stop == start + 1 else name] = inside
     return groups
+
+
+def _fits(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether two shapes have the same last axis, and leading ones that broadcast."""
+    try:
+        jnp.broadcast_shapes(shape, other)
+    except ValueError:
+        return False
+    return shape[-1:] == other[-1:]
 
 
 def _ranks(logits: Array) -> Array:

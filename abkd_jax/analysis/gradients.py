@@ -1,5 +1,6 @@
 """Gradients of losses, in logits and in parameters: their size, their angle, their noise."""
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -39,7 +40,8 @@ def logit_gradient(
 def gradient_norm(gradient: Array) -> Array:
     """The Euclidean norm over the last axis, `[..., K]` -> `[...]`; no square under- or overflows.
 
-    For a pytree there is `optax.tree.norm`.
+    Subnormal numbers count as 0 where XLA flushes them, as it does on a CPU. For a pytree there is
+    `optax.tree.norm`.
     """
     scaled, scale = _scaled(gradient)
     return scale[..., 0] * jnp.linalg.norm(scaled, axis=-1)
@@ -59,7 +61,12 @@ def cosine(a: Array, b: Array) -> Array:
 
 
 def tree_cosine(a: Any, b: Any) -> Array:
-    """`cosine` of two pytrees of the same structure, each as one long vector."""
+    """`cosine` of two pytrees of the same structure, each as one long vector.
+
+    Raises:
+        ValueError: if the structures or shapes differ.
+    """
+    _check_alike(a=a, b=b)
     return cosine(_flat(a), _flat(b))
 
 
@@ -233,13 +240,15 @@ def variance_reduction(
         Scalars.
 
     Raises:
-        ValueError: if there are fewer than two batches.
+        ValueError: if there are fewer than two batches, or the two pytrees differ in structure or
+            shapes.
 
     Safaryan et al., "Knowledge distillation performs partial variance reduction", NeurIPS 2023,
     https://arxiv.org/abs/2305.17581.
     """
     distill = _rows("distill_gradients", distill_gradients)
     task = _rows("task_gradients", task_gradients)
+    _check_alike(distill_gradients=distill_gradients, task_gradients=task_gradients)
     variance = _covariance(task, task)
     toward = distill - task
     shared, square = _covariance(task, toward), _covariance(toward, toward)
@@ -299,14 +308,34 @@ def _rows(name: str, gradients: Any) -> Array:
     return jnp.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=-1)
 
 
+def _check_alike(**trees: Any) -> None:
+    """Refuses two pytrees, by their names, whose arrays differ in path or shape."""
+    parts = [
+        [(jax.tree_util.keystr(path), list(jnp.shape(leaf))) for path, leaf in leaves]
+        for leaves in map(jax.tree.leaves_with_path, trees.values())
+    ]
+    for pair in itertools.zip_longest(*parts):
+        if pair[0] != pair[1]:
+            found = [f"{part[0]} {part[1]}" if part else "nothing" for part in pair]
+            a, b = trees
+            raise ValueError(
+                f"{a} and {b} must have the same structure and shapes; found {found[0].strip()} in "
+                f"{a} where {b} has {found[1].strip()}."
+            )
+
+
 def _flat(tree: Any) -> Array:
     return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def _scaled(x: Array) -> tuple[Array, Array]:
-    """x over its largest magnitude along the last axis, and that magnitude (1 for a zero)."""
-    scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    scale = jnp.where(scale == 0, 1.0, scale)
+    """x over its largest magnitude along the last axis, and that magnitude.
+
+    It is clipped to what has a normal number for its reciprocal: XLA multiplies by that instead of
+    dividing, and would flush a subnormal one to 0.
+    """
+    tiny = float(jnp.finfo(jnp.result_type(float, x)).tiny)
+    scale = jnp.clip(jnp.max(jnp.abs(x), axis=-1, keepdims=True), tiny, 1.0 / tiny)
     return x / scale, scale
 
 

@@ -7,7 +7,7 @@ from flax import struct
 from jax import Array
 from jax import numpy as jnp
 
-from abkd_jax.analysis.checks import check_cached
+from abkd_jax.analysis.checks import check_cached, check_where, what_is
 from abkd_jax.analysis.effects import tightness, upper_bound
 from abkd_jax.analysis.flow import mass_change, mass_flow, moved_mass, over_and_underestimated
 from abkd_jax.analysis.gradients import cosine, gradient_norm, logit_gradient
@@ -62,12 +62,19 @@ def over_grid(
             accelerator wants more.
 
     Returns:
-        A `Summary` over rows by the names that `fn` gives, in alphabetical order.
+        A `Summary` over rows by the names that `fn` gives, in alphabetical order. Where no row
+        counts, mean and deviation are 0, lowest is inf and highest -inf.
 
     Raises:
-        ValueError: if the logits are refused by `check_cached`, or the numbers make no grid.
+        ValueError: if the logits are refused by `check_cached`, `fn` is not bound, its numbers make
+            no grid, `where` is not bool `[...]`, or `chunk` is no integer of at least 1.
     """
+    if not isinstance(fn, Bound):
+        raise ValueError(f"fn must be bound, bind(function, ...); found {what_is(fn)}.")
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"chunk must be an integer of at least 1; found {chunk!r}.")
     student_logits, teacher_logits = check_cached(student_logits, teacher_logits)
+    check_where(where, student_logits.shape[:-1])
     sizes = {leaf.shape for leaf in jax.tree.leaves(fn)} - {()}
     if len(sizes) != 1 or len(min(sizes)) != 1:
         found = f"arrays of the shapes {sorted(map(list, sizes))}" if sizes else "scalars alone"
@@ -93,7 +100,8 @@ def _over_grid(fn, student_logits, teacher_logits, where, *, chunk):
         return {n: _joined(carry[n], _moments(v, kept)) for n, v in values.items()}, None
 
     parts = split(student_logits, classes), split(teacher_logits, classes), split(where)
-    shapes = jax.eval_shape(at_all_points, fn, parts[0][0], parts[1][0])
+    some = jax.ShapeDtypeStruct((chunk, classes), student_logits.dtype)  # there may be no rows
+    shapes = jax.eval_shape(at_all_points, fn, some, some)
     nothing = jnp.zeros(chunk, bool)
     start = {n: _moments(jnp.zeros(v.shape, v.dtype), nothing) for n, v in shapes.items()}
     moments, _ = jax.lax.scan(step, start, parts)
@@ -172,13 +180,15 @@ def bound_summary(
         learning_rate: eta.
 
     Returns:
-        `[...]` each: "tightness" of Proposition 4.2's bound, "tightness_signed" of the tighter one.
+        `[...]` each: "tightness" of Proposition 4.2's bound, "tightness_signed" of the tighter one;
+        0 in a row whose classes are all removed.
     """
     bound = upper_bound(
         student_logits, teacher_logits, alpha=alpha, beta=beta, learning_rate=learning_rate
     )
     present = ~jnp.isneginf(student_logits)
-    over_classes = lambda x: jnp.sum(jnp.where(present, x, 0.0), -1) / jnp.sum(present, -1)  # noqa: E731
+    count = jnp.maximum(jnp.sum(present, axis=-1), 1)
+    over_classes = lambda x: jnp.sum(jnp.where(present, x, 0.0), axis=-1) / count  # noqa: E731
     return {
         "tightness": over_classes(tightness(bound.log_ratio, bound.total)),
         "tightness_signed": over_classes(tightness(bound.log_ratio, bound.tighter)),

@@ -9,7 +9,7 @@ from jax import Array
 from jax import numpy as jnp
 
 from abkd_jax import numerics
-from abkd_jax.analysis.checks import check_cached, check_logits
+from abkd_jax.analysis.checks import check_cached, check_logits, check_shape, check_where
 from abkd_jax.analysis.gradients import logit_gradient
 from abkd_jax.types import Divergence
 
@@ -80,11 +80,7 @@ def of_logit_change(student_logits: Array, change: Array) -> Reassignment:
         ValueError: if the logits are refused, or the change has another shape.
     """
     logits = check_logits("student_logits", student_logits)
-    if jnp.shape(change) != logits.shape:
-        raise ValueError(
-            f"change must have the shape {list(logits.shape)} of student_logits; found "
-            f"{list(jnp.shape(change))}."
-        )
+    check_shape("change", change, logits)
     present = ~jnp.isneginf(logits)
     target = jnp.where(present, jnp.asarray(change, logits.dtype), 0.0)
     # The derivative of log q along the change is d, in the digits of a saturated row too.
@@ -129,7 +125,7 @@ def parameter_log_mass_ratio(
         The reassignment by the change -eta J J^T g, which is its `target`.
 
     Raises:
-        ValueError: if the logits are refused by `check_cached`.
+        ValueError: if the logits are refused by `check_cached`, or `where` is not bool `[...]`.
 
     Wang et al., "ABKD", ICML 2025, https://arxiv.org/abs/2505.04560, appendix C.
     """
@@ -164,7 +160,7 @@ def exact_parameter_log_mass_ratio(
         The reassignment.
 
     Raises:
-        ValueError: if the logits are refused by `check_cached`.
+        ValueError: if the logits are refused by `check_cached`, or `where` is not bool `[...]`.
     """
     step, logits = _descent(logits_fn, params, teacher_logits, divergence, learning_rate, where)
     after = logits_fn(jax.tree.map(jnp.add, params, step))
@@ -180,6 +176,7 @@ def _descent(logits_fn, params, teacher_logits, divergence, learning_rate, where
             f"teacher_logits must broadcast to the shape {list(logits.shape)} of what logits_fn "
             f"gives; found {list(jnp.shape(teacher_logits))}."
         )
+    check_where(where, logits.shape[:-1])
     where = jnp.ones(logits.shape[:-1], bool) if where is None else where
     mean = jnp.where(where[..., None], gradient, 0.0) / jnp.maximum(jnp.sum(where), 1)
     (slope,) = pull(mean.astype(logits.dtype))
