@@ -174,12 +174,18 @@ def top_k(student_logits: Array, teacher_logits: Array, *, divergence: Divergenc
     logits = _broadcast_logits("top_k", student_logits, teacher_logits, k)
     if k >= logits[1].shape[-1]:
         return divergence(*logits)
-    support, in_head = _head(_order(*logits), k)
+    order, num_classes = _order(*logits), logits[1].shape[-1]
+    few = num_classes <= _FEW_CLASSES
+    support, in_head = (None, _is_in_head(order, k)) if few else _head(order, k)
 
     def bucketed(logits):
+        tail = numerics.log_sum_exp(jnp.where(in_head, -jnp.inf, logits))[..., None]
+        if few:  # where they are, with the tail in its first class and the others of it removed
+            index = jax.lax.broadcasted_iota(jnp.int32, order.shape, order.ndim - 1)
+            first = jnp.min(jnp.where(in_head, num_classes, index), axis=-1, keepdims=True)
+            return jnp.where(in_head, logits, jnp.where(index == first, tail, -jnp.inf))
         head = jnp.take_along_axis(logits, support, axis=-1)
-        tail = numerics.log_sum_exp(jnp.where(in_head, -jnp.inf, logits))
-        return jnp.concatenate([head, tail[..., None]], axis=-1)
+        return jnp.concatenate([head, tail], axis=-1)
 
     return divergence(*map(bucketed, logits))
 
@@ -237,11 +243,7 @@ def top_k_dropped(
     logits = _broadcast_logits("top_k_dropped", student_logits, teacher_logits, k)
     if k >= logits[1].shape[-1]:
         return divergence(*logits)
-    order = _order(*logits)
-    if order.shape[-1] <= _FEW_CLASSES:
-        in_head = numerics.falling_prefix(numerics.ordered_bits(order), k)
-    else:
-        _, in_head = _head(order, k)
+    in_head = _is_in_head(_order(*logits), k)
     student_logits, teacher_logits = logits
     return divergence(student_logits, jnp.where(in_head, teacher_logits, -jnp.inf))
 
@@ -323,6 +325,13 @@ def _order(student_logits: Array, teacher_logits: Array) -> Array:
     order = jnp.where(removed, -jnp.inf, jnp.maximum(teacher_logits, lowest))
     order = jnp.where(order == 0, 0.0, jnp.where(jnp.isnan(order), jnp.inf, order))  # nor any -0
     return jax.lax.stop_gradient(order)
+
+
+def _is_in_head(order: Array, k: int) -> Array:
+    """Whether a class is one of the k first, `[..., K]`, the faster way."""
+    if order.shape[-1] <= _FEW_CLASSES:
+        return numerics.falling_prefix(numerics.ordered_bits(order), k)
+    return _head(order, k)[1]
 
 
 def _head(order: Array, k: int) -> tuple[Array, Array]:
