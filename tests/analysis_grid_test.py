@@ -68,6 +68,7 @@ def test_reassignments_over_a_grid(masked):
         check(found["largest"], i, np.abs(step.log_ratio).max(-1), where)
 
 
+@pytest.mark.slow
 def test_bounds_and_gradients_over_a_grid():
     student, teacher = draw(0), draw(1)
     student[..., 3] = teacher[..., 3] = -np.inf

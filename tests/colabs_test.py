@@ -56,6 +56,7 @@ def test_runs(name, tmp_path):
     nbformat = pytest.importorskip("nbformat")
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_core.utils import run_sync
 
     (tmp_path / "cwd").mkdir()
     # With no folder to look into, python3 is this interpreter, installed as a kernel or not.
@@ -66,7 +67,10 @@ def test_runs(name, tmp_path):
     where = {"metadata": {"path": str(tmp_path / "cwd")}}
     client = nbclient.NotebookClient(notebook, km=manager, timeout=2 * _SECONDS, resources=where)
     started = time.monotonic()
-    client.execute(env=environment(tmp_path))
+    try:
+        client.execute(env=environment(tmp_path))
+    finally:
+        run_sync(manager.shutdown_kernel)(now=True)  # nbclient leaves a manager that it was given
     seconds = time.monotonic() - started
 
     shown = [out for cell in notebook.cells for out in cell.get("outputs", ())]

@@ -154,6 +154,7 @@ def wide(bound):
 # --- values and gradients -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_row
 def test_values_in_both_precisions(row):
     student, teacher = draw()

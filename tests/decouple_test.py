@@ -251,6 +251,7 @@ def test_nkd_of_equal_networks_is_what_cross_entropies_leave():
 # --- labels -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss",
     [DKD, NKD, bind(difficulty_weighted, loss=KD), bind(entropy_weighted, loss=DKD, temperature=4)],

@@ -618,6 +618,7 @@ def test_proper_ones_are_distances_that_ignore_shifts(row, integers, shift):
 # Transformations.
 
 
+@pytest.mark.slow
 @one_row_per_function
 def test_without_jit(row):
     args = row.draw(dtype=np.float32)

@@ -263,6 +263,7 @@ def test_what_does_not_fit_is_refused(labels, centers, message):
 # --- projections of a module --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [dict(model="mlp", widths=(5,)), dict(model="resnet", depth=8)])
 def test_a_projection_leaves_the_network_as_it_is(model):
     hypers = {key: value for key, value in model.items() if key != "model"}
@@ -486,6 +487,7 @@ def test_projections_that_are_refused(project):
     )
 
 
+@pytest.mark.slow
 def test_a_projection_to_a_network_has_its_width(tmp_path):
     for width, projected in ((4, True), (5, False)):
         made = config(ND)

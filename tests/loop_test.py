@@ -163,6 +163,7 @@ def function_teacher():
     return lambda kernel, inputs: inputs @ kernel, KERNEL
 
 
+@pytest.mark.slow
 def test_teachers_of_any_library_teach_the_same(tmp_path):
     taught = []
     for make in (linen_teacher, nnx_teacher, function_teacher):
@@ -372,6 +373,7 @@ def test_a_coupled_loss_is_refused_in_parts_before_the_teacher_trains(tmp_path, 
     assert untrained(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_the_baseline_takes_the_labels_that_there_are(tmp_path):
     """10 of 30 labels make no batch of 16 in 4 parts; the largest that do are 8."""
     made = config(baseline=network(), micro_batches=4, num_steps=1)

@@ -91,6 +91,7 @@ def test_the_entropy_is_that_of_the_first_batches(tmp_path):
     np.testing.assert_allclose(last["analysis/student/entropy"], entropies.mean(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_networks_that_learn_together_and_input_gradients(tmp_path):
     values = config(mode="online", analysis=("gradient_norms", "mass_flow"), batch_size=64)
     kdiga = dict(fn="input_gradient_alignment", weight=1.0)

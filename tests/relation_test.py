@@ -238,6 +238,7 @@ def numpy_gram(batch_weight, class_weight, temperature):
     return truth
 
 
+@pytest.mark.slow
 def test_gram_contract():
     bound = bind(gram, batch_weight=0.7, class_weight=1.3, temperature=2.0)
     check_contract(bound, couples=True, truth=numpy_gram(0.7, 1.3, 2.0))

@@ -257,6 +257,7 @@ def test_convolutions_are_computed_in_the_dtype(dtype, train):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(changed)} == {"float32"}
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_to_float32():
     inputs = images()
     single, half = (make(8, widths=(4, 4, 6, 8), dtype=d) for d in ("float32", "bfloat16"))
