@@ -309,3 +309,10 @@ def test_spread_is_vmap_on_any_number_of_devices(size, monkeypatch):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
     with pytest.raises(ValueError, match="first axis"):
         parallel.spread(fn, {"x": members["x"], "n": jnp.arange(size + 1)}, shared)
+
+
+def test_a_sweep_is_one_compilation(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+    with jax.log_compiles():
+        sweep.sweep(config(), tmp_path, over={ALPHA: [1.0, 0.5, 0.0]}, data=dataset())
+    assert caplog.text.count("Compiling jit(advanced)") == 1

@@ -294,9 +294,10 @@ class _Program:
         for name in self._phase.learners:
             seeds = jnp.asarray([schema.init_seed(member, name) for member in configs])
             learners[name] = self._new(name, seeds, *numbers[name])
-        empty = jnp.full((count, self._evaluations), jnp.nan)
+        # With types of their own: a step's results have, and would be compiled for once more.
+        empty = jnp.full((count, self._evaluations), jnp.nan, jnp.float32)
         history = {f"{n}/{m}": empty for n in learners for m in _ON_THE_WAY}
-        return Member(learners, jnp.full(count, -1), history), objectives
+        return Member(learners, jnp.full(count, -1, jnp.int32), history), objectives
 
     def _network(self, config: Mapping[str, Any], name: str) -> schema.Network:
         return schema.network(config, name, num_classes=self._run.data.num_classes)
