@@ -228,18 +228,13 @@ def _steps(
         networks, metrics = train.train_step(
             carry.learners | frozen, batch, objectives, micro_batches=micro_batches
         )
-        learners = {name: networks[name] for name in carry.learners}
-        params = {name: state.params for name, state in learners.items()}
-        finite = jnp.all(
-            jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves((metrics, params))])
-        )
-        updates = finite & (carry.bad_step < 0)
-        first_bad = ~finite & (carry.bad_step < 0)
+        learners, bad_step = kept_finite(carry.learners, networks, metrics, carry.bad_step, step)
+        first_bad = bad_step != carry.bad_step
         fresh = step % log_every == 0
         return Carry(
-            learners=_where(updates, learners, carry.learners),
+            learners=learners,
             sums={n: jnp.where(fresh, 0, x) + metrics[n] for n, x in carry.sums.items()},
-            bad_step=jnp.where(first_bad, step, carry.bad_step),
+            bad_step=bad_step,
             bad=_where(first_bad, metrics, carry.bad),
         )
 
@@ -248,6 +243,30 @@ def _steps(
     else:
         carry, _ = jax.lax.scan(lambda c, i: (one(c, i), None), carry, step + jnp.arange(count))
     return carry, carry.bad_step + 0  # a buffer of its own, for the next call takes the carry's
+
+
+def kept_finite(
+    learners: Networks, networks: Networks, metrics: Mapping[str, Array], bad_step: Array, step: Any
+) -> tuple[Networks, Array]:
+    """The learners after a step, or as they were if it, or one before, was not finite.
+
+    Args:
+        learners: before the step.
+        networks: after it, the learners among them.
+        metrics: of the step.
+        bad_step: the first step that was not finite, -1 for none.
+        step: this one.
+
+    Returns:
+        The learners, and bad_step with this step taken into account.
+    """
+    new = {name: networks[name] for name in learners}
+    params = {name: state.params for name, state in new.items()}
+    finite = jnp.all(
+        jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves((metrics, params))])
+    )
+    so_far = bad_step < 0
+    return _where(finite & so_far, new, learners), jnp.where(~finite & so_far, step, bad_step)
 
 
 def _where(condition: Array, new: Any, old: Any) -> Any:

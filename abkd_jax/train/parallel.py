@@ -82,8 +82,8 @@ def spread(fn: Callable, members: Any, *shared: Any) -> Any:
     if len(sizes) != 1 or 0 in sizes:
         raise ValueError(f"members must share one first axis, not empty; found {sorted(sizes)}.")
     size, count = sizes.pop(), jax.local_device_count()
-    if count == 1:  # on the device also at first, as results are: one placement is one compilation
-        return _mapped(fn, len(shared), False)(everywhere(members), *everywhere(shared))
+    if count == 1:
+        return _mapped(fn, len(shared), False)(members, *shared)
     each = -(-size // count)
 
     def dealt(x):
@@ -96,9 +96,8 @@ def spread(fn: Callable, members: Any, *shared: Any) -> Any:
 
 def everywhere(tree: Any) -> Any:
     """The tree with a copy of each array on every local device, as `spread` shares it."""
-    if jax.local_device_count() == 1:
-        return jax.device_put(tree, jax.local_devices()[0])
-    return jax.tree.map(lambda x: jax.device_put(x, _on_local(PartitionSpec())), tree)
+    alone = jax.local_device_count() == 1
+    return jax.device_put(tree, jax.local_devices()[0] if alone else _on_local(PartitionSpec()))
 
 
 def _on_local(spec: PartitionSpec) -> NamedSharding:

@@ -27,7 +27,7 @@ from abkd_jax import schema, train
 from abkd_jax.metrics import summarize
 from abkd_jax.train import checkpoint, parallel
 from abkd_jax.train import workdir as folders
-from abkd_jax.train.fit import Run, call_length
+from abkd_jax.train.fit import Run, call_length, kept_finite
 from abkd_jax.train.phase import class_means, describe, examples, objectives_of, opened, run_phase
 from abkd_jax.train.progress import Progress
 from abkd_jax.train.step import Networks, Objectives
@@ -281,15 +281,14 @@ class _Program:
 
     def _stacked(self, start: int, end: int) -> tuple[Member, Objectives]:
         """The members at step 0, and their objectives."""
-        count = end - start
-        built = [self._objectives(config) for config in self._plan.configs[start:end]]
+        configs, count = self._plan.configs[start:end], end - start
+        built = [self._objectives(config) for config in configs]
         optimizers = []
-        for member in self._plan.configs[start:end]:
+        for member in configs:
             found = {n: self._network(member, n) for n in self._phase.learners}
             optimizers.append({n: (x.optimizer, x.ema_decay) for n, x in found.items()})
         stack = functools.partial(jax.tree.map, lambda *x: jnp.stack(x))
         numbers, objectives = stack(*optimizers), stack(*built)
-        configs = self._plan.configs[start:end]
         learners = {}
         for name in self._phase.learners:
             seeds = jnp.asarray([schema.init_seed(member, name) for member in configs])
@@ -328,6 +327,8 @@ class _Program:
     def _train(self, members, objectives, step, checkpoints, start, end) -> Member:
         """From a step to the last."""
         config, feed = self._run.config, self._feed()
+        # On a device from the first step on, as results are: one placement is one compilation.
+        members, objectives = jax.device_put((members, objectives), jax.local_devices()[0])
         last, every = config["num_steps"], config["checkpoint_every"]
         total = len(self._plan.points)
         label = f"students {start + 1} to {end} of {total}"
@@ -419,12 +420,7 @@ def _stepped(objectives, frozen, fed, preprocess, data_seed, size, micro_batches
     networks, metrics = train.train_step(
         member.learners | frozen, batch, objectives, micro_batches=micro_batches
     )
-    learners = {name: networks[name] for name in member.learners}
-    params = {name: state.params for name, state in learners.items()}
-    finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves((metrics, params))])
-    updates = jnp.all(finite) & (member.bad_step < 0)
-    bad_step = jnp.where(updates | (member.bad_step >= 0), member.bad_step, step)
-    learners = jax.tree.map(lambda a, b: jnp.where(updates, a, b), learners, member.learners)
+    learners, bad_step = kept_finite(member.learners, networks, metrics, member.bad_step, step)
     return member.replace(learners=learners, bad_step=bad_step)
 
 
@@ -495,9 +491,8 @@ def _check_values(
             found = {n: schema.network(member, n, num_classes=2) for n in phase.learners}
         except ValueError as error:
             raise ValueError(f"over {path}: {error}") from None
-        decays = {name: (x.module, x.optimizer, x.ema_decay) for name, x in found.items()}
-        numbers = (terms, jax.tree.map(lambda x: x, {n: d[1:] for n, d in decays.items()}))
-        structures.add((jax.tree.structure(numbers), *(d[0] for d in decays.values())))
+        numbers = terms, [(x.optimizer, x.ema_decay) for x in found.values()]
+        structures.add((jax.tree.structure(numbers), *(x.module for x in found.values())))
     if len(structures) > 1:
         raise ValueError(f"over {path}: this changes the program; sweep numbers alone.")
 
