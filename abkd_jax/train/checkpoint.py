@@ -1,16 +1,16 @@
 """Checkpoints that a killed process, a full disk or a damaged file cannot take away.
 
 Orbax writes them in the background and commits each as a whole. Kept are the newest two and the
-best one. Each carries checksums: a newest checkpoint that cannot be read, or that reads as
-something else, is set aside and the one before is used.
+best one. Each carries the SHA-256 of its arrays: a newest checkpoint that cannot be read, or that
+reads as something else, is set aside and the one before is used.
 """
 
 import hashlib
 import json
+import math
 import pathlib
 import sys
-import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,7 +22,8 @@ from orbax.checkpoint.checkpoint_managers import (
     LatestN,
 )
 
-_UNKNOWN = -1.0  # the accuracy of a state that was saved without an evaluation: never the best
+FOLDER = "checkpoints"  # of a run, or of a part of it
+_UNKNOWN = -1e30  # the score of a state that was saved without an evaluation: never the best
 
 
 class Checkpoints:
@@ -35,22 +36,22 @@ class Checkpoints:
             directory: that holds them.
         """
         self.directory = pathlib.Path(directory).resolve()
-        _hide_unreadable_accuracies(self.directory)
-        # `max_to_keep` with `best_fn` would delete the newest steps whenever accuracy falls.
-        kept = AnyPreservationPolicy([LatestN(2), BestN(get_metric_fn=_accuracy, n=1)])
+        _hide_unreadable_scores(self.directory)
+        # `max_to_keep` with `best_fn` would delete the newest steps whenever the score falls.
+        kept = AnyPreservationPolicy([LatestN(2), BestN(get_metric_fn=_score, n=1)])
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=kept, best_fn=_accuracy, cleanup_tmp_directories=True
+            preservation_policy=kept, best_fn=_score, cleanup_tmp_directories=True
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._saved = self._manager.latest_step()
 
-    def save(self, step: int, tree: Any, *, accuracy: float | None = None) -> None:
+    def save(self, step: int, tree: Any, *, score: float | None = None) -> None:
         """Saves in the background; the arrays may be donated or changed as soon as this returns.
 
         Args:
             step: that the state has reached.
             tree: of arrays.
-            accuracy: by which the best is chosen; None leaves this one out of that.
+            score: by which the best is chosen, the highest; None leaves this one out of that.
 
         Raises:
             OSError: one sentence, if this checkpoint or the one before could not be written.
@@ -59,10 +60,10 @@ class Checkpoints:
             return
         # Orbax may read a CPU's buffers in place while it writes: give it some that nobody reuses.
         tree = jax.tree.map(np.array if jax.process_count() == 1 else jax.numpy.copy, tree)
-        metrics = {"accuracy": _UNKNOWN if accuracy is None else float(accuracy)}
+        known = score is not None and math.isfinite(score)
+        metrics = {"score": float(score) if known else _UNKNOWN}
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(tree),
-            checksums=ocp.args.JsonSave(_checksums(tree, metrics)),
+            state=ocp.args.StandardSave(tree), about=ocp.args.JsonSave(_about(tree, metrics))
         )
         self._guarded(step, lambda: self._manager.save(step, args=items, metrics=metrics))
         self._saved = step
@@ -81,6 +82,12 @@ class Checkpoints:
             self._manager.close()
         except Exception as error:  # a failed save was reported when it failed
             print(f"{self.directory}: {_first_line(error)}", file=sys.stderr)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def restore(self, like: Any = None) -> tuple[int, Any] | None:
         """The newest checkpoint that is whole; damaged ones are set aside with a line on stderr.
@@ -135,20 +142,19 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def best(self) -> tuple[int, float] | None:
-        """(step, accuracy) of the best checkpoint; None if none was evaluated."""
+        """(step, score) of the best checkpoint; None if none was evaluated."""
         step = self._manager.best_step()
-        accuracy = None if step is None else self._manager.metrics(step)["accuracy"]
-        return None if accuracy in (None, _UNKNOWN) else (step, accuracy)
+        score = None if step is None else self._manager.metrics(step)["score"]
+        return None if score in (None, _UNKNOWN) else (step, score)
 
     def _read(self, step: int, like: Any) -> Any:
         target = jax.tree.map(lambda x: np.empty(np.shape(x), x.dtype), like)
         items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(target), checksums=ocp.args.JsonRestore()
+            state=ocp.args.StandardRestore(target), about=ocp.args.JsonRestore()
         )
         restored = self._manager.restore(step, args=items)
         tree = jax.tree.map(np.asarray, restored.state)
-        found = _checksums(tree, self._manager.metrics(step))
-        if sorted(found.values()) != sorted(restored.checksums.values()):
+        if _about(tree, self._manager.metrics(step)) != restored.about:
             raise ValueError("it is not what was saved")
         for (path, array), (_, expected) in zip(_leaves(tree), _leaves(target), strict=False):
             if array.shape != expected.shape:
@@ -166,7 +172,7 @@ class Checkpoints:
         self._saved = self._manager.latest_step()
         return aside / name
 
-    def _guarded(self, step: int | None, write) -> None:
+    def _guarded(self, step: int | None, write: Callable[[], Any]) -> None:
         try:
             write()
         except Exception as error:
@@ -194,12 +200,15 @@ def digest(tree: Any) -> str:
     return sha.hexdigest()
 
 
-def _checksums(tree: Any, metrics: Mapping[str, float] | None) -> dict[str, int]:
-    """The CRC-32 of every array, by path, and of the metrics: enough against accidents."""
+def _about(tree: Any, metrics: Mapping[str, float] | None) -> dict[str, Any]:
+    """What a checkpoint says of itself: enough to see that it is what was saved.
+
+    By values alone, since a tree that is read without its types has dicts in place of attributes.
+    """
     if jax.process_count() > 1:
         return {}
-    sums = {path: zlib.crc32(np.ascontiguousarray(array)) for path, array in _leaves(tree)}
-    return sums | {"metrics": zlib.crc32(json.dumps(metrics).encode())}
+    digests = sorted(digest(array) for _, array in _leaves(tree))
+    return {"sha256": hashlib.sha256("".join(digests).encode()).hexdigest(), "metrics": metrics}
 
 
 def _leaves(tree: Any) -> list[tuple[str, np.ndarray]]:
@@ -207,15 +216,15 @@ def _leaves(tree: Any) -> list[tuple[str, np.ndarray]]:
     return [(jax.tree_util.keystr(path), np.asarray(leaf)) for path, leaf in leaves]
 
 
-def _accuracy(metrics: Mapping[str, float]) -> float:
-    return metrics["accuracy"]
+def _score(metrics: Mapping[str, float]) -> float:
+    return metrics["score"]
 
 
-def _hide_unreadable_accuracies(directory: pathlib.Path) -> None:
-    """Without its accuracy a checkpoint is damaged; with half of it none could be opened."""
+def _hide_unreadable_scores(directory: pathlib.Path) -> None:
+    """Without its score a checkpoint is damaged; with half of it none could be opened."""
     for path in directory.glob("[0-9]*/metrics/metrics"):
         try:
-            json.loads(path.read_bytes())["accuracy"]
+            json.loads(path.read_bytes())["score"]
         except (ValueError, KeyError, TypeError):
             path.parent.rename(path.parent.with_name("metrics_damaged"))
 

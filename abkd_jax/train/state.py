@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Annotated, Any
 
 import jax
 import optax
@@ -11,19 +11,13 @@ from flax.training import train_state
 from jax import Array
 from jax import numpy as jnp
 
-from abkd_jax.models.adapters import as_outputs, split_variables
-from abkd_jax.train import optimizer as optimizers
-from abkd_jax.types import Bound, Outputs, Schedule, as_number, at_step
+from abkd_jax import optimizers
+from abkd_jax.binding import Bound, Domain, Schedule, as_number, at_step, domain_of
+from abkd_jax.models import Module, as_outputs, split_variables
+from abkd_jax.types import Outputs
 
-
-class Module(Protocol):
-    """A flax module whose call is `(inputs, *, train) -> Outputs`."""
-
-    def init(self, key: Array, inputs: Array, *, train: bool) -> Mapping[str, Any]:
-        """The variables of a new network."""
-
-    def apply(self, variables: Mapping[str, Any], inputs: Array, *, train: bool, **kwargs) -> Any:
-        """Its outputs."""
+Decay = Annotated[float | Array, Domain(0, 1, open_high=True)]
+"""of a moving average"""
 
 
 class TrainState(train_state.TrainState):
@@ -42,7 +36,7 @@ class TrainState(train_state.TrainState):
     ema_params: Any = None
 
     def forward(
-        self, params: Any, inputs: Array, *, train: bool, key: Array | None = None
+        self, params: Any, inputs: Any, *, train: bool, key: Array | None = None
     ) -> tuple[Outputs, Any]:
         """The outputs with these parameters, and the batch statistics after them."""
         variables = {"params": params, "batch_stats": self.batch_stats}
@@ -69,19 +63,19 @@ class TrainState(train_state.TrainState):
 
 def create(
     module: Module,
-    inputs: Array,
+    inputs: Any,
     *,
     init_seed: int | Array,
     optimizer: Bound,
-    ema_decay: float | Array | Schedule | None = None,
+    ema_decay: Decay | Schedule | None = None,
 ) -> TrainState:
     """A network that learns, with new parameters.
 
     Args:
-        module: a flax module; see `Module`.
-        inputs: a batch of inputs, for their shape.
+        module: a flax module whose call is `(inputs, *, train) -> Outputs`.
+        inputs: a batch of inputs, for their shapes.
         init_seed: of the parameters.
-        optimizer: a function of `abkd_jax.train.optimizer`, bound.
+        optimizer: a function of `abkd_jax.optimizers`, bound.
         ema_decay: in [0, 1), of a moving average of the parameters; None for none.
 
     Returns:
@@ -92,7 +86,7 @@ def create(
     """
     variables = _variables(module, init_seed, inputs)
     return _learner(
-        linen_apply(module),
+        as_outputs(module.apply),
         variables["params"],
         variables.get("batch_stats", {}),
         optimizer=optimizer,
@@ -105,14 +99,14 @@ def adopt(
     variables: Any,
     *,
     optimizer: Bound | None = None,
-    ema_decay: float | Array | Schedule | None = None,
+    ema_decay: Decay | Schedule | None = None,
 ) -> TrainState:
     """A network written elsewhere, with the variables that it has.
 
     Args:
         apply_fn: `(variables, inputs) -> logits`; see `models.as_outputs`.
         variables: its first argument, a pytree.
-        optimizer: a function of `abkd_jax.train.optimizer`, bound; None freezes the network.
+        optimizer: a function of `abkd_jax.optimizers`, bound; None freezes the network.
         ema_decay: in [0, 1), of a moving average of the parameters; None for none.
 
     Returns:
@@ -120,7 +114,8 @@ def adopt(
 
     Raises:
         TypeError: if the optimiser is not one of this library, bound.
-        ValueError: if a linen module has collections that a state has no place for.
+        ValueError: if a linen module has collections that a state has no place for, or the decay
+            lies outside of its domain.
     """
     params, batch_stats = split_variables(apply_fn, variables)
     params, batch_stats = jax.tree.map(jnp.asarray, (params, batch_stats))
@@ -133,11 +128,12 @@ def adopt(
 def _learner(apply_fn, params, batch_stats, *, optimizer, ema_decay) -> TrainState:
     if not isinstance(optimizer, Bound):
         raise TypeError(
-            "optimizer must be a function of abkd_jax.train.optimizer, bound, such as "
+            "optimizer must be a function of abkd_jax.optimizers, bound, such as "
             f"bind(sgd, learning_rate=0.1); found {optimizer!r}."
         )
     tx = optimizers.of(optimizer)
-    decays = ema_decay is None or isinstance(ema_decay, Schedule)
+    if not (ema_decay is None or isinstance(ema_decay, Schedule)):
+        ema_decay = as_number(ema_decay, "ema_decay", domain_of(Decay))
     return TrainState(
         step=jnp.zeros((), int),
         apply_fn=apply_fn,
@@ -146,7 +142,7 @@ def _learner(apply_fn, params, batch_stats, *, optimizer, ema_decay) -> TrainSta
         opt_state=tx.init(params)._replace(hyperparams=at_step(dict(optimizer.numbers), 0)),
         batch_stats=batch_stats,
         hyperparams=dict(optimizer.numbers),
-        ema_decay=ema_decay if decays else as_number(ema_decay, "ema_decay"),
+        ema_decay=ema_decay,
         ema_params=None if ema_decay is None else jax.tree.map(jnp.copy, params),
     )
 
@@ -171,21 +167,5 @@ _IDENTITY = optax.identity()
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _variables(module: Module, init_seed: Array, inputs: Array) -> Mapping[str, Any]:
+def _variables(module: Module, init_seed: Array, inputs: Any) -> Mapping[str, Any]:
     return module.init(jax.random.key(init_seed), inputs, train=False)
-
-
-@functools.lru_cache
-def linen_apply(module: Module) -> Callable[..., tuple[Outputs, Any]]:
-    """`(variables, inputs, *, train, key) -> (Outputs, batch_stats)`; one function a module."""
-
-    def apply(variables, inputs, *, train, key):
-        if not train:
-            return module.apply(variables, inputs, train=False), variables["batch_stats"]
-        rngs = {} if key is None else {"dropout": key}
-        outputs, changed = module.apply(
-            variables, inputs, train=True, rngs=rngs, mutable=["batch_stats"]
-        )
-        return outputs, changed.get("batch_stats", {})
-
-    return apply

@@ -9,10 +9,11 @@ import optax
 from jax import Array
 from jax import numpy as jnp
 
-from abkd_jax import metrics as evaluation
+from abkd_jax.binding import at_step
+from abkd_jax.checks import require
 from abkd_jax.losses import cross_entropy, term_counts, total
 from abkd_jax.train.state import TrainState
-from abkd_jax.types import Batch, Outputs, Term, at_step
+from abkd_jax.types import Batch, Outputs, Term
 
 Networks = dict[str, TrainState]
 Objectives = Mapping[str, Mapping[str, Term]]
@@ -59,33 +60,39 @@ def train_step(
     return networks | updated, metrics | norms
 
 
-@jax.jit
-def eval_step(networks: Networks, batch: Batch) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The evaluation of every network on one batch.
+def eval_outputs(networks: Networks, batch: Batch) -> dict[str, Outputs]:
+    """What every network shows in evaluation: without dropout, its moving average if it has one.
 
     Args:
-        networks: by name; a moving average of the parameters is used where there is one.
-        batch: `inputs`, `labels`, `where`, and optionally `outputs`.
+        networks: by name.
+        batch: `inputs`, and optionally `outputs`, which replace a network's forward pass.
 
     Returns:
-        Sums to be added over batches: {name: `metrics.classification_sums`} and, for each ordered
-        pair, {"student|teacher": `metrics.agreement_sums`}; and per-example arrays, {name: logits
-        and `metrics.per_example`}.
+        By name, without a gradient.
     """
-    _check_entries(batch, ("inputs", "labels", "where"))
-    outputs = {name: _frozen_forward(name, networks[name], batch) for name in networks}
-    logits = {name: out.logits for name, out in outputs.items()}
-    labels, where = batch["labels"], batch["where"]
-    sums = {n: evaluation.classification_sums(logits[n], labels, where) for n in networks}
-    for student in networks:
-        for teacher in networks:
-            if student != teacher:
-                pair = evaluation.agreement_sums(logits[student], logits[teacher], where)
-                sums[f"{student}|{teacher}"] = pair
-    examples = {
-        n: {"logits": logits[n], **evaluation.per_example(logits[n], labels)} for n in logits
-    }
-    return sums, examples
+    return {name: _frozen_forward(name, state, batch) for name, state in networks.items()}
+
+
+def outputs_of(
+    state: TrainState, params: Any, batch: Batch, *, train: bool, objectives: Objectives
+) -> Outputs:
+    """What a network shows of a batch, with all that the objectives read of any network.
+
+    Args:
+        state: the network's.
+        params: in place of the state's.
+        batch: as for `train_step`; its `outputs` are not read.
+        train: whether the network is seen as in training.
+        objectives: by learner.
+
+    Returns:
+        The outputs.
+    """
+    key = batch.get("key") if train else None
+    outputs, _ = state.forward(params, batch["inputs"], train=train, key=key)
+    if not _of_input_gradient(objectives):
+        return outputs
+    return outputs.replace(input_gradient=_input_gradient(state, params, batch))
 
 
 def _gradients(networks, terms, counts, batch_stats, batch):
@@ -119,36 +126,14 @@ def _gradients(networks, terms, counts, batch_stats, batch):
     return jax.grad(loss, has_aux=True)({name: networks[name].params for name in terms})
 
 
-def outputs_of(
-    state: TrainState, params: Any, batch: Batch, *, train: bool, objectives: Objectives
-) -> Outputs:
-    """What a network shows of a batch, with all that the objectives read of any network.
-
-    Args:
-        state: the network's.
-        params: in place of the state's.
-        batch: as for `train_step`; its `outputs` are not read.
-        train: whether the network is seen as in training.
-        objectives: by learner.
-
-    Returns:
-        The outputs.
-    """
-    key = batch.get("key") if train else None
-    outputs, _ = state.forward(params, batch["inputs"], train=train, key=key)
-    if not _of_input_gradient(objectives):
-        return outputs
-    return outputs.replace(input_gradient=_input_gradient(state, params, batch))
-
-
 def _of_input_gradient(terms: Objectives) -> set[str]:
     """The networks whose `input_gradient` a term reads."""
     return {
         network
         for learner, objective in terms.items()
         for term in objective.values()
-        if "input_gradient" in term.loss.needs
-        for network in (learner, term.other)
+        for network, parts in zip((learner, term.other), term.loss.needs, strict=True)
+        if "input_gradient" in parts
     }
 
 
@@ -167,27 +152,26 @@ def _input_gradient(state: TrainState, params: Any, batch: Batch) -> Array:
 
 def _accumulated(learn, networks, terms, batch, micro_batches):
     """`learn` over the parts of the batch: the sums of gradients and metrics."""
-    size = batch["inputs"].shape[0]
-    if size % micro_batches:
-        raise ValueError(f"micro_batches={micro_batches} must divide the batch of {size}.")
+    size = len(batch["where"])
+    require(size % micro_batches == 0, "micro_batches", f"a divisor of {size} rows", micro_batches)
     for name, objective in terms.items():
         for term, value in objective.items():
-            if value.loss.couples_batch:
-                raise ValueError(
-                    f"{name}.terms.{term} couples the examples of a batch, so micro_batches must "
-                    f"be 1; found {micro_batches}."
-                )
+            require(
+                not value.loss.couples_batch,
+                "micro_batches",
+                f"1, for {name}.terms.{term} couples the rows of a batch",
+                micro_batches,
+            )
     split = lambda x: x.reshape(micro_batches, size // micro_batches, *x.shape[1:])  # noqa: E731
     given = batch.get("outputs", {})
-    rows = {name: o.replace(unembedding=None, bias=None) for name, o in given.items()}
-    parts = {name: part for name, part in batch.items() if name != "key"} | {"outputs": rows}
+    parts = {name: part for name, part in batch.items() if name not in ("key", "outputs")}
     parts = jax.tree.map(split, parts)
+    parts["outputs"] = {n: outputs.map_rows(split).replace(head=None) for n, outputs in given.items()}
     if "key" in batch:
         parts["key"] = jax.random.split(batch["key"], micro_batches)
 
     def learn_from(stats, part):
-        heads = {n: {"unembedding": o.unembedding, "bias": o.bias} for n, o in given.items()}
-        whole = {name: rows.replace(**heads[name]) for name, rows in part["outputs"].items()}
+        whole = {n: rows.replace(head=given[n].head) for n, rows in part["outputs"].items()}
         return learn(stats, part | {"outputs": whole})
 
     def step(carry, part):
@@ -204,40 +188,32 @@ def _accumulated(learn, networks, terms, batch, micro_batches):
 
 def _check(networks, batch, objectives, micro_batches):
     """Refuses what the step would only trip over."""
-    if not objectives or not all(isinstance(terms, Mapping) for terms in objectives.values()):
-        raise ValueError(f"objectives must be {{learner: {{name: Term}}}}; found {objectives!r}.")
-    if micro_batches < 1:
-        raise ValueError(f"micro_batches must be at least 1; found {micro_batches}.")
-    known = ", ".join(networks)
-    masks = set()
+    by_name = objectives and all(isinstance(terms, Mapping) for terms in objectives.values())
+    require(by_name, "objectives", "{learner: {name: Term}}", objectives)
+    require(micro_batches >= 1, "micro_batches", "at least 1", micro_batches)
+    known, given = ", ".join(networks), batch.get("outputs", {})
+    wanted, masks = _of_input_gradient(objectives), {"where"}
     for learner, terms in objectives.items():
-        if learner not in networks:
-            raise ValueError(f"objectives name {learner!r}, but the networks are {known}.")
-        if not terms:
-            raise ValueError(f"the objective of {learner!r} is empty; it needs at least one term.")
+        require(learner in networks, "a learner of objectives", f"one of {known}", learner)
+        require(terms, f"the objective of {learner!r}", "of at least one term", terms)
         if not networks[learner].hyperparams:
             raise ValueError(f"{learner!r} has no optimiser; leave it out of the objectives.")
-        if learner in batch.get("outputs", {}):
+        if learner in given:
             raise ValueError(f"batch['outputs'] has {learner!r}, which learns and must be run.")
         for name, term in terms.items():
-            if term.other not in networks:
-                raise ValueError(
-                    f"{learner}.terms.{name} names {term.other!r}, but the networks are {known}."
-                )
+            at = f"{learner}.terms.{name}"
+            if term.other is None and term.loss.needs.other:
+                raise ValueError(f"{at} needs an other network; name one of {known}.")
+            require(term.other in (None, *networks), f"{at}.other", f"one of {known}", term.other)
             masks.add(term.where)
-    wanted = _of_input_gradient(objectives)
-    _check_entries(batch, ("inputs", *sorted(masks), *(["labels"] if wanted else [])))
-    for name, outputs in batch.get("outputs", {}).items():
+    for entry in ("inputs", *sorted(masks), *(["labels"] if wanted else [])):
+        if entry not in batch:
+            raise ValueError(f"the batch lacks {entry!r}; it has {', '.join(batch)}.")
+    for name, outputs in given.items():
         if name in wanted and outputs.input_gradient is None:
             raise ValueError(
                 f"batch['outputs'] has {name!r} without its input_gradient, which a term reads."
             )
-
-
-def _check_entries(batch, needed):
-    for entry in needed:
-        if entry not in batch:
-            raise ValueError(f"the batch lacks {entry!r}; it has {', '.join(batch)}.")
 
 
 def _frozen_forward(name: str, state: TrainState, batch: Batch) -> Outputs:

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def mesh(num_devices: int, *, batch_size: int) -> Mesh:
-    """The mesh of a run: axes `data`, along which batches are split, and `model`.
+    """The mesh of a run, with one axis: `data`, along which batches are split.
 
     Args:
         num_devices: how many devices to use; 0 for all.
@@ -36,9 +36,8 @@ def mesh(num_devices: int, *, batch_size: int) -> Mesh:
             f"batch_size must be a multiple of the {count} devices; found {batch_size} (set "
             "devices to use fewer)."
         )
-    axes = (AxisType.Auto,) * 2
     devices = jax.devices()[:count]
-    return jax.make_mesh((count, 1), ("data", "model"), axis_types=axes, devices=devices)
+    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def replicated(tree: Any, mesh: Mesh) -> Any:

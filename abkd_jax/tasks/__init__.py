@@ -1,0 +1,4 @@
+"""How outputs are judged: each function here returns a `Task`."""
+
+from abkd_jax.tasks.classification import classification
+from abkd_jax.tasks.task import Column, Sums, Task

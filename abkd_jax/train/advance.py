@@ -1,0 +1,300 @@
+"""Consecutive training steps: what runs, sweeps and experiments call, and the only loop over them.
+
+Everything that a step does is a function of the carry, the host's examples, `data_seed` and the
+step, so that a run which was stopped goes on as if it had not been.
+"""
+
+import collections
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from flax import struct
+from jax import Array
+from jax import numpy as jnp
+from jax.sharding import Mesh
+
+from abkd_jax import parallel
+from abkd_jax.sources import Source
+from abkd_jax.train.step import Networks, Objectives, train_step
+
+_RUN_AHEAD = 2  # calls in flight: enough to hide the host's work, few enough to stop at once
+
+
+@struct.dataclass
+class Carry:
+    """What training carries from step to step, and what checkpoints hold.
+
+    Attributes:
+        learners: the states of the networks that learn.
+        source: the state of the source of batches.
+        sums: of the metrics of the steps since the last multiple of log_every.
+        bad_step: the first step with a metric that is not finite; -1 for none. From this step on no
+            network is updated.
+        bad: the metrics of that step.
+    """
+
+    learners: Networks
+    source: Any
+    sums: dict[str, Array]
+    bad_step: Array
+    bad: dict[str, Array]
+
+
+class Static(NamedTuple):
+    """What of the steps is structure, and part of the compiled program.
+
+    Attributes:
+        micro_batches: into how many parts a batch is split.
+        log_every: how many steps the sums are over.
+        mesh: over which batches are split; None for none.
+    """
+
+    micro_batches: int = 1
+    log_every: int = 1
+    mesh: Mesh | None = None
+
+
+def begin(learners: Networks, objectives: Objectives, source: Source) -> Carry:
+    """The carry of step 0.
+
+    Args:
+        learners: the networks that learn.
+        objectives: theirs.
+        source: of the batches.
+
+    Returns:
+        The carry, with no metric summed.
+    """
+    names = (
+        f"{learner}/{metric}"
+        for learner, terms in objectives.items()
+        for metric in (*terms, "loss", "gradient_norm")
+    )
+    zeros = {name: jnp.zeros(()) for name in names}
+    # With a type of its own: a step's result has, and would be compiled for once more.
+    return Carry(learners, source.init(), zeros, jnp.asarray(-1, jnp.int32), zeros)
+
+
+def advance(
+    carry: Carry,
+    frozen: Networks,
+    objectives: Objectives,
+    source: Source,
+    examples: Any,
+    data_seed: int | Array,
+    step: int | Array,
+    *,
+    count: int,
+    static: Static,
+) -> Carry:
+    """The carry after `count` further steps.
+
+    Args:
+        carry: at `step`.
+        frozen: the networks that do not learn.
+        objectives: of those that do.
+        source: of the batches.
+        examples: what the host feeds for these steps, see `data.Feed`.
+        data_seed: of the batches and of the steps' randomness.
+        step: the first one, counted from 0.
+        count: how many.
+        static: the rest of the structure.
+
+    Returns:
+        The carry.
+    """
+
+    def one(carry: Carry, step: Array) -> Carry:
+        batch = source.batch(carry.source, examples, data_seed, step)
+        if static.mesh is not None:
+            batch = parallel.split(batch, static.mesh)
+        networks, metrics = train_step(
+            carry.learners | frozen, batch, objectives, micro_batches=static.micro_batches
+        )
+        # Of the metrics alone, gradient norms among them: to look at the parameters after the
+        # update would keep those before it alive beside them.
+        finite = jnp.all(jnp.isfinite(jnp.stack(list(metrics.values()))))
+        good, first_bad = finite & (carry.bad_step < 0), ~finite & (carry.bad_step < 0)
+        new = {name: networks[name] for name in carry.learners}
+        fresh = step % static.log_every == 0
+        return Carry(
+            learners=_where(good, new, carry.learners),
+            source=carry.source,
+            sums={n: jnp.where(fresh, 0, x) + metrics[n] for n, x in carry.sums.items()},
+            bad_step=jnp.where(first_bad, step, carry.bad_step).astype(jnp.int32),
+            bad=_where(first_bad, metrics, carry.bad),
+        )
+
+    if count == 1:  # on a CPU convolutions in a scan are an order of magnitude slower
+        return one(carry, step)
+    return jax.lax.scan(lambda c, i: (one(c, i), None), carry, step + jnp.arange(count))[0]
+
+
+def confirmed(carry: Carry, step: Array) -> Carry:
+    """The carry with a `bad_step` if the last update, which no later step has seen, overflowed."""
+    params = {name: state.params for name, state in carry.learners.items()}
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)]))
+    overflowed = ~finite & (carry.bad_step < 0)
+    return carry.replace(bad_step=jnp.where(overflowed, step - 1, carry.bad_step).astype(jnp.int32))
+
+
+def refilled(carry, frozen, source, examples, data_seed, step) -> Carry:
+    """The carry with its source refilled, before the step."""
+    networks = carry.learners | frozen
+    state = source.refill(carry.source, networks, examples, data_seed, step)
+    return carry.replace(source=state)
+
+
+def evaluated(carry: Carry, summary: Any, source: Source) -> Carry:
+    """The carry whose source has seen an evaluation."""
+    return carry.replace(source=source.evaluated(carry.source, summary))
+
+
+class Programs(NamedTuple):
+    """The functions above, compiled: for one carry on a mesh, or for stacked ones.
+
+    Attributes:
+        source: of the batches.
+        advance: `(carry, frozen, objectives, examples, data_seed, step, count) -> (carry, ready)`,
+            with an array that is ready when the steps are done. The carry's buffers are taken.
+        refill: `(carry, frozen, examples, data_seed, step) -> carry`.
+        evaluated: `(carry, summary) -> carry`.
+        confirmed: `(carry, step) -> carry`.
+    """
+
+    source: Source
+    advance: Callable
+    refill: Callable
+    evaluated: Callable
+    confirmed: Callable
+
+
+def on_mesh(source: Source, static: Static) -> Programs:
+    """The programs of one set of networks."""
+
+    def advance_(carry, frozen, objectives, examples, data_seed, step, count):
+        args = (carry, frozen, objectives, source, examples, data_seed, step)
+        return _advance(*args, count=count, static=static)
+
+    def refill(carry, frozen, examples, data_seed, step):
+        return _refilled(carry, frozen, source, examples, data_seed, step)
+
+    return Programs(
+        source, advance_, refill, lambda *args: _evaluated(*args, source=source), _confirmed
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("source", "count", "static"), donate_argnames="carry"
+)
+def _advance(carry, frozen, objectives, source, examples, data_seed, step, *, count, static):
+    args = (carry, frozen, objectives, source, examples, data_seed, step)
+    carry = advance(*args, count=count, static=static)
+    return carry, carry.bad_step + 0  # a buffer of its own, for the next call takes the carry's
+
+
+_refilled = jax.jit(refilled, static_argnames="source")
+_evaluated = jax.jit(evaluated, static_argnames="source")
+_confirmed = jax.jit(confirmed)
+
+
+def over_members(source: Source, static: Static) -> Programs:
+    """The programs of stacked members (`parallel.spread`); their objectives are stacked, too."""
+
+    @functools.cache  # one object for each count, by which `spread` compiles
+    def steps(count):
+        def member(carry_and_objectives, frozen, examples, data_seed, step):
+            carry, objectives = carry_and_objectives
+            args = (carry, frozen, objectives, source, examples, data_seed, step)
+            return advance(*args, count=count, static=static)
+
+        return member
+
+    def advance_(carry, frozen, objectives, examples, data_seed, step, count):
+        shared = frozen, examples, jnp.asarray(data_seed), jnp.asarray(step)
+        carry = parallel.spread(steps(count), (carry, objectives), *shared)
+        return carry, carry.bad_step
+
+    def member_refilled(carry, frozen, examples, data_seed, step):
+        return refilled(carry, frozen, source, examples, data_seed, step)
+
+    def refill(carry, frozen, examples, data_seed, step):
+        seed_and_step = jnp.asarray(data_seed), jnp.asarray(step)
+        return parallel.spread(member_refilled, carry, frozen, examples, *seed_and_step)
+
+    def member_evaluated(carry_and_summary):
+        return evaluated(*carry_and_summary, source)
+
+    return Programs(
+        source,
+        advance_,
+        refill,
+        lambda carry, summary: parallel.spread(member_evaluated, (carry, summary)),
+        lambda carry, step: parallel.spread(confirmed, carry, jnp.asarray(step)),
+    )
+
+
+def run_steps(
+    programs: Programs,
+    carry: Carry,
+    frozen: Networks,
+    objectives: Objectives,
+    feed: Callable[[int], tuple[Any, int]],
+    *,
+    data_seed: int,
+    start: int = 0,
+    end: int,
+    length: int = 1,
+    intervals: Sequence[int] = (),
+    after: Callable[[Carry, int], Carry] = lambda carry, step: carry,
+) -> Carry:
+    """Trains from a step to another.
+
+    Args:
+        programs: compiled.
+        carry: at `start`; its buffers are taken.
+        frozen: the networks that do not learn.
+        objectives: of those that do; stacked, as the carry is, for stacked members.
+        feed: step -> what the host feeds, and the first step that it does not serve.
+        data_seed: of the batches.
+        start: how many steps are done.
+        end: how many there are to be.
+        length: how many steps one call makes, where they fit.
+        intervals: no call goes past a multiple of one of these.
+        after: called with the carry and the number of steps done, after each call; what it returns
+            is trained on. It may raise to end the training.
+
+    Returns:
+        The carry after the last step.
+    """
+    source, step, calls = programs.source, start, collections.deque()
+    intervals = (*intervals, *([source.refill_every] if source.refill else []))
+    while step < end:
+        examples, until = feed(step)
+        if source.refill and step % source.refill_every == 0:
+            carry = programs.refill(carry, frozen, examples, data_seed, step)
+        count = _call_length(step, min(until, end), length, intervals)
+        args = (carry, frozen, objectives, examples, data_seed, step, count)
+        carry, ready = programs.advance(*args)
+        step += count
+        calls.append(ready)
+        if len(calls) > _RUN_AHEAD:
+            calls.popleft().block_until_ready()
+        carry = after(carry, step)
+    return carry
+
+
+def _call_length(step: int, until: int, length: int, intervals: Sequence[int]) -> int:
+    """How many steps the call at this step makes: `length`, or one where they do not fit.
+
+    One or the other, for each length is a compilation; a function of the step, for a scan and
+    single steps may round differently and a resumed run is to repeat them.
+    """
+    stop = min(until, *((step // n + 1) * n for n in intervals), until)
+    return length if step % length == 0 and step + length <= stop else 1
+
+
+def _where(condition: Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
