@@ -1,13 +1,16 @@
 """Knowledge distillation on JAX: the alpha-beta-divergence (ABKD) and the systems around it."""
 
-from abkd_jax.combinators import (
-    powered,
-    prior_shifted,
-    standardized,
-    tempered,
-    top_k,
-    top_k_dropped,
-    top_k_renormalised,
+from abkd_jax.binding import (
+    Bound,
+    Domain,
+    NonNegative,
+    Number,
+    Positive,
+    Schedule,
+    Unit,
+    at_step,
+    bind,
+    schedule,
 )
 from abkd_jax.divergences import (
     adaptive_kl,
@@ -21,10 +24,17 @@ from abkd_jax.divergences import (
     jeffreys,
     jensen_shannon,
     logit_mse,
+    powered,
+    prior_shifted,
     renyi,
     reverse_kl,
     skew_forward_kl,
     skew_reverse_kl,
+    standardized,
+    tempered,
+    top_k,
+    top_k_dropped,
+    top_k_renormalised,
     total_variation,
 )
 from abkd_jax.losses import (
@@ -49,82 +59,8 @@ from abkd_jax.losses import (
     with_teacher_labels,
 )
 from abkd_jax.models import as_outputs
-from abkd_jax.train import TrainState, adopt, create, eval_step, frozen, train_step
-from abkd_jax.train.loop import train_and_evaluate
-from abkd_jax.train.workdir import load
-from abkd_jax.types import (
-    Batch,
-    Bound,
-    Divergence,
-    Loss,
-    Outputs,
-    Schedule,
-    Term,
-    at_step,
-    bind,
-    schedule,
-)
-
-__all__ = [
-    "Batch",
-    "Bound",
-    "Divergence",
-    "Loss",
-    "Outputs",
-    "Schedule",
-    "Term",
-    "TrainState",
-    "adaptive_kl",
-    "adopt",
-    "alpha_beta",
-    "alpha_divergence",
-    "alphanet",
-    "as_outputs",
-    "at_step",
-    "beta_divergence",
-    "bind",
-    "chi_squared",
-    "chunked_total",
-    "create",
-    "cross_entropy",
-    "decoupled_features",
-    "difficulty_weighted",
-    "dist",
-    "dkd",
-    "entropy_aware",
-    "entropy_gated",
-    "entropy_weighted",
-    "eval_step",
-    "forward_kl",
-    "frozen",
-    "gram",
-    "hellinger",
-    "input_gradient_alignment",
-    "jeffreys",
-    "jensen_shannon",
-    "load",
-    "logit_mse",
-    "nkd",
-    "norm_and_direction",
-    "on_logits",
-    "power_weighted",
-    "powered",
-    "prior_shifted",
-    "rank_correlation",
-    "renyi",
-    "reverse_kl",
-    "schedule",
-    "sinkhorn",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "standardized",
-    "tempered",
-    "top_k",
-    "top_k_dropped",
-    "top_k_renormalised",
-    "total",
-    "total_variation",
-    "train_and_evaluate",
-    "train_step",
-    "with_teacher_labels",
-]
+from abkd_jax.run.loop import train_and_evaluate
+from abkd_jax.run.workdir import load
+from abkd_jax.sources import Source
+from abkd_jax.train import TrainState, adopt, create, eval_outputs, frozen, train_step
+from abkd_jax.types import Batch, Divergence, Head, Loss, Outputs, Term

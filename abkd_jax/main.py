@@ -11,14 +11,14 @@ import sys
 
 from absl import app, flags
 
-from abkd_jax import flags as config_flags
-from abkd_jax.train import loop
+from abkd_jax.config import command
+from abkd_jax.run import loop
 
-_CONFIG = config_flags.define_config()
+_CONFIG = command.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run, which is made.")
 _EVALUATE = flags.DEFINE_bool("evaluate", False, "Evaluate the newest checkpoints; train nothing.")
 _PROFILE = flags.DEFINE_bool("profile", False, "Trace a few steps to workdir/profile.")
-parse = functools.partial(config_flags.parse, known=("config", "workdir", "evaluate", "profile"))
+parse = functools.partial(command.parse, known=("config", "workdir", "evaluate", "profile"))
 
 
 def main(argv: list[str]) -> None:
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
         sys.exit("--config is missing; give a config file: --config=configs/digits.py.")
     if not _WORKDIR.value:
         sys.exit("--workdir is missing; give the folder of the run: --workdir=runs/digits.")
-    config_flags.silence()
+    command.silence()
     try:
         result = loop.train_and_evaluate(
             _CONFIG.value,
@@ -40,8 +40,7 @@ def main(argv: list[str]) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"{error}")
     for name, network in result["networks"].items():
-        last = network["last"]
-        print(f"{name}: accuracy {last['accuracy']:.2%}, NLL {last['nll']:.4f}, on the test set")
+        print(f"{name}: {result['score']} {network['last'][result['score']]:.4f} on the test set")
     print(f"report: {pathlib.Path(_WORKDIR.value) / 'report.md'}")
 
 

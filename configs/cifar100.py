@@ -13,79 +13,63 @@ Time and number: not measured (the full protocol takes a GPU).
 
 import ml_collections
 
-from abkd_jax import arguments
+from abkd_jax import config as configs
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
-    """The config; see `abkd_jax.arguments` for the argument, to which the flag runlocal belongs."""
-    options = arguments.parse(argument)
+    """The config; see `abkd_jax.config.arguments` for the argument; the flag runlocal is its own."""
+    options = configs.parse(argument)
     epoch = 50_000 // 64
+    drops = (150 * epoch, 180 * epoch, 210 * epoch)
     optimizer = dict(
-        name="sgd",
-        learning_rate=dict(
-            fn="piecewise",
-            start=5e-2,
-            factor=0.1,
-            boundaries=(150 * epoch, 180 * epoch, 210 * epoch),
-        ),
+        fn="sgd",
+        learning_rate=dict(fn="piecewise", start=5e-2, factor=0.1, boundaries=drops),
         momentum=0.9,
         weight_decay=5e-4,
     )
     task = dict(fn="cross_entropy", weight=1.0)
-    config = ml_collections.ConfigDict(
-        dict(
-            mode="offline",
-            data=dict(
-                name="cifar100",
-                validation=0,
-                labelled=0,
-                omit=(),
-                pad=4,
-                flip=True,
-                mean=(0.5071, 0.4867, 0.4408),
-                std=(0.2675, 0.2565, 0.2761),
-                data_dir="",
-                download=False,
-            ),
-            teacher=dict(
-                model="resnet",
-                depth=56,
-                dtype="float32",
-                optimizer=optimizer,
-                terms=dict(task=task),
-                checkpoint="",
-            ),
-            student=dict(
-                model="resnet",
-                depth=20,
-                dtype="float32",
-                optimizer=optimizer,
-                terms=dict(
-                    task=task,
-                    distill=dict(
-                        fn="on_logits",
-                        weight=32.0,
-                        temperature=4.0,
-                        temperature_power=0.0,
-                        divergence=dict(fn="alpha_beta", alpha=0.8, beta=0.3),
-                    ),
-                ),
-            ),
-            batch_size=64,
-            num_steps=240 * epoch,
-            checkpoint_every=epoch,
-            log_every=100,
-            steps_per_call=0,
-            devices=0,
-            micro_batches=1,
-            init_seed=0,
-            data_seed=0,
-            plugins=(),
-            analysis=(),
-        )
+    distill = dict(
+        fn="on_logits",
+        weight=32.0,
+        temperature=4.0,
+        temperature_power=0.0,
+        divergence=dict(fn="alpha_beta", alpha=0.8, beta=0.3),
     )
-    if isinstance(options.get("runlocal"), bool) and options.pop("runlocal"):
-        config.data = dict(name="digits", validation=0, shape=(32, 32, 3), pad=4, flip=True)
+    config = configs.defaults()
+    config.update(
+        data=dict(
+            fn="tfds",
+            name="cifar100",
+            validation=0,
+            labelled=0,
+            omit=(),
+            pad=4,
+            flip=True,
+            mean=(0.5071, 0.4867, 0.4408),
+            std=(0.2675, 0.2565, 0.2761),
+            data_dir="",
+            download=False,
+        ),
+        teacher=dict(
+            model=dict(fn="resnet", depth=56, dtype="float32"),
+            optimizer=optimizer,
+            terms=dict(task=task),
+        ),
+        student=dict(
+            model=dict(fn="resnet", depth=20, dtype="float32"),
+            optimizer=optimizer,
+            terms=dict(task=task, distill=distill),
+        ),
+        phases=dict(
+            teacher=dict(learn=("teacher",), split="full"),
+            distill=dict(learn=("student",), see=("teacher",)),
+        ),
+        batch_size=64,
+        num_steps=240 * epoch,
+        checkpoint_every=epoch,
+    )
+    if options.pop("runlocal", False):
+        config.data = dict(fn="digits", validation=0, shape=(32, 32, 3), pad=4, flip=True)
         config.update(batch_size=8, num_steps=4, checkpoint_every=2, log_every=2)
-        config.teacher.depth = config.student.depth = 8
-    return arguments.apply(config, options, beside=__file__)
+        config.teacher.model.depth = config.student.model.depth = 8
+    return configs.apply(config, options, beside=__file__)

@@ -9,56 +9,37 @@ Number: 95.3 +- 0.6 % of the test set, against 89.4 +- 1.7 % on the labels alone
 
 import ml_collections
 
-from abkd_jax import arguments
+from abkd_jax import config as configs
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
-    """The config; see `abkd_jax.arguments` for the argument, to which the flag runlocal belongs."""
-    options = arguments.parse(argument)
-    config = ml_collections.ConfigDict(
-        dict(
-            mode="offline",
-            data=dict(name="digits", validation=297, labelled=100),
-            teacher=dict(
-                model="mlp",
-                widths=(256, 256),
-                optimizer=dict(name="adam", learning_rate=1e-3),
-                terms=dict(task=dict(fn="cross_entropy", weight=1.0)),
-                checkpoint="",
-            ),
-            student=dict(
-                model="mlp",
-                widths=(16,),
-                optimizer=dict(name="adam", learning_rate=3e-3),
-                terms=dict(
-                    distill=dict(
-                        fn="on_logits",
-                        weight=1.0,
-                        temperature=1.0,
-                        temperature_power=2.0,
-                        divergence=dict(fn="alpha_beta", alpha=0.8, beta=0.5),
-                    ),
-                ),
-            ),
-            baseline=dict(
-                model="mlp",
-                widths=(16,),
-                optimizer=dict(name="adam", learning_rate=1e-3),
-                terms=dict(task=dict(fn="cross_entropy", weight=1.0)),
-            ),
-            batch_size=128,
-            num_steps=1500,
-            checkpoint_every=250,
-            log_every=50,
-            steps_per_call=0,
-            devices=0,
-            micro_batches=1,
-            init_seed=0,
-            data_seed=0,
-            plugins=(),
-            analysis=(),
-        )
+    """The config; see `abkd_jax.config.arguments` for the argument; the flag runlocal is its own."""
+    options = configs.parse(argument)
+    task = dict(task=dict(fn="cross_entropy", weight=1.0))
+    slow, fast = (dict(fn="adam", learning_rate=rate) for rate in (1e-3, 3e-3))
+    distill = dict(
+        fn="on_logits",
+        weight=1.0,
+        temperature=1.0,
+        temperature_power=2.0,
+        divergence=dict(fn="alpha_beta", alpha=0.8, beta=0.5),
     )
-    if isinstance(options.get("runlocal"), bool) and options.pop("runlocal"):
+    small = dict(fn="mlp", widths=(16,))
+    config = configs.defaults()
+    config.update(
+        data=dict(fn="digits", validation=297, labelled=100),
+        teacher=dict(model=dict(fn="mlp", widths=(256, 256)), optimizer=slow, terms=task),
+        student=dict(model=small, optimizer=fast, terms=dict(distill=distill)),
+        baseline=dict(model=small, optimizer=slow, terms=task),
+        phases=dict(
+            teacher=dict(learn=("teacher",), split="full"),
+            baseline=dict(learn=("baseline",), split="labelled"),
+            distill=dict(learn=("student",), see=("teacher",)),
+        ),
+        num_steps=1500,
+        checkpoint_every=250,
+        log_every=50,
+    )
+    if options.pop("runlocal", False):
         config.update(num_steps=20, checkpoint_every=10, log_every=5)
-    return arguments.apply(config, options, beside=__file__)
+    return configs.apply(config, options, beside=__file__)

@@ -11,7 +11,7 @@ calibration and its reading in experiments/README.md (3 init seeds, jax 0.10.2).
 
 import ml_collections
 
-from abkd_jax import arguments
+from abkd_jax import config as configs
 
 _METHODS = ("bdkd", "dml", "independent")
 
@@ -29,43 +29,34 @@ def _network(method: str, *, learns: str, widths: tuple[int, ...]) -> dict:
     elif method != "independent":
         # What BD-KD calls the teacher's reverse KL, from the student's side: see DESIGN.
         terms["distill"] = _kl("forward_kl") | dict(weight=1.0)
-    optimizer = dict(name="sgd", learning_rate=dict(fn="cosine", start=0.05, end=0.0))
+    optimizer = dict(fn="sgd", learning_rate=dict(fn="cosine", start=0.05, end=0.0))
     optimizer |= dict(momentum=0.9, weight_decay=5e-4)
-    return dict(model="cnn", widths=widths, batch_norm=True, optimizer=optimizer, terms=terms)
+    model = dict(fn="cnn", widths=widths, batch_norm=True)
+    return dict(model=model, optimizer=optimizer, terms=terms)
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
-    """The config; see `abkd_jax.arguments` for the argument.
+    """The config; see `abkd_jax.config.arguments` for the argument.
 
     Of it, `runlocal` and `method=bdkd`, `dml` or `independent` belong to this config.
     """
-    options = arguments.parse(argument)
+    options = configs.parse(argument)
     method = options.pop("method", {"fn": "bdkd"})
     method = method.get("fn") if isinstance(method, dict) else method
     if method not in _METHODS:
         raise ValueError(f"method must be one of {', '.join(_METHODS)}; found {method!r}.")
-    config = ml_collections.ConfigDict(
-        dict(
-            mode="online",
-            data=dict(name="fashion_mnist", validation=5000, data_dir="", download=False),
-            teacher=_network(method, learns="teacher", widths=(32, 64, 128)),
-            student=_network(method, learns="student", widths=(8, 16, 32)),
-            batch_size=128,
-            num_steps=4290,
-            checkpoint_every=429,
-            log_every=100,
-            steps_per_call=0,
-            devices=0,
-            micro_batches=1,
-            init_seed=0,
-            data_seed=0,
-            plugins=(),
-            analysis=(),
-        )
+    config = configs.defaults()
+    config.update(
+        data=dict(
+            fn="tfds", name="fashion_mnist", validation=5000, data_dir="", download=False
+        ),
+        teacher=_network(method, learns="teacher", widths=(32, 64, 128)),
+        student=_network(method, learns="student", widths=(8, 16, 32)),
+        phases=dict(together=dict(learn=("teacher", "student"), select="student")),
+        num_steps=4290,
+        checkpoint_every=429,
     )
-    if isinstance(options.get("runlocal"), bool) and options.pop("runlocal"):
-        config.data = dict(name="digits", validation=297, shape=(28, 28, 1))
+    if options.pop("runlocal", False):
+        config.data = dict(fn="digits", validation=297, shape=(28, 28, 1))
         config.update(batch_size=32, num_steps=8, checkpoint_every=4, log_every=2)
-    if method == "independent" and not options:
-        return config.lock()
-    return arguments.apply(config, options)
+    return configs.apply(config, options)

@@ -3,12 +3,13 @@
 It is a list of `key=value` and of flags, read as literals only: numbers, strings, tuples of them,
 names of functions, and functions with their numbers. `method=NAME` replaces the student's terms by
 those of a published method (configs/methods.py); `divergence=NAME(...)` replaces the divergence of
-the student's `distill` term; any other key is a number of that term, at whatever depth it stands.
+the student's `distill` term; `NETWORK='WORKDIR'` takes a network from another run, and leaves out
+the phase in which it alone would learn; any other key is a number of that term, at whatever depth
+it stands.
 """
 
 import ast
 import functools
-import inspect
 import os
 import pathlib
 import runpy
@@ -17,13 +18,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_collections
-import numpy as np
 
-from abkd_jax import divergences, losses, objective, schedules
-from abkd_jax.types import Divergence, Loss, hyperparameters, is_number, kind_of, nearest
+from abkd_jax.binding import Bound, Schedule, hyperparameters, nearest
+from abkd_jax.config.build import Builder, names
+from abkd_jax.config.schema import ordered
 
-_TERM = "student.terms.distill"
+_LEARNER, _TERM = "student", "distill"
 _LONGEST = 2000
+_POSITIONAL = "positional"  # of a call, before its keywords are known
 
 
 def parse(argument: str) -> dict[str, Any]:
@@ -47,9 +49,9 @@ def parse(argument: str) -> dict[str, Any]:
         key, equals, value = part.partition("=")
         key = key.strip()
         if not key.isidentifier():
-            raise ValueError(f"the config's argument has {part!r}, which is no flag or key=value.")
+            raise _refused(f"has {part!r}, which is no flag or key=value")
         if key in values:
-            raise ValueError(f"the config's argument gives {key!r} twice.")
+            raise _refused(f"gives {key!r} twice")
         values[key] = _read(value) if equals else True
     return values
 
@@ -60,11 +62,12 @@ def apply(
     *,
     beside: str | os.PathLike | None = None,
 ) -> ml_collections.ConfigDict:
-    """Puts the values of `parse` into the student's `distill` term, and checks that they fit.
+    """Puts the values of `parse` into the config, and checks that the student's terms fit them.
 
     Args:
         config: with `student.terms.distill`; changed in place, and locked.
-        values: {"method": group, "divergence": group, any number of the term: number or group}.
+        values: {"method": group, "divergence": group, any network: the workdir of a run, any
+            number of the term: number or group}.
         beside: a config file, whose neighbour methods.py has `get_methods`; None for no methods.
 
     Returns:
@@ -74,52 +77,110 @@ def apply(
         ValueError: naming the key, what was found and what the term takes.
     """
     values, by_method = dict(values), "method" in values
-    plugins = tuple(config.get("plugins", ()))
+    builder = Builder(tuple(config.get("plugins", ())), config.num_steps)
     with config.unlocked(), config.ignore_type():
-        if "method" in values:
+        for name in [key for key, x in values.items() if isinstance(x, str) and key in config]:
+            _from_run(config, name, values.pop(name))
+        if by_method:
             name = values.pop("method")
             name = name.get("fn") if isinstance(name, Mapping) else name
             if beside is None:
                 raise ValueError(f"this config takes no method; found method={name}.")
-            terms = method_terms(config, name, beside)
-            config.student.terms = ml_collections.ConfigDict(terms)
-        term = config.student.terms.distill
+            config.student.terms = ml_collections.ConfigDict(method_terms(config, name, beside))
         if "divergence" in values:
-            if "divergence" not in term:
-                raise ValueError(f"{_TERM} takes no divergence; its loss is {term.fn!r}.")
-            group, field = values.pop("divergence"), f"{_TERM}.divergence"
-            group = _with_floats(group, Divergence, field, plugins)
-            term.divergence = ml_collections.ConfigDict(group)
-        # A number that the config gives, before one that is left to its default.
-        found = sorted(_places(term.to_dict(), Loss, _TERM, plugins), key=lambda place: place[2])
-        places = {name: place for name, place, _ in found}
-        for key, value in values.items():
-            if key not in places:
-                raise ValueError(
-                    f"the config's argument has {key!r}, which is no number of {_TERM}"
-                    f"{nearest(key, places)}; it takes divergence, {', '.join(places)}."
-                )
-            if isinstance(value, bool):
-                raise ValueError(f"the config's argument gives {key} no number; write {key}=1.0.")
-            *path, name = places[key].split(".")
-            value = _as_float(value)
-            group = isinstance(value, Mapping)
-            functools.reduce(getattr, path, config)[name] = (
-                ml_collections.ConfigDict(value) if group else value
-            )
-    built = objective.objective(
-        config.student.terms.to_dict(),
-        field="student.terms",
-        learner="student",
-        networks=("student", "teacher"),
-        num_steps=config.num_steps,
-        plugins=plugins,
-        class_means={"teacher": lambda: np.zeros((1, 1))},  # there is no network yet
-    )
-    if by_method and any("hidden" in term.loss.needs for term in built.values()):
-        with config.unlocked():
+            _put_divergence(config, values.pop("divergence"), builder)
+        if values or by_method:
+            _put_numbers(config, values, builder)
+        if by_method and any("hidden" in t.needs.own for t in _losses(config, builder).values()):
             config.student.project = ml_collections.ConfigDict({"hidden": "teacher"})
     return config.lock()
+
+
+def _from_run(config: ml_collections.ConfigDict, name: str, workdir: str) -> None:
+    """Takes a network from a run, in place of the phase in which it alone learns."""
+    config[name].weights = ml_collections.ConfigDict({"fn": "run", "workdir": workdir})
+    for phase, group in list(config.phases.items()):
+        if tuple(group.learn) == (name,):
+            del config.phases[phase]
+
+
+def _put_divergence(
+    config: ml_collections.ConfigDict, group: Any, builder: Builder
+) -> None:
+    """The divergence of the term."""
+    term, field = config[_LEARNER].terms[_TERM], f"{_LEARNER}.terms.{_TERM}"
+    if "divergence" not in term:
+        raise ValueError(f"{field} takes no divergence; its loss is {term.fn!r}.")
+    group = _named(group, builder)
+    bound = builder.bound(group, "divergence", f"{field}.divergence")
+    term.divergence = ml_collections.ConfigDict(_with_floats(group, bound))
+
+
+def _put_numbers(
+    config: ml_collections.ConfigDict, values: Mapping[str, Any], builder: Builder
+) -> None:
+    """The numbers of the term, by their keys."""
+    term, field = config[_LEARNER].terms[_TERM], f"{_LEARNER}.terms.{_TERM}"
+    loss = _losses(config, builder)[_TERM]
+    # A number that the config gives, before one that is left to its default.
+    found = sorted(_places(loss, term.to_dict()), key=lambda place: place[2])
+    places = {name: path for name, path, _ in found} | {"weight": ("weight",)}
+    for key, value in values.items():
+        if key not in places:
+            raise _refused(
+                f"has {key!r}, which is no number of {field}{nearest(key, places)}; it takes "
+                f"divergence, {', '.join(places)}"
+            )
+        if isinstance(value, bool):
+            raise _refused(f"gives {key} no number; write {key}=1.0")
+        *path, name = places[key]
+        if isinstance(value, Mapping):
+            value = _named(value, builder)
+            schedule = builder.bound(value, "schedule", f"{field}.{'.'.join(places[key])}")
+            value = ml_collections.ConfigDict(_with_floats(value, schedule))
+        elif isinstance(value, int):
+            value = float(value)
+        functools.reduce(lambda group, part: group[part], path, term)[name] = value
+    _losses(config, builder)  # what was put there fits
+
+
+def _losses(config: ml_collections.ConfigDict, builder: Builder) -> dict[str, Bound]:
+    """The losses of the student's terms, in the last phase in which it learns."""
+    phases = [config.phases[name] for name in ordered(config.phases)]
+    phases = [phase for phase in phases if _LEARNER in phase.learn]
+    terms = builder.objective(
+        config[_LEARNER].terms.to_dict(),
+        field=f"{_LEARNER}.terms",
+        learner=_LEARNER,
+        networks=(*phases[-1].learn, *phases[-1].get("see", ())),
+    )
+    return {name: term.loss for name, term in terms.items()}
+
+
+def _places(bound: Bound, group: Any) -> Iterator[tuple[str, tuple[str, ...], bool]]:
+    """(name, path, whether the config gives it) for each number of a function.
+
+    The outermost of a name comes last.
+    """
+    group = group if isinstance(group, Mapping) else {}
+    for name, part in bound.numbers.items():
+        if type(part) is Bound:
+            for inner, path, given in _places(part, group.get(name)):
+                yield inner, (name, *path), given
+    for name, part in bound.numbers.items():
+        if type(part) is not Bound:
+            yield name, (name,), name in group
+
+
+def _with_floats(group: Mapping[str, Any], bound: Bound) -> dict[str, Any]:
+    """The group with whole numbers as floats, wherever the function takes a number."""
+    values = dict(group)
+    for name, part in bound.numbers.items():
+        if isinstance(values.get(name), Mapping):
+            values[name] = _with_floats(values[name], part)
+        elif isinstance(values.get(name), int):
+            values[name] = float(values[name])
+    return values
 
 
 def method_terms(
@@ -143,11 +204,13 @@ def method_terms(
     """
     known = methods(config, beside)
     if name not in known:
-        hint = nearest(name, known) if isinstance(name, str) else ""
-        raise ValueError(f"method must be one of {', '.join(known)}; found {name!r}{hint}.")
+        raise ValueError(
+            f"method must be one of {', '.join(known)}; found {name!r}{nearest(name, known)}."
+        )
     if not config.data.get("labelled"):
         return known[name]
-    return {term: _for_withheld_labels(group) for term, group in known[name].items()}
+    builder = Builder(tuple(config.get("plugins", ())), config.num_steps)
+    return {term: _for_withheld_labels(group, builder) for term, group in known[name].items()}
 
 
 def methods(
@@ -159,76 +222,14 @@ def methods(
     return runpy.run_path(str(path))["get_methods"](**length)
 
 
-def _for_withheld_labels(group: dict[str, Any]) -> dict[str, Any]:
+def _for_withheld_labels(group: dict[str, Any], builder: Builder) -> dict[str, Any]:
     if group["fn"] == "cross_entropy":
         return group | {"where": "labelled"}
-    if not _needs_labels(group):
-        return group
-    options = {key: group[key] for key in objective.TERM_FIELDS[1:] if key in group}
+    options = {key: group[key] for key in ("weight", "where", "other") if key in group}
     loss = {key: value for key, value in group.items() if key not in options}
+    if not builder.bound(loss, "loss", "method").needs_labels:
+        return group
     return dict(fn="with_teacher_labels", loss=loss) | options
-
-
-def _needs_labels(group: Any) -> bool:
-    """Whether a function that a group names, or one in it, reads a label of every example."""
-    if not isinstance(group, Mapping):
-        return False
-    own = getattr(vars(losses).get(str(group.get("fn"))), "needs_labels", False)
-    return own or any(_needs_labels(part) for part in group.values())
-
-
-def _places(
-    group: Any, kind: Any, field: str, plugins: tuple[str, ...]
-) -> Iterator[tuple[str, str, bool]]:
-    """(name, where it stands, whether the config gives it) for each number of a function.
-
-    The outermost of a name comes last.
-    """
-    parameters = _parameters(group, kind, field, plugins)
-    for name, parameter in parameters.items():
-        if parameter.annotation in (Divergence, Loss) and name in group:
-            yield from _places(group[name], parameter.annotation, f"{field}.{name}", plugins)
-    if kind is Loss:
-        yield "weight", f"{field}.weight", True
-    for name, parameter in parameters.items():
-        if parameter.annotation not in (Divergence, Loss):
-            yield name, f"{field}.{name}", name in group
-
-
-def _with_floats(group: Any, kind: Any, field: str, plugins: tuple[str, ...]) -> Any:
-    """The group with whole numbers as floats, wherever the function takes a number."""
-    parameters = _parameters(group, kind, field, plugins)
-    kinds = {name: parameter.annotation for name, parameter in parameters.items()}
-    values = dict(group)
-    for name, value in group.items():
-        if kinds.get(name) in (Divergence, Loss):
-            values[name] = _with_floats(value, kinds[name], f"{field}.{name}", plugins)
-        elif is_number(kinds.get(name)):
-            values[name] = _as_float(value)
-    return values
-
-
-def _parameters(
-    group: Any, kind: Any, field: str, plugins: tuple[str, ...]
-) -> dict[str, inspect.Parameter]:
-    """The hyperparameters of the function that a group names."""
-    if not isinstance(group, Mapping) or "fn" not in group:
-        raise ValueError(f"{field} must be a function, such as forward_kl; found {group!r}.")
-    fn = objective.lookup(group["fn"], kind, field=f"{field}.fn", plugins=plugins)
-    return hyperparameters(fn)
-
-
-def _as_float(value: Any) -> Any:
-    """A number as a float, also in a schedule's group, where `steps` and the like stay whole."""
-    if isinstance(value, Mapping):
-        fn = vars(schedules).get(str(value.get("fn")))
-        known = hyperparameters(fn) if callable(fn) else {}
-        whole = {name for name, p in known.items() if not is_number(p.annotation)}
-        return {
-            key: part if key in whole or key == "fn" else _as_float(part)
-            for key, part in value.items()
-        }
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _parts(argument: str) -> Iterator[str]:
@@ -241,7 +242,7 @@ def _parts(argument: str) -> Iterator[str]:
                 yield part
             start = index + 1
     if depth:
-        raise ValueError(f"the config's argument {argument!r} has brackets that do not match.")
+        raise _refused(f"{argument!r} has brackets that do not match")
 
 
 def _read(text: str) -> Any:
@@ -256,7 +257,7 @@ def _read(text: str) -> Any:
         if "null byte" not in str(error):
             raise
         node = None
-    raise ValueError(f"the config's argument has {text!r}, which cannot be read.")
+    raise _refused(f"has {text!r}, which cannot be read")
 
 
 def _value(node: ast.expr) -> Any:
@@ -265,7 +266,7 @@ def _value(node: ast.expr) -> Any:
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
         sign, node = (-1 if isinstance(node.op, ast.USub) else 1), node.operand
         if not (isinstance(node, ast.Constant) and type(node.value) in (int, float)):
-            raise ValueError(f"the config's argument has a sign before {ast.unparse(node)!r}.")
+            raise _refused(f"has a sign before {ast.unparse(node)!r}")
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return sign * node.value
     if isinstance(node, ast.Constant):
@@ -276,41 +277,45 @@ def _value(node: ast.expr) -> Any:
         return {"fn": ast.unparse(node)}
     if isinstance(node, ast.Call):
         return _group(node)
-    raise ValueError(
-        f"the config's argument has {ast.unparse(node)!r}, which is no number, name, or function "
-        "with numbers."
-    )
+    raise _refused(f"has {ast.unparse(node)!r}, which is no number, name, or function of numbers")
 
 
 def _group(node: ast.Call) -> dict[str, Any]:
-    """The group dict(fn=NAME, ...) of a call, its positional numbers under their keywords."""
-    name = ast.unparse(node.func)
-    order = _keywords(name) if node.args else []
-    if len(node.args) > len(order):
-        raise ValueError(
-            f"the config's argument gives {name} {len(node.args)} numbers without names; "
-            f"it takes {', '.join(order) or 'none'}."
-        )
-    group = {"fn": name}
-    for key, value in [
-        *zip(order, node.args, strict=False),
-        *((k.arg, k.value) for k in node.keywords),
-    ]:
-        if key is None:
-            raise ValueError(f"the config's argument gives {name} a **, which it does not take.")
-        if key in group:
-            raise ValueError(f"the config's argument gives {name}'s {key!r} twice.")
-        group[key] = _value(value)
+    """The group dict(fn=NAME, ...) of a call; its positional numbers wait for their keywords."""
+    group = {"fn": ast.unparse(node.func)}
+    if node.args:
+        group[_POSITIONAL] = tuple(_value(argument) for argument in node.args)
+    for keyword in node.keywords:
+        if keyword.arg is None:
+            raise _refused(f"gives {group['fn']} a **, which it does not take")
+        if keyword.arg in group:
+            raise _refused(f"gives {group['fn']}'s {keyword.arg!r} twice")
+        group[keyword.arg] = _value(keyword.value)
     return group
 
 
-def _keywords(name: str) -> list[str]:
-    """The keywords of a schedule, a divergence or a loss, in their order."""
-    known = {n: f for n, f in (vars(losses) | vars(divergences)).items() if kind_of(f)}
-    known |= {n: f for n, f in vars(schedules).items() if objective.is_schedule(f)}
-    if name not in known:
-        raise ValueError(
-            f"the config's argument has {name!r}, which is no schedule, divergence or loss"
-            f"{nearest(name, known)}."
-        )
-    return list(hyperparameters(known[name]))
+def _named(group: Any, builder: Builder) -> Any:
+    """The group with positional numbers under their keywords, groups in it included."""
+    if not isinstance(group, Mapping) or "fn" not in group:
+        raise _refused(f"has {group!r}, where a function is expected, such as forward_kl")
+    name, values = group["fn"], {key: x for key, x in group.items() if key != _POSITIONAL}
+    positional = group.get(_POSITIONAL, ())
+    if positional:
+        kind = next((kind for kind in ("schedule", "divergence") if name in names(kind)), "loss")
+        kind = "divergence" if "." in name else kind
+        order = list(hyperparameters(builder.lookup(name, kind, "the config's argument")))
+        if len(positional) > len(order):
+            raise _refused(
+                f"gives {name} {len(positional)} numbers without names; it takes "
+                f"{', '.join(order) or 'none'}"
+            )
+        for key, value in zip(order, positional, strict=False):
+            if key in values:
+                raise _refused(f"gives {name}'s {key!r} twice")
+            values[key] = value
+    inner = (dict, Mapping)
+    return {key: _named(x, builder) if isinstance(x, inner) else x for key, x in values.items()}
+
+
+def _refused(what: str) -> ValueError:
+    return ValueError(f"the config's argument {what}.")

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from abkd_jax.types import nearest
+from abkd_jax.binding import nearest
 
+flags.disclaim_key_flags()  # the flag is the command's, whose --help lists it
 _ARGV: list[str] = []  # of `parse`, where the flag --config finds its overrides
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
 
@@ -24,7 +25,7 @@ def define_config(default: str | None = None) -> flags.FlagHolder:
     Returns:
         The flag's holder, with the config as its value.
     """
-    help_ = "The config file, and its argument."
+    help_ = "The config file, and its argument; --config.KEY=VALUE overrides one of its values."
     return config_flags.DEFINE_config_file("config", default, help_, sys_argv=_ARGV)
 
 

@@ -1,360 +1,364 @@
-"""The schema of a config: a top-level group with a `model` is a network, the rest is the run."""
+"""The schema of a config, and the plan of a run that it becomes: `resolve`, once.
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+A top-level group with a `model` is a network; `phases` say who learns what from whom, in order;
+`task` and `data` stand for functions; the rest are numbers of the run. What stands here was
+checked, and is not checked again further on.
+"""
 
-from jax import Array
-from jax import numpy as jnp
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-from abkd_jax import data, models
+import jax
+import ml_collections
+
+from abkd_jax import data as datasets
 from abkd_jax.analysis.probe import check_probes
-from abkd_jax.objective import number, objective
-from abkd_jax.train import optimizer
-from abkd_jax.train.state import Module
-from abkd_jax.types import Bound, Schedule, Term, nearest
+from abkd_jax.binding import Statistic, domain_of, nearest
+from abkd_jax.checks import require
+from abkd_jax.config.build import Builder
+from abkd_jax.config.dry_run import dry_run, hidden_width
+from abkd_jax.config.plan import SPLITS, Learner, Network, Phase, Plan
+from abkd_jax.models import projected
+from abkd_jax.train.checkpoint import digest
+from abkd_jax.train.state import Decay
+from abkd_jax.types import Term
 
-MODES = {"offline": ("teacher", "student"), "online": ()}  # and the networks that each must have
-REQUIRED = ("mode", "data", "batch_size", "num_steps", "init_seed", "data_seed")
 DEFAULTS = {
+    "task": {"fn": "classification"},
+    "batch_size": 128,
+    "num_steps": 1000,  # of a phase that does not give its own
     "checkpoint_every": 500,  # steps; each time the validation set is evaluated, too
     "log_every": 100,  # steps
     "steps_per_call": 0,  # 0: one on a CPU, ten on accelerators
     "devices": 0,  # 0: all that there are
     "micro_batches": 1,
+    "init_seed": 0,
+    "data_seed": 0,
     "plugins": (),
     "analysis": (),  # of `analysis.PROBES`: what is measured besides, every log_every steps
 }
-NETWORK_FIELDS = (
-    "model",
-    "optimizer",
-    "terms",
-    "checkpoint",
-    "ema_decay",
-    "project",
-    "init_seed",  # its own, in place of the run's
-)
-GIVEN = "given"  # the model of a network, or the name of a data set, that the caller hands over
+GROUPS = ("data", "phases")  # which have no default
+GIVEN = {"fn": "given"}  # the model of a network, or the data, that the caller hands over
+_LEARNING = ("optimizer", "terms", "ema_decay")  # of a network, or of a phase in its place
+_NETWORK = ("model", "weights", "init_seed", "project", *_LEARNING)
+_PHASE = ("learn", "see", "split", "num_steps", "source", "start", "select")
+_STARTS = ("last", "best")
 
 
-class Network(NamedTuple):
-    """What a network's group stands for.
+def defaults() -> ml_collections.ConfigDict:
+    """A config with every default, to which a config file adds data, networks and phases."""
+    return ml_collections.ConfigDict(DEFAULTS)
 
-    Attributes:
-        module: the flax module, with its projections; None for a network that the caller hands
-            over.
-        optimizer: a function of `train.optimizer`, bound.
-        ema_decay: of the moving average of its parameters; None for none.
+
+def plain(config: Any) -> dict[str, Any]:
+    """The config as plain dicts, defaults filled in, phases in the order in which they stand."""
+    kinds = ml_collections.ConfigDict | Mapping
+    require(isinstance(config, kinds), "config", "a ConfigDict or a mapping", config)
+    if not isinstance(config, ml_collections.ConfigDict):
+        return DEFAULTS | dict(config)
+    values = DEFAULTS | config.to_dict()
+    if isinstance(config.get("phases"), ml_collections.ConfigDict):
+        values["phases"] = {name: values["phases"][name] for name in ordered(config.phases)}
+    return values
+
+
+def ordered(phases: ml_collections.ConfigDict) -> list[str]:
+    """The names of a config's phases in the order in which they were written.
+
+    A ConfigDict shows its keys sorted; in the order of writing they stand in `_fields` alone.
     """
-
-    module: Module | None
-    optimizer: Bound
-    ema_decay: Array | Schedule | None
+    return list(vars(phases).get("_fields", phases))
 
 
-class Phase(NamedTuple):
-    """A part of a run that trains some networks at once.
+def resolve(
+    config: ml_collections.ConfigDict | Mapping[str, Any],
+    *,
+    networks: Mapping[str, tuple[Callable, Any]] | None = None,
+    data: datasets.DataSet | None = None,
+) -> Plan:
+    """What a config asks for, or one sentence that says why that cannot be.
 
-    Attributes:
-        name: of the folder below workdir that holds it; "" for the last phase, which is workdir's.
-        learners: the networks that learn.
-        frozen: the networks that they see, and that do not learn.
-        split: "teacher" (all labels), "labelled" (the labelled examples alone) or "train".
+    Args:
+        config: of a run; see configs/.
+        networks: {name: (apply_fn, variables)} for the networks with model=dict(fn="given").
+        data: a set of the caller's own (`data.from_arrays`), in place of the config's.
+
+    Returns:
+        The plan. No example was read, no array made and no folder touched.
+
+    Raises:
+        ValueError: one sentence that names the field, what was found and what was expected.
     """
-
-    name: str
-    learners: tuple[str, ...]
-    frozen: tuple[str, ...]
-    split: str
-
-
-def networks(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The groups of the config that are networks, by name."""
-    return {
+    config, given = plain(config), dict(networks or {})
+    found = {
         name: group
         for name, group in config.items()
         if isinstance(group, Mapping) and "model" in group
     }
+    if data is not None:
+        expected = "a DataSet, such as data.from_arrays makes"
+        require(isinstance(data, datasets.DataSet), "data", expected, data)
+        config["data"] = GIVEN | {"sha256": digest(data)}
+    _check(config, found)
+    builder = Builder(tuple(config["plugins"]), config["num_steps"])
+    read, description = _data(config, builder, data)
+    task = builder.bound(config["task"], "task", "task")()
+    built = _networks(config, found, given, builder, description)
+    phases = _phases(config, built, builder, description)
+    plan = Plan(config, builder, task, read, description, built, phases)
+    for phase in phases:
+        dry_run(plan, phase)
+    return plan
 
 
-def module(config: Mapping[str, Any], name: str, *, num_classes: int) -> Module:
-    """The flax module of a network's group: the network alone, without projections.
-
-    Args:
-        config: as a plain dict.
-        name: of the network.
-        num_classes: K.
-
-    Returns:
-        The module.
-
-    Raises:
-        ValueError: one sentence that names the field, what was found and what was expected.
-    """
-    group = config[name]
-    hypers = {key: value for key, value in group.items() if key not in NETWORK_FIELDS}
-    return models.from_config(group["model"], hypers, num_classes=num_classes, field=name)
-
-
-def network(config: Mapping[str, Any], name: str, *, num_classes: int) -> Network:
-    """What it takes to train a network of the config.
-
-    Args:
-        config: as a plain dict.
-        name: of the network.
-        num_classes: K.
-
-    Returns:
-        Module (None for one that the caller hands over), optimiser and moving average.
-
-    Raises:
-        ValueError: one sentence that names the field, what was found and what was expected.
-    """
-    group = config[name]
-    if not isinstance(group.get("optimizer"), Mapping):
-        raise ValueError(
-            f"{name}.optimizer must be a group dict(name='adam', learning_rate=...); "
-            f"found {group.get('optimizer')!r}."
-        )
-    decay, num_steps = group.get("ema_decay"), config["num_steps"]
-    return Network(
-        None if group["model"] == GIVEN else _learning_module(config, name, num_classes),
-        optimizer.from_config(group["optimizer"], field=f"{name}.optimizer", num_steps=num_steps),
-        None if decay is None else number(decay, f"{name}.ema_decay", num_steps),
-    )
-
-
-def _learning_module(config: Mapping[str, Any], name: str, num_classes: int) -> Module:
-    """The module together with the projections that its `project` asks for."""
-    plain, project = module(config, name, num_classes=num_classes), config[name].get("project")
-    if project is None:
-        return plain
-    width = project.get("hidden") if isinstance(project, Mapping) and len(project) == 1 else None
-    others = [other for other in networks(config) if other != name]
-    if not ((type(width) is int and width >= 1) or width in others):
-        raise ValueError(
-            f"{name}.project must be dict(hidden=WIDTH), with the width of the other network's "
-            f"features, or dict(hidden=NAME), with its name; found {project!r}."
-        )
-    return models.projected(plain, hidden=width if type(width) is int else 1)
-
-
-def with_widths(
-    config: Mapping[str, Any], hidden_width: Callable[[str], int | None]
-) -> dict[str, Any]:
-    """The config with a width for each name in a `project`, which is left out where it is equal.
-
-    Args:
-        config: as a plain dict.
-        hidden_width: of a network's features before any projection, by its name; None if it shows
-            none.
-
-    Returns:
-        The config.
-
-    Raises:
-        ValueError: naming the network that shows no features.
-    """
-    resolved = dict(config)
-    for name, group in networks(config).items():
-        other = (group.get("project") or {}).get("hidden")
-        if isinstance(other, str):
-            width = hidden_width(other)
-            if width is None:
-                raise ValueError(
-                    f"{name}.project: the model of {other!r} does not give 'hidden', the features "
-                    "to project to."
-                )
-            resolved[name] = {key: value for key, value in group.items() if key != "project"}
-            if width != hidden_width(name):
-                resolved[name]["project"] = {"hidden": width}
-    return resolved
-
-
-def objectives(
-    config: Mapping[str, Any],
-    *,
-    learners: Iterable[str],
-    present: Iterable[str],
-    class_means: Mapping[str, Callable[[], Array]] | None = None,
-) -> dict[str, dict[str, Term]]:
-    """The objectives of the networks that learn.
-
-    Args:
-        config: as a plain dict.
-        learners: the names of the networks that learn.
-        present: the names of all networks that take part in the step.
-        class_means: by the name of a network that does not learn, what gives the means of its
-            features over each class, [K, D]; by default, something in their place.
-
-    Returns:
-        {learner: {name: Term}}.
-
-    Raises:
-        ValueError: one sentence that names the field, what was found and what was expected.
-    """
-    if class_means is None:
-        class_means = {name: _in_place for name in present if name not in learners}
-    return {
-        learner: objective(
-            config[learner].get("terms", {}),
-            field=f"{learner}.terms",
-            learner=learner,
-            networks=list(present),
-            num_steps=config["num_steps"],
-            plugins=config.get("plugins", ()),
-            class_means=class_means,
-        )
-        for learner in learners
-    }
-
-
-def _in_place() -> Array:
-    """An array where there is no network yet."""
-    return jnp.zeros((1, 1))
-
-
-def phases(config: Mapping[str, Any]) -> list[Phase]:
-    """The phases of a run, in order.
-
-    Offline, each teacher that is to be trained has a phase of its own, and so has the `baseline`,
-    which sees the labelled examples alone; then the student learns from the teachers. Online, all
-    learn at once. A network with a `checkpoint`, or that is given without terms, is never trained.
-
-    Args:
-        config: as a plain dict.
-
-    Returns:
-        The phases.
-    """
-    found = networks(config)
-    learn = [name for name, group in found.items() if not _is_ready(group)]
-    if config["mode"] == "online":
-        frozen = tuple(name for name in found if name not in learn)
-        return [Phase("", tuple(learn), frozen, "train")]
-    teachers = tuple(name for name in found if name not in ("student", "baseline"))
-    run = [Phase(name, (name,), (), "teacher") for name in teachers if name in learn]
-    if "baseline" in found:
-        run.append(Phase("baseline", ("baseline",), (), "labelled"))
-    return [*run, Phase("", ("student",), teachers, "train")]
-
-
-def ready(config: Mapping[str, Any]) -> list[str]:
-    """The networks of a config that are not trained: from a checkpoint, or given without terms."""
-    return [name for name, group in networks(config).items() if _is_ready(group)]
-
-
-def _is_ready(group: Mapping[str, Any]) -> bool:
-    given = group["model"] == GIVEN and not group.get("terms")
-    return bool(group.get("checkpoint")) or given
-
-
-def check(config: Mapping[str, Any], *, given: Iterable[str] = (), has_data: bool = False) -> None:
-    """Refuses a config from which no run can be built, before anything is built.
-
-    Args:
-        config: as a plain dict.
-        given: the names of the networks that the caller hands over.
-        has_data: whether the caller hands over the data.
-
-    Raises:
-        ValueError: one sentence that names the field, what was found and what was expected.
-    """
-    known = (*REQUIRED, *DEFAULTS)
-    found = networks(config)
-    for key in REQUIRED:
-        if key not in config:
-            raise ValueError(f"the config lacks {key!r}; it needs {', '.join(REQUIRED)}.")
+def _check(config: Mapping[str, Any], networks: Mapping[str, Any]) -> None:
+    """Refuses unknown keys, and numbers of the run that are none."""
+    known = (*GROUPS, *DEFAULTS)
+    for key in GROUPS:
+        if not isinstance(config.get(key), Mapping) or not config[key]:
+            raise ValueError(f"{key} must be a group; found {config.get(key)!r}.")
     for key, value in config.items():
-        if key not in known and key not in found:
+        if key not in known and key not in networks:
             what = "group without a model" if isinstance(value, Mapping) else "key"
             raise ValueError(
                 f"the config has the unknown {what} {key!r}{nearest(key, known)}; it takes "
                 f"{', '.join(known)}, and networks, which have a model."
             )
-    for key in ("init_seed", "data_seed"):
-        _check_seed(key, config[key])
-    for key in ("batch_size", "num_steps", *DEFAULTS):
-        if key not in ("plugins", "analysis"):
-            value, least = config.get(key, 1), 0 if DEFAULTS.get(key) == 0 else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{key} must be an integer of at least {least}; found {value!r}.")
-    if config["batch_size"] % (parts := config.get("micro_batches", 1)):
-        raise ValueError(
-            f"batch_size must be a multiple of micro_batches, {parts}; found "
-            f"{config['batch_size']!r}."
-        )
+    for key, default in DEFAULTS.items():
+        if type(default) is int:
+            check_integer(key, config[key], least=min(default, 1))
+    batch_size, parts = config["batch_size"], config["micro_batches"]
+    expected = f"a multiple of micro_batches, {parts}"
+    require(batch_size % parts == 0, "batch_size", expected, batch_size)
+    plugins = config["plugins"]
+    require(isinstance(plugins, tuple | list), "plugins", "a list of packages", plugins)
     try:
-        check_probes(config.get("analysis", ()))
+        check_probes(config["analysis"])
     except ValueError as error:
         raise ValueError(f"analysis: {error}") from None
-    if not isinstance(config["mode"], str) or config["mode"] not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}; found {config['mode']!r}.")
-    for name in MODES[config["mode"]]:
-        if name not in found:
-            raise ValueError(f"the config lacks the network {name!r}; {config['mode']} needs it.")
-    if not has_data:
-        data.check(config["data"])
-    _check_networks(config, found, set(given))
-
-
-def _check_networks(config, found, given):
-    """Refuses networks that cannot be built, and objectives that do not fit them."""
-    if not found:
+    if not networks:
         raise ValueError("the config has no network, a group with a model; it needs at least one.")
-    for name, group in found.items():
-        _check_seed(f"{name}.init_seed", group.get("init_seed", 0))
-    for name in given:
-        if name not in found:
+    for name, group in networks.items():
+        require(name not in _PHASE, "a network's name", f"none of {', '.join(_PHASE)}", name)
+        _check_keys(group, _NETWORK, name)
+        check_integer(f"{name}.init_seed", group.get("init_seed", 0), least=0)
+
+
+def check_integer(key: str, value: Any, *, least: int) -> None:
+    """Refuses what is no integer, too small, or too large for a seed."""
+    integer = isinstance(value, int) and not isinstance(value, bool)
+    expected = f"an integer of at least {least} and less than 2**31"
+    require(integer and least <= value < 2**31, key, expected, value)
+
+
+def _check_keys(group: Any, known: Iterable[str], field: str) -> None:
+    if not isinstance(group, Mapping):
+        raise ValueError(f"{field} must be a group; found {group!r}.")
+    for key in group:
+        if key not in known:
             raise ValueError(
-                f"networks has {name!r}, which the config lacks; add {name}=dict(model='given')."
+                f"{field}.{key} is unknown{nearest(key, known)}; {field} takes {', '.join(known)}."
             )
-    for name, group in found.items():
+
+
+def _data(
+    config: Mapping[str, Any], builder: Builder, given: datasets.DataSet | None
+) -> tuple[Callable[[], datasets.DataSet], datasets.Description]:
+    """What reads the data, and what is known before."""
+    if given is not None:
+        return lambda: given, datasets.describe(given)
+    if config["data"].get("fn") == GIVEN["fn"]:
+        raise ValueError("data.fn is 'given', but no data are handed over; pass data=.")
+    function, seed = builder.bound(config["data"], "data", "data"), config["data_seed"]
+    if hasattr(function.fn, "describe"):
+        description = function.replace(fn=function.fn.describe)(data_seed=seed)
+        return lambda: function(data_seed=seed), description
+    read = function(data_seed=seed)
+    return lambda: read, datasets.describe(read)
+
+
+def _networks(
+    config: Mapping[str, Any],
+    groups: Mapping[str, Mapping[str, Any]],
+    given: Mapping[str, Any],
+    builder: Builder,
+    description: datasets.Description,
+) -> dict[str, Network]:
+    """The networks, their modules with the projections that they ask for."""
+    for name, pair in given.items():
+        expected = "(apply_fn, variables)"
+        fits = isinstance(pair, tuple | list) and len(pair) == 2 and callable(pair[0])
+        require(fits, f"networks[{name!r}]", expected, pair)
+        if name not in groups:
+            raise ValueError(
+                f"networks has {name!r}, which the config lacks; add "
+                f"{name}=dict(model=dict(fn='given'))."
+            )
+    built = {}
+    for name, group in groups.items():
         if (group["model"] == GIVEN) != (name in given):
             raise ValueError(
-                f"{name}.model must be 'given' exactly if networks= has {name!r}; "
-                f"found {group['model']!r}."
+                f"{name}.model must be dict(fn='given') exactly if networks= has {name!r}; found "
+                f"{group['model']!r}."
             )
+        module = weights = None
         if name not in given:
-            module(config, name, num_classes=2)
-        if not isinstance(group.get("checkpoint", ""), str):
-            raise ValueError(
-                f"{name}.checkpoint must be the workdir of another run, or ''; found "
-                f"{group['checkpoint']!r}."
-            )
-        if "project" in group and (name in given or group.get("checkpoint")):
-            raise ValueError(
-                f"{name}.project is for a network of the library that learns in this run; found "
-                f"{name} {'given' if name in given else 'from a checkpoint'}."
-            )
-    for phase in phases(config):
-        if not phase.learners:
-            raise ValueError("no network is left to learn: each has a checkpoint or no terms.")
-        for name in phase.learners:
-            if found[name].get("checkpoint"):
-                raise ValueError(f"{name}.checkpoint must be empty: this network is to learn.")
-            network(config, name, num_classes=2)
-        present = (*phase.learners, *phase.frozen)
-        objectives(config, learners=phase.learners, present=present)
-        _check_twins(config, [name for name in phase.learners if name not in given])
+            model = builder.bound(group["model"], "model", f"{name}.model")
+            try:
+                module = model(num_classes=description.num_classes)
+            except ValueError as error:
+                raise ValueError(f"{name}.model: {error}") from None
+        if group.get("weights"):
+            weights = builder.bound(group["weights"], "weights", f"{name}.weights")
+        seed = group.get("init_seed", config["init_seed"])
+        built[name] = Network(module, given.get(name), weights, seed)
+    plain = dict(built)
+    for name, group in groups.items():
+        if group.get("project") is not None:
+            width = _projected_width(name, group["project"], plain, description)
+            if width is not None:
+                module = projected(built[name].module, hidden=width)
+                built[name] = built[name]._replace(module=module)
+    return built
 
 
-def init_seed(config: Mapping[str, Any], name: str) -> int:
-    """Of a network's parameters: its own, or the run's."""
-    return config[name].get("init_seed", config["init_seed"])
+def _projected_width(
+    name: str,
+    project: Any,
+    networks: Mapping[str, Network],
+    description: datasets.Description,
+) -> int | None:
+    """The width to project a network's features to; None where they have it already."""
+    if networks[name].given or networks[name].weights:
+        found = "given" if networks[name].given else "with weights"
+        raise ValueError(
+            f"{name}.project is for a network of the library with new parameters; found {name} "
+            f"{found}."
+        )
+    width = project.get("hidden") if isinstance(project, Mapping) and len(project) == 1 else None
+    if type(width) is int and width >= 1:
+        return width
+    if width not in networks or width == name:
+        raise ValueError(
+            f"{name}.project must be dict(hidden=WIDTH), with the width of the other network's "
+            f"features, or dict(hidden=NAME), with its name; found {project!r}."
+        )
+    other = hidden_width(width, networks[width], description)
+    if other is None:
+        raise ValueError(
+            f"{name}.project: the model of {width!r} does not give 'hidden', the features to "
+            "project to."
+        )
+    return None if other == hidden_width(name, networks[name], description) else other
 
 
-def _check_seed(key: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{key} must be an integer of at least 0; found {value!r}.")
-    if value >= 2**31:
-        raise ValueError(f"{key} must be less than 2**31; found {value!r}.")
+def _phases(
+    config: Mapping[str, Any],
+    networks: Mapping[str, Network],
+    builder: Builder,
+    description: datasets.Description,
+) -> tuple[Phase, ...]:
+    """The phases, their objectives bound."""
+    phases, ready = [], {name for name, x in networks.items() if x.weights or x.given}
+    last = list(config["phases"])[-1]
+    for name, group in config["phases"].items():
+        _check_keys(group, (*_PHASE, *networks), f"phases.{name}")
+        phase = _phase(name, group, config, networks, builder, description)
+        for other in phase.see:
+            if other not in ready:
+                raise ValueError(
+                    f"phases.{name} sees {other}, which has not learned by then; give it a phase "
+                    f"before, or {other}.weights."
+                )
+        new = [learner for learner in phase.learners if learner not in ready]
+        _check_twins(networks, new)
+        ready.update(phase.learners)
+        phases.append(phase._replace(folder="" if name == last else name))
+    for name in networks:
+        if not any(name in (*phase.learners, *phase.see) for phase in phases):
+            raise ValueError(f"no phase names the network {name}; leave it out, or let it learn.")
+    return tuple(phases)
 
 
-def _check_twins(config: Mapping[str, Any], learners: Sequence[str]) -> None:
+def _phase(
+    name: str,
+    group: Mapping[str, Any],
+    config: Mapping[str, Any],
+    networks: Mapping[str, Network],
+    builder: Builder,
+    description: datasets.Description,
+) -> Phase:
+    at = f"phases.{name}"
+    learn, see = _names(group, "learn", at, networks), _names(group, "see", at, networks)
+    if not learn or set(learn) & set(see):
+        raise ValueError(
+            f"{at}.learn must name at least one network that {at}.see does not; found {learn!r}."
+        )
+    split, start = group.get("split", "train"), group.get("start", "last")
+    require(split in SPLITS, f"{at}.split", f"one of {', '.join(SPLITS)}", split)
+    require(start in _STARTS, f"{at}.start", f"one of {', '.join(_STARTS)}", start)
+    num_steps = group.get("num_steps") or config["num_steps"]
+    check_integer(f"{at}.num_steps", num_steps, least=1)
+    select = group.get("select", learn[0] if len(learn) == 1 else None)
+    require(select in (None, *learn), f"{at}.select", f"one of {', '.join(learn)}", select)
+    source = builder.bound(group.get("source", {"fn": "dataset"}), "source", f"{at}.source")()
+    builder = Builder(builder.plugins, num_steps)
+    learners = {}
+    for learner in learn:
+        own = group.get(learner, {})
+        _check_keys(own, _LEARNING, f"{at}.{learner}")
+        fields = {key: learner if key not in own else f"{at}.{learner}" for key in _LEARNING}
+        own = {**config[learner], **own}
+        present = {"networks": (*learn, *see), "masks": description.masks}
+        learners[learner] = _learner(learner, own, fields, builder, present)
+        _check_statistics(learners[learner].terms, f"{fields['terms']}.terms", learn)
+    for key in networks:
+        if key in group and key not in learn:
+            raise ValueError(f"{at}.{key} is for a network that learns here; {at} has {learn!r}.")
+    return Phase(name, "", learners, see, split, num_steps, source, start, select)
+
+
+def _names(group: Mapping[str, Any], key: str, at: str, known: Iterable[str]) -> tuple[str, ...]:
+    """A phase's list of networks."""
+    names, expected = group.get(key, ()), f"a list of networks, of {', '.join(known)}"
+    fits = isinstance(names, tuple | list) and all(name in known for name in names)
+    require(fits and len(set(names)) == len(names), f"{at}.{key}", expected, names)
+    return tuple(names)
+
+
+def _learner(
+    name: str,
+    group: Mapping[str, Any],
+    fields: Mapping[str, str],
+    builder: Builder,
+    present: Mapping[str, Any],
+) -> Learner:
+    """How a network with such a group learns; `fields` say where its parts stand."""
+    decay, at = group.get("ema_decay"), f"{fields['optimizer']}.optimizer"
+    if decay is not None:
+        decay = builder.number(decay, f"{fields['ema_decay']}.ema_decay", domain_of(Decay))
+    terms = builder.objective(
+        group.get("terms"), field=f"{fields['terms']}.terms", learner=name, **present
+    )
+    return Learner(terms, builder.bound(group.get("optimizer"), "optimizer", at), decay)
+
+
+def _check_statistics(terms: Mapping[str, Term], at: str, learn: Iterable[str]) -> None:
+    """Refuses statistics of a network that learns at the same time."""
+    for name, term in terms.items():
+        for leaf in jax.tree.leaves(term.loss):
+            if isinstance(leaf, Statistic) and (term.other is None or term.other in learn):
+                raise ValueError(
+                    f"{at}.{name}: {leaf.name!r} are those of another network that does not learn "
+                    f"at the same time; found {term.other!r}."
+                )
+
+
+def _check_twins(networks: Mapping[str, Network], learners: Iterable[str]) -> None:
     """Refuses networks that would learn together and start as one and the same."""
     begun = {}
     for name in learners:
-        start = (_learning_module(config, name, 2), init_seed(config, name))
+        start = (networks[name].module, networks[name].init_seed)
         if start in begun:
             raise ValueError(
                 f"{name} and {begun[start]} are the same model with the same init_seed, "
@@ -362,3 +366,21 @@ def _check_twins(config: Mapping[str, Any], learners: Sequence[str]) -> None:
                 f"{name}.init_seed={start[1] + 1}."
             )
         begun[start] = name
+
+
+def needed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without the phases, and the networks, that its last phase does without."""
+    phases = config.get("phases")
+    if not isinstance(phases, Mapping) or not all(isinstance(x, Mapping) for x in phases.values()):
+        return dict(config)  # which `resolve` refuses
+    wanted, kept = set(), {}
+    for name, phase in reversed(phases.items()):
+        if not kept or wanted & set(phase.get("learn", ())):
+            wanted |= {*phase.get("learn", ()), *phase.get("see", ())}
+            kept = {name: phase} | kept
+    rest = {
+        key: value
+        for key, value in config.items()
+        if key in wanted or not (isinstance(value, Mapping) and "model" in value)
+    }
+    return rest | {"phases": kept}

@@ -1,147 +1,97 @@
-"""Evaluation of networks on a whole split: accuracy and calibration, before and after scaling."""
+"""Evaluation of networks on a whole split: sums that add up, and rows where a figure needs them."""
 
 import functools
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
-from jax import Array
 from jax import numpy as jnp
 from jax.sharding import Mesh
 
-from abkd_jax import data, metrics
-from abkd_jax.train import parallel
-from abkd_jax.train.step import Networks, eval_step
+from abkd_jax import data, parallel
+from abkd_jax.tasks import Task
+from abkd_jax.train import Networks, eval_outputs
 from abkd_jax.types import Batch
 
+_MOST_NUMBERS = 2**27  # of a network's rows that are gathered: half a gigabyte in float32
 
-class Gathered(NamedTuple):
-    """What networks say of a split.
-
-    Attributes:
-        logits: `[N, K]` of each network, by name.
-        labels: `[N]`.
-    """
-
-    logits: Mapping[str, np.ndarray]
-    labels: np.ndarray
+Rows = dict[str, dict[str, np.ndarray]]
+"""{network: {name: [rows, ...]}}, see `Task.rows`"""
 
 
-def quick(
-    networks: Networks, split: data.Split | data.Stream, **how: Any
-) -> dict[str, dict[str, float]]:
-    """The metrics that add up over batches, of every network: for a look on the way.
+def summarized(
+    sums_of: Callable[[Batch], Any], task: Task, batches: Iterable[Batch]
+) -> Mapping[str, Mapping[str, Any]]:
+    """The summary of a whole split, from the sums of its batches.
 
     Args:
-        networks: by name.
-        split: to evaluate.
-        **how: size, preprocess and mesh, as in `gather`.
+        sums_of: of a batch; they may be stacked over members.
+        task: that summarises them.
+        batches: of the split.
 
     Returns:
-        {name: {"accuracy", "top5", "nll", "brier", "ece"}}, see `metrics.summarize`.
+        {network: {metric: value}}, and the like for pairs.
     """
-    total = None
-    for sums, _ in _batches(networks, split, **how):
-        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-    values = {name: metrics.summarize(total[name]) for name in networks}
-    return jax.tree.map(float, values)
+    return task.summary(functools.reduce(_added, map(sums_of, batches)))
 
 
-def gather(
+def evaluate(
     networks: Networks,
     split: data.Split | data.Stream,
+    task: Task,
     *,
     size: int,
     preprocess: data.Preprocess,
     mesh: Mesh,
-) -> Gathered:
-    """The logits of every network for every example.
+    gather: bool = False,
+) -> tuple[dict[str, dict[str, Any]], Rows]:
+    """What a task says of networks on a split.
 
     Args:
         networks: by name.
         split: to evaluate.
+        task: how.
         size: of a batch.
         preprocess: of its inputs.
         mesh: of devices.
+        gather: whether rows are wanted, too.
 
     Returns:
-        Arrays on the host.
+        {network: {metric: value}}, and the rows of each network: the first ones of the split, as
+        many as fit into half a gigabyte.
     """
-    logits, labels = {name: [] for name in networks}, []
-    for examples, batch in _batches(networks, split, size, preprocess, mesh, examples=True):
-        where = np.asarray(batch["where"])
-        labels.append(np.asarray(batch["labels"])[where])
-        for name in networks:
-            logits[name].append(np.asarray(examples[name]["logits"])[where])
-    return Gathered({name: np.concatenate(x) for name, x in logits.items()}, np.concatenate(labels))
-
-
-def temperatures(validation: Gathered) -> dict[str, float]:
-    """The temperature of each network that minimises its NLL on validation data."""
-    return {
-        name: float(metrics.fit_temperature(logits, validation.labels))
-        for name, logits in validation.logits.items()
-    }
-
-
-def scores(logits: Array, labels: Array, temperature: float | None) -> dict[str, Any]:
-    """All that a report says of a network on a set.
-
-    Args:
-        logits: `[N, K]`.
-        labels: `[N]`.
-        temperature: of the scaling, from validation data; None for no scaling.
-
-    Returns:
-        "accuracy", "top5", "nll", "brier", "ece", "adaptive_ece", "class_accuracy" [K] (NaN where a
-        class has no example), "count", "temperature", "reliability" (see
-        `metrics.reliability_diagram`), and "scaled": nll, brier, ece, adaptive_ece and reliability
-        of logits / temperature, or None.
-    """
-    correct = np.argmax(logits, axis=-1) == labels
-    num_classes = np.shape(logits)[-1]
-    count = np.bincount(labels, minlength=num_classes)
-    with np.errstate(invalid="ignore"):
-        by_class = np.bincount(labels[correct], minlength=num_classes) / count
-    found = _calibration(logits, labels)
-    scaled = None
-    if temperature is not None:
-        scaled = _calibration(logits / temperature, labels)
-        scaled = {key: scaled[key] for key in ("nll", "brier", "ece", "adaptive_ece")} | {
-            "reliability": scaled["reliability"]
-        }
-    return found | {
-        "class_accuracy": by_class.tolist(),
-        "count": len(labels),
-        "temperature": temperature,
-        "scaled": scaled,
-    }
-
-
-@jax.jit
-def _calibration_sums(logits, labels):
-    summary = metrics.summarize(metrics.classification_sums(logits, labels))
-    diagram = metrics.reliability_diagram(logits, labels)
-    return summary | {"adaptive_ece": metrics.adaptive_ece(logits, labels), "reliability": diagram}
-
-
-def _calibration(logits: Array, labels: Array) -> dict[str, Any]:
-    """Scalars and the reliability diagram, as plain numbers."""
-    return jax.tree.map(
-        lambda x: np.asarray(x, np.float64).tolist(), _calibration_sums(logits, labels)
-    )
-
-
-def _batches(
-    networks, split, size, preprocess, mesh, examples=False
-) -> Iterator[tuple[Any, Batch]]:
     size += -size % mesh.shape["data"]
-    for batch in data.evaluation_batches(split, size, preprocess):
-        sums, rows = _evaluate(networks, batch, mesh=mesh)
-        yield (rows if examples else sums), batch
+    gathered: list[Any] = []
+
+    def sums_of(batch: Batch) -> Any:
+        sums, rows = _evaluate(networks, batch, task=task, gather=gather, mesh=mesh)
+        if gather and _room(gathered):
+            kept = np.asarray(batch["where"])
+            gathered.append(jax.tree.map(lambda x: np.asarray(x)[kept], rows))
+        return sums
+
+    found = summarized(sums_of, task, data.evaluation_batches(split, size, preprocess))
+    rows = jax.tree.map(lambda *x: np.concatenate(x), *gathered) if gathered else {}
+    found = {name: jax.tree.map(np.asarray, dict(found[name])) for name in networks}
+    return found, rows
 
 
-@functools.partial(jax.jit, static_argnames="mesh")
-def _evaluate(networks: Networks, batch: Batch, *, mesh: Mesh):
-    return eval_step(networks, parallel.split(batch, mesh))
+@functools.partial(jax.jit, static_argnames=("task", "gather", "mesh"))
+def _evaluate(networks: Networks, batch: Batch, *, task: Task, gather: bool, mesh: Mesh):
+    batch = parallel.split(batch, mesh)
+    outputs = eval_outputs(networks, batch)
+    rows = {name: task.rows(x, batch) for name, x in outputs.items()} if gather else {}
+    return task.sums(outputs, batch, tuple(networks)), rows
+
+
+def _room(gathered: list[Any]) -> bool:
+    """Whether the rows of one more batch, as large as the first, are to be kept."""
+    if not gathered:
+        return True
+    largest = max(sum(x.size for x in rows.values()) for rows in gathered[0].values())
+    return (len(gathered) + 1) * largest <= _MOST_NUMBERS
+
+
+def _added(a: Any, b: Any) -> Any:
+    return jax.tree.map(jnp.add, a, b)

@@ -1,4 +1,4 @@
-"""A run, from a config to a report: the teachers first, then the student, or all at once."""
+"""A run, from a config to a report: its phases in order, then the evaluation of all networks."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -9,14 +9,18 @@ import ml_collections
 import numpy as np
 
 from abkd_jax import data as datasets
-from abkd_jax import models, schema, train
-from abkd_jax.train import checkpoint, evaluation, parallel
-from abkd_jax.train import workdir as folders
-from abkd_jax.train.fit import Run
-from abkd_jax.train.phase import Result, describe, opened, run_phase
-from abkd_jax.train.step import Networks
+from abkd_jax import models, parallel
+from abkd_jax.config.plan import Phase
+from abkd_jax.config.schema import resolve
+from abkd_jax.run import phases
+from abkd_jax.run import workdir as folders
+from abkd_jax.run.evaluation import Rows, evaluate
+from abkd_jax.run.phases import Result, Run
+from abkd_jax.run.recorder import selected, selecting, train_phase
+from abkd_jax.train import Networks, TrainState, adopt, frozen
+from abkd_jax.train.checkpoint import digest
 
-_EXAMPLES = 8  # test examples whose distributions the report shows
+_EXAMPLES = 8  # test examples that the report shows
 
 
 def train_and_evaluate(
@@ -33,10 +37,11 @@ def train_and_evaluate(
     The first SIGTERM or SIGINT saves and leaves by SystemExit(0).
 
     Args:
-        config: of the run; `abkd_jax.schema` checks it, configs/ has examples.
+        config: of the run; `abkd_jax.config.schema` checks it, configs/ has examples.
         workdir: the folder of the run, which is made; not that of another config.
-        networks: {name: (apply_fn, variables)} for the networks of the config with model "given":
-            any function from variables and inputs to logits, see `models.as_outputs`.
+        networks: {name: (apply_fn, variables)} for the networks of the config with
+            model=dict(fn="given"): any function from variables and inputs to logits, see
+            `models.as_outputs`.
         data: a data set of your own (`data.from_arrays`), in place of the config's.
         evaluate_only: evaluates the newest checkpoints, and trains nothing.
         profile: writes a trace of a few steps of the last phase to workdir/profile.
@@ -48,25 +53,66 @@ def train_and_evaluate(
         ValueError: one sentence, if the config, the workdir or the data cannot be used.
         OSError: one sentence, if a file cannot be written; what was saved before is kept.
         FloatingPointError: one sentence, if a term or gradient is not finite; the batch and the
-            state before it are saved in workdir/nonfinite.
+            state are saved in workdir/nonfinite.
     """
-    with opened(config, workdir, networks=networks, data=data, profile=profile) as (run, states):
-        phases = schema.phases(run.config)
+    plan = resolve(config, networks=networks, data=data)
+    with phases.opened(plan, workdir, profile=profile) as run:
+        states, results = phases.ready(run), {}
         if evaluate_only and not (run.workdir / "config.json").exists():
             raise ValueError(f"{run.workdir} has no checkpoint to evaluate; train first.")
-        folders.claim(run.workdir, describe(run, phases[-1]))
-        results = {}
-        for phase in phases:
-            results[phase.name] = run_phase(run, phase, states, trains=not evaluate_only)
-            states |= {n: train.frozen(state) for n, state in results[phase.name].last.items()}
+        folders.claim(run.workdir, phases.identity(run, plan.phases[-1]))
+        for phase in plan.phases:
+            results[phase.name] = run_phase(run, phase, states, results, trains=not evaluate_only)
+            states |= results[phase.name].last
         return _conclude(run, states, results)
 
 
-def _conclude(run: Run, states: Networks, results: Mapping[str, Result]) -> dict[str, Any]:
-    """Evaluates every network on the test set and writes result.json and the report."""
-    from abkd_jax.train import report  # matplotlib takes a second, which `import abkd_jax` saves
+def run_phase(
+    run: Run,
+    phase: Phase,
+    states: Mapping[str, Any],
+    results: Mapping[str, Result],
+    *,
+    trains: bool = True,
+) -> Result:
+    """Trains the networks of a phase from where its folder stands, or only restores them.
 
-    last, selected, test = _scored(run, states)
+    Args:
+        run: to which it belongs.
+        phase: to train.
+        states: what is known of networks so far, see `phases.learners_of`.
+        results: of the phases before, by name.
+        trains: False to restore alone.
+
+    Returns:
+        What it ends with.
+
+    Raises:
+        ValueError: one sentence, if there is nothing to restore.
+    """
+    if phase.start == "best":
+        states = dict(states)
+        for before in results.values():
+            states |= {name: x for name, x in before.best.items() if name in phase.learners}
+    folder, checkpoints, step, carry = phases.restored(run, phase, states)
+    with checkpoints:
+        if not trains and step == 0:
+            raise ValueError(f"{folder} has no checkpoint to evaluate; train first.")
+        if trains and step < phase.num_steps:
+            seen = phases.frozen_of(phase, states)
+            carry = train_phase(run, phase, seen, folder, checkpoints, step, carry)
+            step = phase.num_steps
+        return phases.result(checkpoints, carry, step)
+
+
+def _conclude(
+    run: Run, states: Mapping[str, Any], results: Mapping[str, Result]
+) -> dict[str, Any]:
+    """Evaluates every network on the test set and writes result.json and the report."""
+    from abkd_jax import report  # matplotlib takes a second, which `import abkd_jax` saves
+
+    networks = {name: _as_evaluated(states[name]) for name in run.plan.networks}
+    last, chosen, rows = _scored(run, networks)
     found = {
         name: {
             "parameters": sum(
@@ -76,64 +122,70 @@ def _conclude(run: Run, states: Networks, results: Mapping[str, Result]) -> dict
             "last": last[name],
             "best": None,
             "sha256": None,
+            "phase": None,
         }
-        for name, state in states.items()
+        for name, state in networks.items()
     }
-    for result in results.values():
-        scores, accuracies = last, selected
-        if result.best is not result.last:
-            scores, accuracies, _ = _scored(run, result.best)
-        for name, state in result.last.items():
-            best = {"accuracy": accuracies[name], "scores": scores[name]}
+    score = run.plan.task.score
+    latest = {name: phase for phase in run.plan.phases for name in phase.learners}
+    for phase in run.plan.phases:
+        result, scores, summary = results[phase.name], last, chosen
+        learned = {n: state for n, state in result.last.items() if latest[n] is phase}
+        if learned and result.best is not result.last:
+            scores, summary, _ = _scored(run, {name: result.best[name] for name in learned})
+        for name, state in learned.items():
+            best = {"score": float(score(summary[name])), "scores": scores[name]}
             found[name]["best"] = {"step": result.best_step} | best
+            found[name]["phase"] = phase.name
             parts = ("params", "opt_state", "batch_stats")
-            found[name]["sha256"] = {p: checkpoint.digest(getattr(state, p)) for p in parts}
+            found[name]["sha256"] = {p: digest(getattr(state, p)) for p in parts}
     value = {
-        "mode": run.config["mode"],
+        "phases": [
+            {
+                "name": phase.name,
+                "folder": phase.folder,
+                "learn": list(phase.learners),
+                "see": list(phase.see),
+                "split": phase.split,
+            }
+            for phase in run.plan.phases
+        ],
         "num_classes": run.data.num_classes,
         "class_names": list(run.data.class_names),
         "evaluated_on": "test",
-        "selected_on": "test" if run.data.validation is None else "validation",
+        "selected_on": selecting(run.data)[0],
+        "score": run.plan.task.score_column.key,
         "networks": found,
     }
     folders.write_json(run.workdir / "result.json", value)
-    _write_examples(run, test)
-    report.write(run.workdir)
+    _write_examples(run, rows)
+    report.write(run.workdir, run.plan.task)
     return value
 
 
-def _scored(
-    run: Run, networks: Networks
-) -> tuple[dict[str, Any], dict[str, float], evaluation.Gathered]:
-    """Scores on the test set, accuracies on the data that select, and the test set's logits."""
-    how = {"size": run.config["batch_size"], "preprocess": run.data.preprocess, "mesh": run.mesh}
-    networks = parallel.replicated(networks, run.mesh)
-    test = evaluation.gather(networks, run.data.test, **how)
-    selecting, temperatures = test, dict.fromkeys(networks)
+def _as_evaluated(state: Any) -> TrainState:
+    """A network without its optimiser."""
+    return frozen(state) if isinstance(state, TrainState) else adopt(*state)
+
+
+def _scored(run: Run, networks: Networks) -> tuple[dict[str, Any], dict[str, Any], Rows]:
+    """Scores on the test set by network, the summary on the data that select, the test's rows."""
+    networks, task = parallel.replicated(networks, run.mesh), run.plan.task
+    how = {"size": run.plan.config["batch_size"], "preprocess": run.data.preprocess}
+    how |= {"mesh": run.mesh, "gather": True}
+    summary, rows = evaluate(networks, run.data.test, task, **how)
+    chosen, chosen_rows = summary, {}
     if run.data.validation is not None:
-        selecting = evaluation.gather(networks, run.data.validation, **how)
-        temperatures = evaluation.temperatures(selecting)
+        chosen, chosen_rows = evaluate(networks, run.data.validation, task, **how)
     scores = {
-        name: evaluation.scores(test.logits[name], test.labels, temperatures[name])
-        for name in networks
+        name: task.scores(summary[name], rows[name], chosen_rows.get(name)) for name in networks
     }
-    accuracies = {
-        name: float(np.mean(np.argmax(selecting.logits[name], axis=-1) == selecting.labels))
-        for name in networks
-    }
-    return scores, accuracies, test
+    return scores, chosen, rows
 
 
-def _write_examples(run: Run, test: evaluation.Gathered) -> None:
-    """The first test examples, with the distributions of all networks."""
+def _write_examples(run: Run, rows: Rows) -> None:
+    """The first test examples, as the task shows them."""
     batch = next(datasets.evaluation_batches(run.data.test, _EXAMPLES))
     count = int(np.sum(batch["where"]))
-    inputs = np.asarray(batch["inputs"])[:count]
-    parts = {"labels": test.labels[:count]}
-    if inputs.ndim == 4:
-        parts["images"] = inputs
-    for name, logits in test.logits.items():
-        parts[f"probabilities/{name}"] = np.asarray(
-            jax.nn.softmax(logits[:count].astype(np.float32))
-        )
-    np.savez(run.workdir / "examples.npz", **parts)
+    first = jax.tree.map(lambda x: x[:count], rows)
+    np.savez(run.workdir / "examples.npz", **run.plan.task.sample(first, batch))

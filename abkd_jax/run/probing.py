@@ -8,20 +8,25 @@ import jax
 from jax import Array
 from jax import numpy as jnp
 
-from abkd_jax import analysis, data
-from abkd_jax.train.step import Networks, Objectives, outputs_of
-from abkd_jax.types import Batch, at_step
+from abkd_jax import analysis
+from abkd_jax.binding import at_step
+from abkd_jax.data import Feed
+from abkd_jax.train import Networks, Objectives, outputs_of
+from abkd_jax.types import Batch
 
 _BATCHES = 4  # for gradient noise; the same ones through the whole run, so that rows compare
 
 
-def probe_batches(
-    split: data.Split | data.Stream, *, data_seed: int, size: int, preprocess: data.Preprocess
-) -> Batch:
-    """The batches of the first steps, stacked: each entry `[N, size, ...]`."""
-    feed = data.Feed(split, data_seed=data_seed, size=size)
-    count = min(_BATCHES, len(split) // size) if isinstance(split, data.Split) else _BATCHES
-    batches = [feed(n)[0].batch(data_seed, jnp.asarray(n), size, preprocess) for n in range(count)]
+def probe_batches(feed: Feed, *, data_seed: int, most: int = _BATCHES) -> Batch:
+    """The batches of the first steps, stacked: each entry `[N, size, ...]`.
+
+    Args:
+        feed: of the examples.
+        data_seed: of their order.
+        most: N at the most; fewer where the first epoch has fewer.
+    """
+    count = min(most, feed.steps_per_epoch)
+    batches = [feed(n)[0].batch(data_seed, jnp.asarray(n)) for n in range(count)]
     return jax.tree.map(lambda *x: jnp.stack(x), *batches)
 
 
@@ -57,10 +62,8 @@ def probed(
     shown = {}
     for name, state in networks.items():
         params = state.params if name in learners else state.eval_params
-        parts = [outputs(name, params, batch) for batch in each]
-        shared = {"unembedding": parts[0].unembedding, "bias": parts[0].bias}
-        rows = [part.replace(unembedding=None, bias=None) for part in parts]
-        shown[name] = jax.tree.map(lambda *x: jnp.stack(x), *rows).replace(**shared)
+        first, *rest = [outputs(name, params, batch) for batch in each]
+        shown[name] = first.map_rows(lambda *x: jnp.stack(x), *rest)
     shown = jax.lax.stop_gradient(shown)
     found = {}
     for name, state in learners.items():
@@ -72,10 +75,5 @@ def probed(
             at_step(dict(objectives[name]), state.step),
             probes=probes,
         )
-        against_itself = f"/{name}"  # a network that learns alone is its terms' other one
-        found |= {
-            f"analysis/{name}/{metric}": value
-            for metric, value in values.items()
-            if not metric.endswith(against_itself)
-        }
+        found |= {f"analysis/{name}/{metric}": value for metric, value in values.items()}
     return found

@@ -13,12 +13,11 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from abkd_jax import models, schema
-from abkd_jax.train.checkpoint import Checkpoints
-from abkd_jax.train.state import Module
+from abkd_jax import models
+from abkd_jax.config import weights
+from abkd_jax.config.build import Builder
 from abkd_jax.types import Outputs
 
-CHECKPOINTS = "checkpoints"
 _PLACES = ("data.data_dir", "data.download")  # may differ when a run moves to another machine
 
 
@@ -32,12 +31,12 @@ class Loaded(NamedTuple):
         config: of the run.
     """
 
-    module: Module
+    module: models.Module
     variables: Mapping[str, Any]
     config: Mapping[str, Any]
 
     def __call__(self, inputs: Any) -> Outputs:
-        """The outputs for inputs `[B, ...]` as the data set stores them: uint8, or float."""
+        """The outputs for inputs `[B, ...]` as the data set stores them."""
         return self.module.apply(self.variables, inputs, train=False)
 
 
@@ -45,8 +44,8 @@ def load(workdir: str | os.PathLike, name: str | None = None, *, best: bool = Fa
     """Loads a network that a run trained.
 
     Args:
-        workdir: of the run; a teacher that was trained on the way is in workdir/teacher.
-        name: of the network; None for the student, or for the only one.
+        workdir: of the run, or of a phase before its last, which is in workdir/PHASE.
+        name: of the network; None for the one by which the run selects.
         best: the state that was best on the validation data, in place of the last one.
 
     Returns:
@@ -55,63 +54,25 @@ def load(workdir: str | os.PathLike, name: str | None = None, *, best: bool = Fa
     Raises:
         ValueError: one sentence, if there is no such run, network or checkpoint.
     """
-    about, module, variables = restore(pathlib.Path(workdir), name, best=best)
-    mean, std = (about["preprocess"][key] for key in ("mean", "std"))
-    return Loaded(models.normalized(module, mean=mean, std=std), variables, about["config"])
+    found = weights.run(workdir=os.fspath(workdir), network=name or "", best=best)
+    config = weights.read_about(pathlib.Path(workdir))["config"]
+    module = module_of(found, Builder(tuple(config["plugins"])))
+    normalized = models.normalized(module, **found.preprocess)
+    return Loaded(normalized, jax.tree.map(jnp.asarray, found.variables), config)
 
 
-def restore(
-    workdir: pathlib.Path, name: str | None, *, best: bool = False
-) -> tuple[dict[str, Any], Module, dict[str, Any]]:
-    """What the run says of itself, the network's module for normalised inputs, its variables.
-
-    The arguments and what is raised are those of `load`.
-    """
-    about = read_about(workdir)
-    learners = about["learners"]
-    if name is None:
-        if len(learners) > 1 and "student" not in learners:
-            raise ValueError(f"{workdir} has the networks {', '.join(learners)}; name one of them.")
-        name = "student" if "student" in learners else learners[0]
-    if name not in learners:
-        own = workdir / name
-        hint = f", which is in {own}" if (own / "config.json").exists() else ""
-        raise ValueError(f"{workdir} trained {', '.join(learners)}; found name {name!r}{hint}.")
-    if about["config"][name]["model"] == schema.GIVEN:
-        raise ValueError(f"{name} was given by its caller, so that its model is not known here.")
-    checkpoints = Checkpoints(workdir / CHECKPOINTS)
-    try:
-        found = checkpoints.best() if best else checkpoints.restore()
-        if found is None:
-            raise ValueError(f"{workdir} has no checkpoint{' that was evaluated' if best else ''}.")
-        state = (checkpoints.restore_at(found[0]) if best else found[1])["learners"][name]
-    finally:
-        checkpoints.close()
-    averaged = state.get("ema_params")
-    variables = {
-        "params": models.without_projections(state["params"] if averaged is None else averaged),
-        "batch_stats": state.get("batch_stats") or {},
-    }
-    module = schema.module(about["config"], name, num_classes=about["num_classes"])
-    return about, module, jax.tree.map(jnp.asarray, variables)
-
-
-def read_about(workdir: pathlib.Path) -> dict[str, Any]:
-    """What a run says of itself in its config.json.
+def module_of(found: weights.Weights, builder: Builder) -> models.Module:
+    """The module that weights of another run belong to, for normalised inputs.
 
     Raises:
-        ValueError: one sentence, if the folder is not that of a run.
+        ValueError: one sentence, if their model is not known.
     """
-    path = workdir / "config.json"
-    try:
-        about = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{workdir} is no workdir of a run: it has no config.json.") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}.") from None
-    if not isinstance(about, dict) or "config" not in about:
-        raise ValueError(f"{path} is not that of a run; restore it, or choose another workdir.")
-    return about
+    if found.model["fn"] == "given":
+        raise ValueError(
+            f"{found.origin}: the network was given by its caller, so that its model is not known."
+        )
+    model = builder.bound(found.model, "model", f"{found.origin}: model")
+    return model(num_classes=found.num_classes)
 
 
 def claim(workdir: pathlib.Path, about: Mapping[str, Any]) -> None:
@@ -128,7 +89,7 @@ def claim(workdir: pathlib.Path, about: Mapping[str, Any]) -> None:
     if not (workdir / "config.json").exists():
         write_json(workdir / "config.json", about | _origin())
         return
-    found = read_about(workdir)
+    found = weights.read_about(workdir)
     there, here = _flat({key: found.get(key) for key in about}), _flat(about)
     keys = [key for key in {**there, **here} if key.removeprefix("config.") not in _PLACES]
     differing = [

@@ -33,7 +33,7 @@ def classification() -> Task:
         summary=summary,
         score=score,
         score_column=ACCURACY,
-        logged=("accuracy", "nll", "ece"),
+        logged=("accuracy", "nll", "ece", "entropy"),
         columns=COLUMNS,
         rows=rows,
         scores=scores,
@@ -100,13 +100,13 @@ def _class_sums(logits: Array, labels: Array, where: Array) -> dict[str, Array]:
 
 
 def summary(sums: Sums) -> dict[str, dict[str, Array]]:
-    """`metrics.summarize` of each network and pair; a network has "class_accuracy" [K], too."""
+    """`metrics.summarize` of each network and pair; a network's classes, `[K]` each, besides."""
     found = {}
     for name, values in sums.items():
         scalars = {key: x for key, x in values.items() if not key.startswith("class_")}
         found[name] = dict(metrics.summarize(scalars))
         if "class_count" in values:
-            found[name]["count"] = values["count"]
+            found[name]["class_count"] = values["class_count"]
             found[name]["class_accuracy"] = values["class_correct"] / values["class_count"]
     return found
 
@@ -142,7 +142,7 @@ def scores(
     logits, labels = test["logits"], test["labels"]
     plain = jax.tree.map(lambda x: np.asarray(x, np.float64).tolist(), dict(summary))
     kept = ("accuracy", "top5", "nll", "brier", "ece", "class_accuracy")
-    found = {key: plain[key] for key in kept} | {"count": int(plain["count"])}
+    found = {key: plain[key] for key in kept} | {"count": round(sum(plain["class_count"]))}
     by_rows = _calibration(logits, labels)
     found |= {key: by_rows[key] for key in ("adaptive_ece", "reliability")}
     temperature = scaled = None
@@ -166,22 +166,21 @@ def _calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     return jax.tree.map(lambda x: np.asarray(x, np.float64).tolist(), found)
 
 
-def sample(outputs: Mapping[str, Outputs], batch: Batch) -> dict[str, np.ndarray]:
+def sample(rows: Mapping[str, Mapping[str, np.ndarray]], batch: Batch) -> dict[str, np.ndarray]:
     """A few rows with the distributions of all networks.
 
     Args:
-        outputs: of all networks.
-        batch: its `inputs` as the data set stores them, `labels` and `where`.
+        rows: `rows` of each network.
+        batch: its `inputs` as the data set stores them, and `where`.
 
     Returns:
         "labels", "images" if the inputs are images, and "probabilities/NAME" of each network.
     """
-    where = np.asarray(batch["where"])
-    found = {"labels": np.asarray(batch["labels"])[where]}
-    inputs = batch["inputs"]
+    where, inputs = np.asarray(batch["where"]), batch["inputs"]
+    found = {"labels": next(iter(rows.values()))["labels"]}
     if getattr(inputs, "ndim", 0) == 4 and where.ndim == 1:
         found["images"] = np.asarray(inputs)[where]
-    for name, shown in outputs.items():
-        logits = np.asarray(shown.logits)[where].astype(np.float32)
+    for name, shown in rows.items():
+        logits = shown["logits"].astype(np.float32)
         found[f"probabilities/{name}"] = np.asarray(jax.nn.softmax(logits))
     return found

@@ -48,7 +48,8 @@ class Task(NamedTuple):
         rows: `(outputs, batch) -> {name: [...]}`, what the final scores need of each row.
         scores: `(summary, test rows, rows of the data that select or None) -> dict`: all that is
             said of a network in result.json, from its part of the summary and its rows.
-        sample: `(outputs by network, batch) -> arrays by name`, what a person looks at.
+        sample: `(rows by network, batch as it is stored) -> arrays by name`, of a few examples,
+            for a person to look at.
         sections: report -> Markdown blocks, besides the tables that all tasks have.
         figures: report -> {name: (figure, caption)}, besides the learning curves.
     """
@@ -62,6 +63,6 @@ class Task(NamedTuple):
     columns: tuple[Column, ...]
     rows: Callable[[Outputs, Batch], Mapping[str, Array]]
     scores: Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any] | None], dict]
-    sample: Callable[[Mapping[str, Outputs], Batch], dict[str, Any]]
+    sample: Callable[[Mapping[str, Mapping[str, Any]], Batch], dict[str, Any]]
     sections: Callable[[Any], list[str]]
     figures: Callable[[Any], dict[str, tuple[Any, str]]]

@@ -47,6 +47,13 @@ class TrainState(train_state.TrainState):
         """The moving average of the parameters if there is one, else the parameters."""
         return self.params if self.ema_params is None else self.ema_params
 
+    def restarted(
+        self, *, optimizer: Bound, ema_decay: "Decay | Schedule | None" = None
+    ) -> "TrainState":
+        """The network at step 0 again, with a new optimiser and average; see `create`."""
+        options = {"optimizer": optimizer, "ema_decay": ema_decay}
+        return _learner(self.apply_fn, self.params, self.batch_stats, **options)
+
     def apply_gradients(self, *, grads: Any) -> "TrainState":
         """The state after one step of the optimiser, with its numbers as they stand at this one."""
         numbers = at_step(self.hyperparams, self.step)

@@ -12,6 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from abkd_jax.tasks import Column
+
 _SECONDS_BETWEEN_DRAWINGS = 0.5
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -26,7 +28,9 @@ class Progress:
     before a resume nor compilation are in it.
     """
 
-    def __init__(self, label: str, total: int, start: int = 0, *, examples_per_step: int):
+    def __init__(
+        self, label: str, total: int, start: int = 0, *, examples_per_step: int, score: Column
+    ):
         """Prepares the display; it appears when the context is entered.
 
         Args:
@@ -34,9 +38,10 @@ class Progress:
             total: the number of steps of the whole run.
             start: the number of steps that were done before.
             examples_per_step: examples in one step.
+            score: the metric that is shown besides losses, and how.
         """
         self._label, self._total, self._step = label, total, start
-        self._examples_per_step = examples_per_step
+        self._examples_per_step, self._score = examples_per_step, score
         self._shown: dict[str, float] = {}
         self._clock: tuple[int, float] | None = None  # the first step seen, and when
         self._latest = self._begun = time.monotonic()
@@ -49,8 +54,8 @@ class Progress:
 
         Args:
             step: the number of steps done.
-            **shown: further numbers to show from now on, by name with underscores for spaces; a
-                name that ends in "accuracy" is a fraction. They are read when they are drawn.
+            **shown: further numbers to show from now on, by name with underscores for spaces. They
+                are read when they are drawn.
         """
         self._step, self._latest = step, time.monotonic()
         if self._clock is None:
@@ -61,14 +66,14 @@ class Progress:
             self._draw()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Shows the losses and accuracies among a row of metrics.
+        """Shows the losses and scores among a row of metrics.
 
         Args:
             step: the number of steps done.
-            metrics: by name: "NAME/loss", and "validation/NAME/accuracy" or "test/NAME/accuracy".
+            metrics: by name: "NAME/loss", and "validation/NAME/SCORE" or "test/NAME/SCORE".
                 If a NAME is the label, only its own are shown.
         """
-        self._shown |= _facts(self._label, metrics)
+        self._shown |= self._facts(metrics)
         self.update(step)
         if not self._live and self._latest >= self._due:
             self._due = self._latest + _SECONDS_BETWEEN_LINES
@@ -114,10 +119,27 @@ class Progress:
             return []
         rate = (self._step - self._clock[0]) / (self._latest - self._clock[1])
         left = max(self._total - self._step, 0) / rate
-        return [f"{rate * self._examples_per_step:,.0f} images/s", f"ETA {_duration(left)}"]
+        return [f"{rate * self._examples_per_step:,.0f} examples/s", f"ETA {_duration(left)}"]
 
     def _values(self) -> list[str]:
-        return [f"{name} {_shown(name, float(value))}" for name, value in self._shown.items()]
+        return [f"{name} {self._text(name, float(value))}" for name, value in self._shown.items()]
+
+    def _facts(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The losses and scores of a row, each under the name that is shown."""
+        found = []
+        for key, value in metrics.items():
+            match key.split("/"):
+                case [name, "loss"]:
+                    found.append((name, "loss", value))
+                case ["validation" | "test" as split, name, self._score.key]:
+                    found.append((name, f"{split} {self._score.key}", value))
+        if any(name == self._label for name, _, _ in found):
+            return {fact: value for name, fact, value in found if name == self._label}
+        return {f"{name} {fact}": value for name, fact, value in found}
+
+    def _text(self, name: str, value: float) -> str:
+        percent = name.endswith(self._score.key) and self._score.factor == 100
+        return f"{100 * value:.1f} %" if percent else f"{value:.4g}"
 
 
 def _live() -> Live | None:
@@ -127,24 +149,6 @@ def _live() -> Live | None:
     terminal = sys.stderr.isatty() and not console.is_dumb_terminal
     widgets = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
     return Live(console=console, auto_refresh=False) if terminal or widgets else None
-
-
-def _facts(label: str, metrics: Mapping[str, float]) -> dict[str, float]:
-    """The losses and accuracies of a row, each under the name that is shown."""
-    found = []
-    for key, value in metrics.items():
-        match key.split("/"):
-            case [name, "loss"]:
-                found.append((name, "loss", value))
-            case ["validation" | "test" as split, name, "accuracy"]:
-                found.append((name, f"{split} accuracy", value))
-    if any(name == label for name, _, _ in found):
-        return {fact: value for name, fact, value in found if name == label}
-    return {f"{name} {fact}": value for name, fact, value in found}
-
-
-def _shown(name: str, value: float) -> str:
-    return f"{100 * value:.1f} %" if name.endswith("accuracy") else f"{value:.4g}"
 
 
 def _duration(seconds: float) -> str:

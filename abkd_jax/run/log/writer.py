@@ -27,7 +27,7 @@ class Writer:
             ValueError: if a row of the file, other than a torn last one, is no row.
             OSError: if the file cannot be read or written.
         """
-        from abkd_jax.train.events import Events  # tensorboardX imports torch where there is one
+        from abkd_jax.run.log.events import Events  # tensorboardX imports torch where there is one
 
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)

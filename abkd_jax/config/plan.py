@@ -1,0 +1,102 @@
+"""The plan of a run: what a config becomes once it was checked, see `schema.resolve`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jax import Array
+
+from abkd_jax.binding import Bound, Schedule
+from abkd_jax.config.build import Builder
+from abkd_jax.data import DataSet, Description
+from abkd_jax.models import Module
+from abkd_jax.sources import Source
+from abkd_jax.tasks import Task
+from abkd_jax.types import Term
+
+SPLITS = {
+    "train": "what a student sees: labels withheld, classes omitted",
+    "labelled": "its labelled examples alone",
+    "full": "all training examples with all their labels",
+}
+
+class Network(NamedTuple):
+    """A network of a run.
+
+    Attributes:
+        module: with its projections; None for one that the caller hands over.
+        given: (apply_fn, variables) of one that the caller hands over, else None.
+        weights: a function of `config.weights`, bound; None for new parameters.
+        init_seed: of new parameters.
+    """
+
+    module: Module | None
+    given: tuple[Callable, Any] | None
+    weights: Bound | None
+    init_seed: int
+
+
+class Learner(NamedTuple):
+    """How a network learns in a phase.
+
+    Attributes:
+        terms: its objective; a `Statistic` in it stands for an array that the run computes.
+        optimizer: a function of `abkd_jax.optimizers`, bound.
+        ema_decay: of the moving average of its parameters; None for none.
+    """
+
+    terms: Mapping[str, Term]
+    optimizer: Bound
+    ema_decay: Array | Schedule | None
+
+
+class Phase(NamedTuple):
+    """A part of a run, which trains some networks at once.
+
+    Attributes:
+        name: as the config has it.
+        folder: in the workdir; "" for the last phase, which is the workdir's.
+        learners: by name.
+        see: the networks that they see, and that do not learn.
+        split: of SPLITS.
+        num_steps: its length.
+        source: of its batches.
+        start: from which state of an earlier phase a learner goes on, "last" or "best".
+        select: the learner whose score selects the best step; None for the mean of all.
+    """
+
+    name: str
+    folder: str
+    learners: Mapping[str, Learner]
+    see: tuple[str, ...]
+    split: str
+    num_steps: int
+    source: Source
+    start: str
+    select: str | None
+
+    @property
+    def objectives(self) -> dict[str, Mapping[str, Term]]:
+        """{learner: {name: Term}}."""
+        return {name: learner.terms for name, learner in self.learners.items()}
+
+
+class Plan(NamedTuple):
+    """All of a run that is known before its data are read.
+
+    Attributes:
+        config: with every default filled in, as a plain dict.
+        builder: of the config's groups.
+        task: how outputs are judged.
+        data: reads the data.
+        description: of the data.
+        networks: by name.
+        phases: in order.
+    """
+
+    config: Mapping[str, Any]
+    builder: Builder
+    task: Task
+    data: Callable[[], DataSet]
+    description: Description
+    networks: Mapping[str, Network]
+    phases: tuple[Phase, ...]

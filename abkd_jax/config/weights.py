@@ -1,0 +1,85 @@
+"""Where a network's parameters come from, if not from its `init_seed`: functions by name."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from abkd_jax.models import without_projections
+from abkd_jax.train.checkpoint import FOLDER, Checkpoints
+
+
+class Weights(NamedTuple):
+    """The variables of a network, and what is known of them.
+
+    Attributes:
+        variables: "params" and "batch_stats".
+        origin: where they are from, in words.
+        model: the group of a config that built the network; None where that is not known.
+        num_classes: K of the network; None likewise.
+        preprocess: "mean" and "std" of its inputs; None likewise.
+    """
+
+    variables: Mapping[str, Any]
+    origin: str
+    model: Mapping[str, Any] | None = None
+    num_classes: int | None = None
+    preprocess: Mapping[str, Any] | None = None
+
+
+def run(*, workdir: str, network: str = "", best: bool = False) -> Weights:
+    """Those of another run.
+
+    Args:
+        workdir: of the run, or of one of its phases.
+        network: its name there; "" for the one by which the run selects.
+        best: the state that was best on the validation data, in place of the last one.
+
+    Returns:
+        Its weights, without projections, which belong to its training: the moving average of the
+        parameters if there is one.
+
+    Raises:
+        ValueError: one sentence, if there is no such run, network or checkpoint.
+    """
+    folder = pathlib.Path(workdir)
+    about = read_about(folder)
+    learners, network = about["learners"], network or about["select"]
+    if network is None:
+        raise ValueError(f"{folder} has the networks {', '.join(learners)}; name one of them.")
+    if network not in learners:
+        own = [path.parent for path in folder.glob("*/config.json")]
+        own = [path for path in own if network in read_about(path)["learners"]]
+        hint = f", which is in {own[0]}" if own else ""
+        raise ValueError(f"{folder} trained {', '.join(learners)}; found name {network!r}{hint}.")
+    with Checkpoints(folder / FOLDER) as checkpoints:
+        found = checkpoints.best() if best else checkpoints.restore()
+        if found is None:
+            raise ValueError(f"{folder} has no checkpoint{' that was evaluated' if best else ''}.")
+        state = (checkpoints.restore_at(found[0]) if best else found[1])["learners"][network]
+    params = state["params"] if state.get("ema_params") is None else state["ema_params"]
+    return Weights(
+        {"params": without_projections(params), "batch_stats": state.get("batch_stats") or {}},
+        f"{folder}",
+        about["config"][network]["model"],
+        about["num_classes"],
+        about["preprocess"],
+    )
+
+
+def read_about(folder: pathlib.Path) -> dict[str, Any]:
+    """What a run, or a phase of it, says of itself in its config.json.
+
+    Raises:
+        ValueError: one sentence, if the folder is not that of a run.
+    """
+    path = folder / "config.json"
+    try:
+        about = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is no workdir of a run: it has no config.json.") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from None
+    if not isinstance(about, dict) or "config" not in about:
+        raise ValueError(f"{path} is not that of a run; restore it, or choose another workdir.")
+    return about

@@ -1,0 +1,1 @@
+"""A run: its phases, its folder, what it tells and keeps."""

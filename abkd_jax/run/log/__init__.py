@@ -1,0 +1,1 @@
+"""Rows of metrics, TensorBoard events, progress."""
