@@ -4,14 +4,16 @@ Each function takes plain arrays and returns a matplotlib Figure, ready to be sh
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import NullFormatter
 
@@ -227,9 +229,33 @@ def bars(
     axes.set_xticks(np.arange(len(groups)), groups)
 
 
+def patches(names: Iterable[str], colours: Mapping[str, str]) -> list[Artist]:
+    """What a legend shows of names, by their colours."""
+    return [Patch(color=colours[name], label=name) for name in names]
+
+
+def legend(figure: Figure, handles: Sequence[Artist]) -> None:
+    """A legend above all panels, in as many columns as fit; none without handles."""
+    if handles:
+        longest = max(len(handle.get_label()) for handle in handles)
+        figure.legend(
+            handles=handles,
+            loc="outside upper center",
+            ncols=min(len(handles), max(85 // (longest + 8), 1)),
+            fontsize=FONT,
+            frameon=False,
+        )
+
+
+def say(axes: Axes, text: str) -> None:
+    """Writes a sentence where there is nothing to draw."""
+    axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=FONT, transform=axes.transAxes)
+    axes.set(xticks=(), yticks=())
+
+
 def save(figure: Figure, path: Any) -> None:
-    """Writes the figure as a PNG file."""
-    figure.savefig(path, dpi=DPI)
+    """Writes the figure as a PNG file, whose bytes depend on the picture alone."""
+    figure.savefig(path, dpi=DPI, metadata={"Software": None})  # no version of matplotlib
 
 
 def _edges(centres: Sequence[float]) -> np.ndarray:

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from abkd_jax.train import report, writer
+from abkd_jax import report
+from abkd_jax.tasks import Column, classification, classification_figures
 
+TASK = classification()
 RELIABILITY = dict(
     count=[0, 10, 30, 60],
     confidence=[None, 0.4, 0.6, 0.9],
@@ -52,8 +54,17 @@ def network(accuracy, class_accuracy, *, best=None, **changes):
     return dict(parameters=12345, steps=1500, last=last, best=best)
 
 
+def phase(name, learn, *, see=(), split="train", folder=None):
+    folder = name if folder is None else folder
+    return dict(name=name, folder=folder, learn=list(learn), see=list(see), split=split)
+
+
 OFFLINE = dict(
-    mode="offline",
+    phases=[
+        phase("teacher", ["teacher"], split="full"),
+        phase("baseline", ["baseline"], split="labelled"),
+        phase("distill", ["student"], see=["teacher"], folder=""),
+    ],
     num_classes=6,
     class_names=None,
     evaluated_on="test",
@@ -64,21 +75,35 @@ OFFLINE = dict(
         student=network(0.95432, [0.9, 0.7, 0.8, 0.85, 0.95, 1.0]),
     ),
 )
-ONLINE = dict(
-    mode="online",
-    num_classes=2,
-    class_names=["no", "yes"],
-    evaluated_on="test",
-    selected_on="test",
-    networks=dict(a=network(0.9, [0.9, 0.9]), b=network(0.8, [0.8, 0.8])),
+
+
+def online(**networks):
+    return dict(
+        phases=[phase("mutual", networks, folder="")],
+        num_classes=2,
+        class_names=["no", "yes"],
+        evaluated_on="test",
+        selected_on="test",
+        networks=networks,
+    )
+
+
+ONLINE = online(a=network(0.9, [0.9, 0.9]), b=network(0.8, [0.8, 0.8]))
+WARM = OFFLINE | dict(
+    phases=[
+        phase("warm", ["student"], split="labelled"),
+        phase("distill", ["student"], see=["teacher"], folder=""),
+    ],
+    networks={name: OFFLINE["networks"][name] for name in ("teacher", "student")},
 )
+SMALL = dict(fn="mlp", widths=(16,))
 CONFIG = dict(
     config=dict(
-        mode="offline",
-        data=dict(name="digits", validation=297, labelled=120),
-        teacher=dict(model="mlp"),
+        data=dict(fn="digits", validation=297, labelled=120),
+        teacher=dict(model=dict(fn="mlp", widths=(256,)), weights=None),
+        baseline=dict(model=SMALL),
         student=dict(
-            model="mlp",
+            model=SMALL,
             terms=dict(
                 distill=dict(
                     fn="on_logits",
@@ -89,6 +114,7 @@ CONFIG = dict(
                 )
             ),
         ),
+        phases=dict(teacher={}, baseline={}, distill={}),
     ),
     versions=dict(jax="0.10.2", flax="0.12.1"),
     commit="abc1234",
@@ -97,17 +123,17 @@ CONFIG = dict(
 
 
 def fill(workdir, result, *, config=CONFIG, rows=True, images=None, num_examples=8):
-    """Writes the files of a run."""
-    result = json.loads(json.dumps(result))
+    """Writes the files of a run; a config without some of its networks or phases gets these."""
+    config, result = json.loads(json.dumps([config, result]))
+    names, num_classes = list(result["networks"]), result["num_classes"]
+    for name in names:
+        config["config"].setdefault(name, dict(model=SMALL))
+    for part in result["phases"]:
+        config["config"]["phases"].setdefault(part["name"], {})
+        if rows:
+            write_rows(workdir / part["folder"], part["learn"], result["selected_on"])
     (workdir / "config.json").write_text(json.dumps(config))
     (workdir / "result.json").write_text(json.dumps(result))
-    names, num_classes = list(result["networks"]), result["num_classes"]
-    if rows and result["mode"] == "online":
-        write_rows(workdir, names, result["selected_on"])
-    elif rows:
-        for name in names:
-            of_name = workdir if name == "student" else workdir / name
-            write_rows(of_name, [name], result["selected_on"])
     rng = np.random.default_rng(0)
     arrays = {"labels": np.arange(num_examples) % num_classes}
     for name in names:
@@ -118,16 +144,24 @@ def fill(workdir, result, *, config=CONFIG, rows=True, images=None, num_examples
     return workdir
 
 
-def write_rows(directory, names, split):
-    with writer.Writer(directory, 0) as rows:
-        for step in (100, 200, 300):
-            rows.write(
-                step,
-                {f"{name}/loss": 10.0 ** (1 - step / 100) for name in names}
-                | {"time/seconds": 0.5},
-            )
-        accuracies = {f"{split}/{name}/accuracy": 0.25 + 0.5 * i for i, name in enumerate(names)}
-        rows.write(200, accuracies | {"time/seconds": 0.25})
+def write_rows(folder, names, split, key="accuracy"):
+    rows = [
+        {"step": step, "time/seconds": 0.5}
+        | {f"{name}/loss": 10.0 ** (1 - step / 100) for name in names}
+        for step in (100, 200, 300)
+    ]
+    values = {f"{split}/{name}/{key}": 0.25 + 0.5 * i for i, name in enumerate(names)}
+    write_lines(folder, [*rows[:2], {"step": 200, "time/seconds": 0.25} | values, rows[2]])
+
+
+def write_lines(folder, rows):
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def written(workdir, *args, task=TASK, **how):
+    """The page of a run with such files."""
+    return report.write(fill(workdir, *args, **how), task).read_text()
 
 
 def cells(page, header, name):
@@ -153,7 +187,7 @@ def without(result, key):
 
 
 def test_the_table_is_rounded_as_its_columns_say(tmp_path):
-    page = report.write(fill(tmp_path, OFFLINE)).read_text()
+    page = written(tmp_path, OFFLINE)
     assert cells(page, "| network | accuracy", ["student"]) == {
         "network": "student",
         "accuracy %": "95.43",
@@ -171,36 +205,47 @@ def test_the_table_is_rounded_as_its_columns_say(tmp_path):
 
 
 def test_the_page_says_what_was_run_with_what(tmp_path):
-    page = report.write(fill(tmp_path, OFFLINE)).read_text()
+    page = written(tmp_path, OFFLINE)
     assert page.startswith("# Knowledge distillation on digits\n")
     assert (
-        "An offline run on the data set `digits` with the networks `teacher`, `baseline`, "
-        "`student`. The student is distilled by "
-        "`alpha_beta(alpha=linear(start=1.0, end=0.3), beta=0.5)`. The teacher was trained on all "
-        "labels. Trained on 120 labels, 20 of each of the 6 classes: baseline, student."
+        "A run on the data set `digits` with the networks `teacher`, `baseline`, `student`. "
+        "Phase `teacher` trained `teacher` on all labels. "
+        "Phase `baseline` trained `baseline` on the 120 labelled examples alone. "
+        "Phase `distill` trained `student` from `teacher` on all examples, of which 120 have their "
+        "labels. The student is distilled by "
+        "`alpha_beta(alpha=linear(start=1.0, end=0.3), beta=0.5)`. "
+        "The 120 labels are 20 of each of the 6 classes.\n"
     ) in page
     assert "Made with jax 0.10.2, flax 0.12.1; commit `abc1234`; on cpu: 2 cores." in page
 
 
 def test_a_loaded_teacher_a_loss_without_divergence_and_no_commit(tmp_path):
     config = copy.deepcopy(CONFIG) | {"commit": None}
-    config["config"]["teacher"]["checkpoint"] = "some/where"
+    config["config"]["teacher"]["weights"] = dict(fn="run", workdir="some/where")
     distill = dict(fn="dkd", weight=1.0, where="where", other="teacher", temperature=4.0)
     config["config"]["student"]["terms"]["distill"] = distill
-    del config["config"]["data"]["labelled"]
-    fill(tmp_path, OFFLINE, config=config)
-    (tmp_path / "teacher" / "metrics.jsonl").unlink()
-    page = report.write(tmp_path).read_text()
-    assert "The teacher was loaded from `some/where`." in page
+    config["config"]["data"] = dict(fn="tfds", name="some_set")
+    page = written(tmp_path, OFFLINE | {"phases": OFFLINE["phases"][1:]}, config=config)
+    assert page.startswith("# Knowledge distillation on some\\_set\n")
+    assert "A run on the data set `some_set` with" in page
+    assert "The teacher was loaded by `run(workdir=some/where)`." in page
+    assert "Phase `distill` trained `student` from `teacher`. " in page
     assert "The student is distilled by `dkd(temperature=4.0)`." in page
-    assert "labels" not in page.split("## Results")[0]
+    assert "labels" not in page.split("## Results")[0] and "was given" not in page
     assert "; commit unknown;" in page
     assert cells(page, "| network | accuracy", ["teacher"])["time"] == "-"
     assert cells(page, "| network | accuracy", ["student"])["time"] == "1.8 s"
 
 
+def test_a_given_teacher(tmp_path):
+    config = copy.deepcopy(CONFIG)
+    config["config"]["teacher"] = dict(model=dict(fn="given"))
+    page = written(tmp_path, OFFLINE | {"phases": OFFLINE["phases"][1:]}, config=config)
+    assert "The teacher was given." in page and "loaded" not in page
+
+
 def test_scaling_has_a_table_of_before_and_after(tmp_path):
-    page = report.write(fill(tmp_path, OFFLINE)).read_text()
+    page = written(tmp_path, OFFLINE)
     assert list(cells(page, "| network | scaling", ["teacher", "before"]).values()) == (
         "teacher before 1 0.1235 3.46 2.12 0.0877".split()
     )
@@ -210,8 +255,7 @@ def test_scaling_has_a_table_of_before_and_after(tmp_path):
 
 
 def test_without_validation_data_there_is_no_scaling(tmp_path):
-    page = report.write(fill(tmp_path, without(without(OFFLINE, "scaled"), "temperature")))
-    page = page.read_text()
+    page = written(tmp_path, without(without(OFFLINE, "scaled"), "temperature"))
     assert "There is no temperature scaling, for no validation data" in page
     assert "| network | scaling" not in page
 
@@ -228,10 +272,10 @@ def test_without_validation_data_there_is_no_scaling(tmp_path):
 )
 def test_the_best_step_says_what_it_was_selected_on(tmp_path, selected, said):
     result = copy.deepcopy(OFFLINE) | {"selected_on": selected}
-    best = dict(step=1200, accuracy=0.9712, scores=scores(0.96, [1.0] * 6))
+    best = dict(step=1200, score=0.9712, scores=scores(0.96, [1.0] * 6))
     result["networks"]["student"]["best"] = best
     result["networks"]["teacher"]["best"] = best | {"step": 1500}  # the last one
-    page = report.write(fill(tmp_path, result)).read_text()
+    page = written(tmp_path, result)
     assert said in page
     row = cells(page, "| network | step", ["student"])
     assert row["step"] == "1,200"
@@ -241,14 +285,14 @@ def test_the_best_step_says_what_it_was_selected_on(tmp_path, selected, said):
 
 
 def test_no_best_step_is_no_table(tmp_path):
-    assert "highest" not in report.write(fill(tmp_path, OFFLINE)).read_text()
+    assert "highest" not in written(tmp_path, OFFLINE)
 
 
 @pytest.mark.parametrize("missing", [None, math.nan])
 def test_the_classes_that_gain_and_lose(tmp_path, missing):
     result = copy.deepcopy(OFFLINE)
     result["networks"]["baseline"]["last"]["class_accuracy"][5] = missing
-    page = report.write(fill(tmp_path, result)).read_text()
+    page = written(tmp_path, result)
     # Class 2 does not differ, and class 5 is not in the baseline's test set.
     assert (
         "- gained most: class 4 (+15.0 points, 80.0 → 95.0 %), "
@@ -260,28 +304,126 @@ def test_the_classes_that_gain_and_lose(tmp_path, missing):
 def test_classes_that_do_not_differ_are_not_listed(tmp_path):
     result = copy.deepcopy(OFFLINE)
     result["networks"]["student"] = result["networks"]["baseline"]
-    assert "## Classes" not in report.write(fill(tmp_path, result)).read_text()
+    assert "## Classes" not in written(tmp_path, result)
+
+
+@pytest.mark.parametrize("baseline", [dict(model=dict(fn="cnn")), dict(model=SMALL)])
+@pytest.mark.parametrize("split", ["labelled", "train"])
+def test_classes_are_compared_with_the_same_model_on_the_labels_alone(tmp_path, baseline, split):
+    config, result = copy.deepcopy(CONFIG), copy.deepcopy(OFFLINE)
+    config["config"]["baseline"] = baseline
+    result["phases"][1]["split"] = split
+    page = written(tmp_path, result, config=config)
+    compared = "Accuracy of the student within a class, against the baseline (the student on its"
+    assert (compared in page) == (split == "labelled" and baseline["model"] == SMALL)
 
 
 def test_an_online_run(tmp_path):
-    page = report.write(fill(tmp_path, ONLINE)).read_text()
-    assert "An online run on the data set `digits` with the networks `a`, `b`." in page
+    page = written(tmp_path, ONLINE)
+    assert "A run on the data set `digits` with the networks `a`, `b`." in page
+    assert "Phase `mutual` trained `a`, `b` together on all examples" in page
     assert "so the time is that of all" in page
     for name in "ab":
         assert cells(page, "| network | accuracy", [name])["time"] == "1.8 s"
-    # The label is always among the five likeliest of two classes.
-    assert cells(page, "| network | accuracy", ["a"])["top-5 %"] == "-"
+    assert "## Classes" not in page and "thin line" not in page
+
+
+def test_a_network_of_two_phases(tmp_path):
+    config = copy.deepcopy(CONFIG)
+    config["config"]["teacher"]["weights"] = dict(fn="run", workdir="some/where")
+    config["config"]["phases"]["warm"] = dict(student=dict(terms=dict(task=dict(fn="ce"))))
+    page = written(tmp_path, WARM, config=config)
+    assert (
+        "Phase `warm` trained `student` on the 120 labelled examples alone. "
+        "Phase `distill` trained `student` from `teacher` on all examples, of which 120 have their "
+        "labels. The student is distilled by `alpha_beta("
+    ) in page
+    assert page.count("distilled by") == 1
+    assert cells(page, "| network | accuracy", ["student"])["time"] == "3.5 s"  # of both phases
+    assert page.count("| student | 95.43 |") == 1
+    assert "At a thin line a network's next phase begins.*" in page
+    for axes, points in zip(
+        curves(report.load(tmp_path)).axes,
+        (
+            [[100, 1], [200, 0.1], [300, 0.01], [400, 1], [500, 0.1], [600, 0.01]],
+            [[200, 25], [500, 25]],
+        ),
+        strict=True,
+    ):
+        (line,) = axes.lines
+        np.testing.assert_allclose(line.get_xydata(), points)
+        (border,) = (part for collection in axes.collections for part in collection.get_segments())
+        assert border[:, 0].tolist() == [300, 300]
+
+
+def test_a_task_has_columns_sections_and_figures_of_its_own(tmp_path):
+    def refused(*_):
+        raise AssertionError("a report asks nothing else of a task")
+
+    task = TASK._replace(
+        **dict.fromkeys(("check", "sums", "summary", "score", "rows", "scores", "sample"), refused),
+        score_column=Column("rouge_l", "Rouge-L %", 100, 1),
+        columns=(Column("nll", "NLL"), Column("rouge_l", "Rouge-L %", 100, 1)),
+        sections=lambda run: [f"## Prompts\n\nThere are {len(run.examples['prompts'])}."],
+        figures=lambda _: {},
+    )
+    best = dict(step=7, score=0.25, scores=dict(nll=3.0, rouge_l=0.24))
+    last = dict(nll=2.0, rouge_l=0.21)
+    result = online(a=dict(parameters=5, steps=9, last=last, best=best))
+    fill(tmp_path, result, rows=False)
+    write_rows(tmp_path, ["a"], "test", "rouge_l")
+    np.savez(tmp_path / "examples.npz", prompts=np.array(["x", "y"]))
+    page = report.write(tmp_path, task).read_text()
+    assert "After the last step, on test examples:" in page
+    row = cells(page, "| network | NLL", ["a"])
+    assert (row["NLL"], row["Rouge-L %"], row["time"]) == ("2.0000", "21.0", "1.8 s")
+    assert "At the step of the highest test rouge l. These" in page
+    row = cells(page, "| network | step", ["a"])
+    assert (row["test Rouge-L %"], row["Rouge-L %"], row["NLL"]) == ("25.0", "24.0", "3.0000")
+    assert "## Prompts\n\nThere are 2." in page and "## Calibration" not in page
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["learning_curves.png"]
+    right = report.learning_curves(report.load(tmp_path), task.score_column).axes[1]
+    assert (right.get_title(), right.get_ylabel()) == ("Test rouge l", "Rouge-L (%)")
+    assert right.lines[0].get_ydata().tolist() == [25]
+
+
+def test_analysis_is_a_section_with_a_figure(tmp_path):
+    fill(tmp_path, OFFLINE)
+    metrics = ("entropy", "mass_flow/true_class", "gradient_cosine")
+    rows = [
+        {"step": step, "time/seconds": 2.0, "time/analysis_seconds": 0.5}
+        | {f"analysis/student/{metric}": step / 10 for metric in metrics}
+        for step in (1, 2)
+    ]
+    write_lines(tmp_path, rows)
+    page = report.write(tmp_path, TASK).read_text()
+    # 4 s of the student, 1.75 s of each of the others.
+    assert "## Analysis\n\nMeasuring this took 1.0 s, 13.3 % of the time" in page
+    assert "![Analysis](figures/analysis.png)\n\n*Figure 4. How each network's" in page
+    assert (tmp_path / "figures" / "analysis.png").exists()
+    figure = report.analysis(report.load(tmp_path))
+    assert [axes.get_title() for axes in figure.axes if axes.axison] == [
+        "entropy",
+        "mass flow: true class",
+        "gradient cosine",
+    ]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(OFFLINE["networks"])
+    assert [axes.get_ylabel() for axes in figure.axes[:3]] == ["nats", "probability", "cosine"]
+    for axes in figure.axes[:3]:
+        (line,) = axes.lines
+        assert line.get_label() == "student"
+        np.testing.assert_allclose(line.get_xydata(), [[1, 0.1], [2, 0.2]])
 
 
 def test_names_cannot_break_the_page(tmp_path):
     result = copy.deepcopy(OFFLINE) | {"class_names": ["a*b_c|"] * 6}
-    page = report.write(fill(tmp_path, result)).read_text()
+    page = written(tmp_path, result)
     assert r"class a\*b\_c\| (+15.0 points" in page
 
 
 def test_nothing_measured_is_a_dash(tmp_path):
     result = without(without(OFFLINE, "nll"), "ece")
-    row = cells(report.write(fill(tmp_path, result)).read_text(), "| network | acc", ["student"])
+    row = cells(written(tmp_path, result), "| network | acc", ["student"])
     assert row["NLL (nats)"] == row["ECE %"] == "-"
 
 
@@ -289,15 +431,18 @@ def test_nothing_measured_is_a_dash(tmp_path):
     "seconds,text",
     [([], "-"), ([None, 1.26], "1.3 s"), ([59.0, 66.4], "2 min 05 s"), ([7500], "2 h 05 min")],
 )
-def test_times(seconds, text):
-    assert report._time([{"step": 1, "time/seconds": value} for value in seconds]) == text
+def test_times(tmp_path, seconds, text):
+    fill(tmp_path, ONLINE, rows=False)
+    write_lines(tmp_path, [{"step": 1, "time/seconds": value} for value in seconds])
+    page = report.write(tmp_path, TASK).read_text()
+    assert cells(page, "| network | accuracy", ["a"])["time"] == text
 
 
 # --- files ----------------------------------------------------------------------------------------
 
 
 def test_the_figures_are_in_the_page_with_captions_and_as_large_as_they_should_be(tmp_path):
-    path = report.write(fill(tmp_path, OFFLINE))
+    path = report.write(fill(tmp_path, OFFLINE), TASK)
     assert path == tmp_path / "report.md"
     page = path.read_text()
     sizes = {}
@@ -312,7 +457,7 @@ def test_the_report_is_a_function_of_the_files(tmp_path):
     fill(tmp_path, OFFLINE, images=np.zeros((8, 5, 5, 1), np.uint8))
 
     def contents():
-        report.write(tmp_path)
+        report.write(tmp_path, TASK)
         made = [tmp_path / "report.md", *sorted((tmp_path / "figures").iterdir())]
         return [path.read_bytes() for path in made]
 
@@ -329,7 +474,7 @@ def test_a_missing_or_broken_file_is_one_sentence(tmp_path, name, content):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name} is missing or unreadable")):
-        report.write(tmp_path)
+        report.write(tmp_path, TASK)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +482,8 @@ def test_a_missing_or_broken_file_is_one_sentence(tmp_path, name, content):
     [
         ("config.json", "versions"),
         ("config.json", "config.data"),
-        ("config.json", "config.data.name"),
+        ("config.json", "config.data.fn"),
+        ("config.json", "config.student.model"),
         ("result.json", "num_classes"),
         ("result.json", "networks.student.best"),
         ("result.json", "networks.student.last.class_accuracy"),
@@ -354,17 +500,22 @@ def test_an_incomplete_file_is_one_sentence(tmp_path, name, path):
     del inner[key]
     (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name} lacks {path!r}.")):
-        report.write(tmp_path)
+        report.write(tmp_path, TASK)
+    assert not (tmp_path / "report.md").exists() and not (tmp_path / "figures").exists()
 
 
 def test_examples_without_labels_are_refused(tmp_path):
     fill(tmp_path, OFFLINE)
     np.savez(tmp_path / "examples.npz", images=np.zeros((1, 2, 2, 1)))
     with pytest.raises(ValueError, match=r"examples\.npz lacks 'labels'"):
-        report.write(tmp_path)
+        report.write(tmp_path, TASK)
 
 
 # --- the figures ----------------------------------------------------------------------------------
+
+
+def curves(run):
+    return report.learning_curves(run, TASK.score_column)
 
 
 def texts(figure):
@@ -379,7 +530,9 @@ def texts(figure):
         yield from legend.get_texts()
 
 
-@pytest.mark.parametrize("figure", [report.learning_curves, report.reliability, report.examples])
+@pytest.mark.parametrize(
+    "figure", [curves, classification_figures.reliability, classification_figures.examples]
+)
 def test_a_figure_is_legible_at_half_its_width(tmp_path, figure):
     made = figure(report.load(fill(tmp_path, OFFLINE)))
     assert made.get_size_inches()[0] == 8
@@ -387,8 +540,7 @@ def test_a_figure_is_legible_at_half_its_width(tmp_path, figure):
 
 
 def test_learning_curves_show_the_rows(tmp_path):
-    run = report.load(fill(tmp_path, OFFLINE))
-    figure = report.learning_curves(run)
+    figure = curves(report.load(fill(tmp_path, OFFLINE)))
     left, right = figure.axes
     assert (left.get_title(), left.get_xlabel(), left.get_ylabel()) == (
         "Training loss",
@@ -407,8 +559,7 @@ def test_learning_curves_show_the_rows(tmp_path):
 
 
 def test_learning_curves_on_test_data(tmp_path):
-    run = report.load(fill(tmp_path, ONLINE))
-    right = report.learning_curves(run).axes[1]
+    right = curves(report.load(fill(tmp_path, ONLINE))).axes[1]
     assert right.get_title() == "Test accuracy"
     assert [line.get_ydata()[0] for line in right.lines] == [25, 75]
 
@@ -425,25 +576,23 @@ def test_learning_curves_on_test_data(tmp_path):
 )
 def test_a_loss_of_more_than_two_decades_is_on_a_log_axis(tmp_path, losses, scale):
     fill(tmp_path, ONLINE, rows=False)
-    with writer.Writer(tmp_path, 0) as rows:
-        for step, loss in enumerate(losses):
-            rows.write(step, {"a/loss": math.nan if loss is None else loss})
-    left = report.learning_curves(report.load(tmp_path)).axes[0]
+    write_lines(tmp_path, [{"step": step, "a/loss": loss} for step, loss in enumerate(losses)])
+    left = curves(report.load(tmp_path)).axes[0]
     assert left.get_yscale() == scale
     np.testing.assert_array_equal(np.isnan(left.lines[0].get_ydata()), [x is None for x in losses])
 
 
 def test_no_rows_are_said(tmp_path):
     fill(tmp_path, OFFLINE, rows=False)
-    figure = report.learning_curves(report.load(tmp_path))
+    figure = curves(report.load(tmp_path))
     assert [axes.texts[0].get_text() for axes in figure.axes] == ["no rows in metrics.jsonl"] * 2
     assert not figure.legends
-    report.write(tmp_path)
+    report.write(tmp_path, TASK)
 
 
 def test_reliability_shows_the_bins(tmp_path):
     run = report.load(fill(tmp_path, OFFLINE))
-    figure = report.reliability(run)
+    figure = classification_figures.reliability(run)
     assert len(figure.axes) == 6
     panel, below = figure.axes[:2]
     assert panel.get_title() == "teacher\nECE 3.5 → 1.0 %"
@@ -462,7 +611,9 @@ def test_reliability_shows_the_bins(tmp_path):
 
 
 def test_reliability_without_scaling(tmp_path):
-    figure = report.reliability(report.load(fill(tmp_path, without(OFFLINE, "scaled"))))
+    figure = classification_figures.reliability(
+        report.load(fill(tmp_path, without(OFFLINE, "scaled")))
+    )
     assert figure.axes[0].get_title() == "teacher\nECE 3.5 %"
     assert len(figure.axes[0].lines) == 1
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
@@ -470,8 +621,8 @@ def test_reliability_without_scaling(tmp_path):
 
 
 def test_reliability_has_four_panels_a_row_at_most(tmp_path):
-    networks = {name: network(0.9, [0.9, 0.9]) for name in "abcde"}
-    figure = report.reliability(report.load(fill(tmp_path, ONLINE | {"networks": networks})))
+    result = online(**{name: network(0.9, [0.9, 0.9]) for name in "abcde"})
+    figure = classification_figures.reliability(report.load(fill(tmp_path, result)))
     figure.canvas.draw()
     panels = figure.axes[::2]
     places = [panel.get_position() for panel in panels]
@@ -482,14 +633,14 @@ def test_reliability_has_four_panels_a_row_at_most(tmp_path):
 
 def test_a_network_has_one_colour(tmp_path):
     run = report.load(fill(tmp_path, OFFLINE))
-    curves, diagrams = report.learning_curves(run), report.reliability(run)
-    bars = report.examples(run)
+    lines, diagrams = curves(run), classification_figures.reliability(run)
+    bars = classification_figures.examples(run)
     for index, name in enumerate(run.networks):
-        colour = to_hex(curves.axes[0].lines[index].get_color())
-        assert colour == run.colour(name).lower()
+        colour = to_hex(lines.axes[0].lines[index].get_color())
+        assert colour == run.colours[name].lower()
         assert to_hex(diagrams.axes[2 * index].patches[0].get_facecolor()) == colour
         assert to_hex(bars.axes[0].containers[index][0].get_facecolor()) == colour
-    assert len({run.colour(name) for name in run.networks}) == 3
+    assert len({run.colours[name] for name in run.networks}) == 3
 
 
 def test_examples_show_the_true_class_and_the_likeliest(tmp_path):
@@ -503,7 +654,7 @@ def test_examples_show_the_true_class_and_the_likeliest(tmp_path):
         labels=np.array([7]),
         **{"probabilities/a": probabilities, "probabilities/b": other},
     )
-    (axes,) = report.examples(report.load(tmp_path)).axes
+    (axes,) = classification_figures.examples(report.load(tmp_path)).axes
     labels = axes.get_yticklabels()
     assert [label.get_text() for label in labels] == ["7 ✓", "8", "1", "2", "4", "3"]
     assert [label.get_fontweight() for label in labels] == ["bold"] + ["normal"] * 5
@@ -526,42 +677,46 @@ def test_examples_show_the_true_class_and_the_likeliest(tmp_path):
 def test_examples_show_their_images(tmp_path, shape, dtype, high, expected):
     images = np.full(shape, high, dtype)
     images[:, 0, 0] = 0
-    figure = report.examples(report.load(fill(tmp_path, OFFLINE, images=images)))
+    figure = classification_figures.examples(report.load(fill(tmp_path, OFFLINE, images=images)))
     assert len(figure.axes) == 16
     pictures = [axes.images[0].get_array() for axes in figure.axes if axes.images]
     assert len(pictures) == 8
     for picture in pictures:
         assert picture.shape == expected
         assert picture[0, 0].max() == 0 and picture[1, 1].min() == 1
-    report.write(tmp_path)
+    report.write(tmp_path, TASK)
 
 
 @pytest.mark.parametrize("images", [None, np.zeros((8, 16)), np.zeros((8, 4, 4, 2))])
 def test_what_is_no_image_is_not_drawn(tmp_path, images):
-    figure = report.examples(report.load(fill(tmp_path, OFFLINE, images=images)))
+    figure = classification_figures.examples(report.load(fill(tmp_path, OFFLINE, images=images)))
     assert len(figure.axes) == 8 and not any(axes.images for axes in figure.axes)
 
 
 @pytest.mark.parametrize("num_examples,shown", [(3, 3), (20, 8)])
 def test_eight_examples_at_most(tmp_path, num_examples, shown):
-    figure = report.examples(report.load(fill(tmp_path, OFFLINE, num_examples=num_examples)))
+    figure = classification_figures.examples(
+        report.load(fill(tmp_path, OFFLINE, num_examples=num_examples))
+    )
     assert len(figure.axes) == shown
     labelled = [axes.get_xlabel() for axes in figure.axes]
     assert labelled[-2:] == ["probability (%)"] * 2 and not any(labelled[:-2])
 
 
 def test_no_examples_are_said(tmp_path):
-    (axes,) = report.examples(report.load(fill(tmp_path, OFFLINE, num_examples=0))).axes
+    (axes,) = classification_figures.examples(
+        report.load(fill(tmp_path, OFFLINE, num_examples=0))
+    ).axes
     assert axes.texts[0].get_text() == "no examples in examples.npz"
 
 
 def test_a_hundred_classes_with_long_names(tmp_path):
     names = [f"a_${i}_name_that_is_much_too_long_for_its_place_{i}" for i in range(100)]
-    networks = {"the_only_network_with_a_long_name": network(0.5, [0.5] * 100)}
-    result = ONLINE | {"num_classes": 100, "class_names": names, "networks": networks}
+    result = online(the_only_network_with_a_long_name=network(0.5, [0.5] * 100))
+    result |= {"num_classes": 100, "class_names": names}
     fill(tmp_path, result)
-    report.write(tmp_path)
-    figure = report.examples(report.load(tmp_path))
+    report.write(tmp_path, TASK)
+    figure = classification_figures.examples(report.load(tmp_path))
     figure.canvas.draw()
     shown = [label.get_text() for axes in figure.axes for label in axes.get_yticklabels()]
     assert "a_$0_na…lace_0 ✓" in shown
@@ -569,7 +724,7 @@ def test_a_hundred_classes_with_long_names(tmp_path):
 
 
 def test_one_network_and_two_classes(tmp_path):
-    result = ONLINE | {"networks": {"a": network(0.9, [0.9, None])}}
-    page = report.write(fill(tmp_path, result)).read_text()
+    result = online(a=network(0.9, [0.9, None]))
+    page = written(tmp_path, result)
     assert cells(page, "| network | accuracy", ["a"])["accuracy %"] == "90.00"
     assert "trained at once" not in page

@@ -1,0 +1,120 @@
+"""What the files of a workdir say of a run."""
+
+import dataclasses
+import itertools
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from abkd_jax import figures
+from abkd_jax.run.log import writer
+
+USUAL_ORDER = ("teacher", "baseline", "student")  # of the colours
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the files of a workdir say; a key that one of them lacks is one sentence when read.
+
+    Attributes:
+        config: the resolved config.
+        origin: "versions", "commit" and "device".
+        result: result.json.
+        rows: by phase, the rows of its metrics.jsonl.
+        examples: the arrays of examples.npz.
+    """
+
+    config: Mapping[str, Any]
+    origin: Mapping[str, Any]
+    result: Mapping[str, Any]
+    rows: Mapping[str, list[dict[str, Any]]]
+    examples: Mapping[str, np.ndarray]
+
+    @property
+    def networks(self) -> Mapping[str, Mapping[str, Any]]:
+        """The results of each network, by name."""
+        return self.result["networks"]
+
+    @property
+    def phases(self) -> list[Mapping[str, Any]]:
+        """The phases in order, each with "name", "folder", "learn", "see" and "split"."""
+        return self.result["phases"]
+
+    def history(self, name: str) -> tuple[list[dict[str, Any]], list[int]]:
+        """The rows of the phases in which a network learned, one phase after the other.
+
+        Args:
+            name: of the network.
+
+        Returns:
+            The rows, whose steps are counted from the first of these phases on, and the steps at
+            which the later ones begin; nothing for a network that never learned.
+        """
+        found, borders = [], []
+        for phase in self.phases:
+            if name in phase["learn"]:
+                start = found[-1]["step"] if found else 0
+                borders += [start] if found else []
+                found += [row | {"step": start + row["step"]} for row in self.rows[phase["name"]]]
+        return found, borders
+
+    @property
+    def colours(self) -> dict[str, str]:
+        """By network, its colour in every figure; in all runs the same for usual names."""
+        usual = () if set(USUAL_ORDER).isdisjoint(self.networks) else USUAL_ORDER
+        order = dict.fromkeys((*usual, *self.networks))
+        return dict(zip(order, itertools.cycle(figures.COLOURS), strict=False))
+
+    def class_name(self, index: int) -> str:
+        """A class's name, or its number where names are not given."""
+        names = self.result["class_names"]
+        return str(names[index]) if names else str(index)
+
+
+def load(workdir: Path) -> Report:
+    """Reads the files of a run.
+
+    Args:
+        workdir: of a run that is done: config.json, result.json, examples.npz, and metrics.jsonl in
+            the folder of each phase.
+
+    Returns:
+        What they say.
+
+    Raises:
+        ValueError: one sentence that names a file that is missing, unreadable or incomplete.
+    """
+    workdir = Path(workdir)
+    files = ("config.json", "result.json", "examples.npz")
+    origin, result, examples = (_read(workdir / name) for name in files)
+    rows = {phase["name"]: writer.read(workdir / phase["folder"]) for phase in result["phases"]}
+    return Report(origin["config"], origin, result, rows, examples)
+
+
+class _Group(dict):
+    """An object of a file: where it lacks a key, a sentence names the file and the field."""
+
+    def __init__(self, path: Path, field: str, content: Mapping[str, Any]):
+        super().__init__(content)
+        self._path, self._field = path, field
+        for key, value in content.items():
+            if isinstance(value, dict):
+                self[key] = _Group(path, f"{field}{key}.", value)
+
+    def __missing__(self, key: str) -> Any:
+        raise ValueError(f"{self._path} lacks {self._field + key!r}.")
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """The content of a JSON file, or of a file of arrays."""
+    try:
+        if path.suffix == ".json":
+            return _Group(path, "", dict(json.loads(path.read_text(encoding="utf-8"))))
+        with np.load(path, allow_pickle=False) as arrays:
+            return _Group(path, "", dict(arrays))
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is missing or unreadable ({error}).") from error
