@@ -17,7 +17,7 @@ from abkd_jax import config as configs
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
-    """The config; see `abkd_jax.config.arguments` for the argument; the flag runlocal is its own."""
+    """The config; `abkd_jax.config.arguments` has the argument, to which runlocal belongs."""
     options = configs.parse(argument)
     epoch = 50_000 // 64
     drops = (150 * epoch, 180 * epoch, 210 * epoch)

@@ -13,7 +13,7 @@ from abkd_jax import config as configs
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
-    """The config; see `abkd_jax.config.arguments` for the argument; the flag runlocal is its own."""
+    """The config; `abkd_jax.config.arguments` has the argument, to which runlocal belongs."""
     options = configs.parse(argument)
     task = dict(task=dict(fn="cross_entropy", weight=1.0))
     slow, fast = (dict(fn="adam", learning_rate=rate) for rate in (1e-3, 3e-3))

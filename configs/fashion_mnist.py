@@ -65,8 +65,6 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
         config.student.terms.distill.temperature = 8.0
     if options.pop("runlocal", False):
         omit = config.data.omit
-        config.data = dict(
-            fn="digits", validation=297, labelled=100, omit=omit, shape=(28, 28, 1)
-        )
+        config.data = dict(fn="digits", validation=297, labelled=100, omit=omit, shape=(28, 28, 1))
         config.update(num_steps=20, checkpoint_every=10, log_every=5)
     return configs.apply(config, options, beside=__file__)

@@ -47,9 +47,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
         raise ValueError(f"method must be one of {', '.join(_METHODS)}; found {method!r}.")
     config = configs.defaults()
     config.update(
-        data=dict(
-            fn="tfds", name="fashion_mnist", validation=5000, data_dir="", download=False
-        ),
+        data=dict(fn="tfds", name="fashion_mnist", validation=5000, data_dir="", download=False),
         teacher=_network(method, learns="teacher", widths=(32, 64, 128)),
         student=_network(method, learns="student", widths=(8, 16, 32)),
         phases=dict(together=dict(learn=("teacher", "student"), select="student")),

@@ -19,7 +19,7 @@ from typing import Any
 
 import ml_collections
 
-from abkd_jax.binding import Bound, Schedule, hyperparameters, nearest
+from abkd_jax.binding import Bound, hyperparameters, nearest
 from abkd_jax.config.build import Builder, names
 from abkd_jax.config.schema import ordered
 
@@ -104,9 +104,7 @@ def _from_run(config: ml_collections.ConfigDict, name: str, workdir: str) -> Non
             del config.phases[phase]
 
 
-def _put_divergence(
-    config: ml_collections.ConfigDict, group: Any, builder: Builder
-) -> None:
+def _put_divergence(config: ml_collections.ConfigDict, group: Any, builder: Builder) -> None:
     """The divergence of the term."""
     term, field = config[_LEARNER].terms[_TERM], f"{_LEARNER}.terms.{_TERM}"
     if "divergence" not in term:

@@ -4,8 +4,8 @@ A group that stands for a function has `fn`, its name, and the function's keywor
 
     dict(fn="on_logits", temperature=2.0, divergence=dict(fn="alpha_beta", alpha=0.8, beta=0.3))
 
-The name is looked up in the package of its kind (`abkd_jax.losses`, `abkd_jax.models`, ...), or is a
-dotted path in `abkd_jax` or in a package that the config lists under `plugins`; the function must
+The name is looked up in the package of its kind (`abkd_jax.losses`, `abkd_jax.models`, ...), or is
+a dotted path in `abkd_jax` or in a package that the config lists under `plugins`; the function must
 be annotated as one of its kind. Any number may be a schedule, dict(fn="linear", start=1.0,
 end=0.3), whose `steps` are those of the phase unless given. An array may be the name of a
 statistic, such as "class_means", which the run computes.
@@ -67,7 +67,9 @@ def _returns(kind: type, takes: str | None = None) -> Callable[[Any], bool]:
         except (TypeError, ValueError, NameError):
             return False
         found, fits = signature.return_annotation, takes in (None, *signature.parameters)
-        return inspect.isfunction(fn) and isinstance(found, type) and issubclass(found, kind) and fits
+        return (
+            inspect.isfunction(fn) and isinstance(found, type) and issubclass(found, kind) and fits
+        )
 
     return matches
 
@@ -294,6 +296,6 @@ def _other(group: Mapping[str, Any], loss: Bound, at: str, others: list[str]) ->
     reads = bool(loss.needs.other)
     if not reads and any(loss.needs):
         return None  # it says what it reads, and that is nothing of another
-    if reads and len(others) != 1 or len(others) > 1:
+    if (reads and len(others) != 1) or len(others) > 1:
         raise ValueError(f"{at}.other is missing; name the network that the loss reads: {known}.")
     return others[0] if others else None

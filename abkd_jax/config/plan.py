@@ -19,6 +19,7 @@ SPLITS = {
     "full": "all training examples with all their labels",
 }
 
+
 class Network(NamedTuple):
     """A network of a run.
 

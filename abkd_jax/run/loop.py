@@ -16,7 +16,7 @@ from abkd_jax.run import phases
 from abkd_jax.run import workdir as folders
 from abkd_jax.run.evaluation import Rows, evaluate
 from abkd_jax.run.phases import Result, Run
-from abkd_jax.run.recorder import selected, selecting, train_phase
+from abkd_jax.run.recorder import selecting, train_phase
 from abkd_jax.train import Networks, TrainState, adopt, frozen
 from abkd_jax.train.checkpoint import digest
 
@@ -105,9 +105,7 @@ def run_phase(
         return phases.result(checkpoints, carry, step)
 
 
-def _conclude(
-    run: Run, states: Mapping[str, Any], results: Mapping[str, Result]
-) -> dict[str, Any]:
+def _conclude(run: Run, states: Mapping[str, Any], results: Mapping[str, Result]) -> dict[str, Any]:
     """Evaluates every network on the test set and writes result.json and the report."""
     from abkd_jax import report  # matplotlib takes a second, which `import abkd_jax` saves
 

@@ -6,7 +6,6 @@ Students are stacked and advanced by one compiled step, by vmap and over the loc
 
 import functools
 import os
-import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -14,14 +14,7 @@ from abkd_jax.tasks.task import Column, Sums, Task
 from abkd_jax.types import Batch, Outputs
 
 ACCURACY = Column("accuracy", "accuracy %", 100, 2)
-COLUMNS = (
-    ACCURACY,
-    Column("top5", "top-5 %", 100, 2),
-    Column("nll", "NLL (nats)", 1, 4),
-    Column("ece", "ECE %", 100, 2),
-    Column("adaptive_ece", "adaptive ECE %", 100, 2),
-    Column("brier", "Brier", 1, 4),
-)
+COLUMNS = (ACCURACY, Column("top5", "top-5 %", 100, 2), *report.CALIBRATION)
 _SCALED = ("nll", "brier", "ece", "adaptive_ece", "reliability")
 
 
@@ -134,15 +127,17 @@ def scores(
         selecting: `rows` of validation data, on which the temperature is fitted; None for none.
 
     Returns:
-        "accuracy", "top5", "nll", "brier", "ece", "adaptive_ece", "class_accuracy" [K] (NaN where a
-        class has no example), "count", "temperature", "reliability" (see
-        `metrics.reliability_diagram`), and "scaled": nll, brier, ece, adaptive_ece and reliability
-        of logits / temperature, or None.
+        "accuracy", "top5" (None among five classes or fewer), "nll", "brier", "ece",
+        "adaptive_ece", "class_accuracy" [K] (NaN where a class has no example), "count",
+        "temperature", "reliability" (see `metrics.reliability_diagram`), and "scaled": nll, brier,
+        ece, adaptive_ece and reliability of logits / temperature, or None.
     """
     logits, labels = test["logits"], test["labels"]
     plain = jax.tree.map(lambda x: np.asarray(x, np.float64).tolist(), dict(summary))
     kept = ("accuracy", "top5", "nll", "brier", "ece", "class_accuracy")
     found = {key: plain[key] for key in kept} | {"count": round(sum(plain["class_count"]))}
+    if len(plain["class_accuracy"]) <= 5:  # the label is always one of five
+        found["top5"] = None
     by_rows = _calibration(logits, labels)
     found |= {key: by_rows[key] for key in ("adaptive_ece", "reliability")}
     temperature = scaled = None

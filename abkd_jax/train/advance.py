@@ -186,9 +186,7 @@ def on_mesh(source: Source, static: Static) -> Programs:
     )
 
 
-@functools.partial(
-    jax.jit, static_argnames=("source", "count", "static"), donate_argnames="carry"
-)
+@functools.partial(jax.jit, static_argnames=("source", "count", "static"), donate_argnames="carry")
 def _advance(carry, frozen, objectives, source, examples, data_seed, step, *, count, static):
     args = (carry, frozen, objectives, source, examples, data_seed, step)
     carry = advance(*args, count=count, static=static)

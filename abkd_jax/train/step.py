@@ -166,7 +166,9 @@ def _accumulated(learn, networks, terms, batch, micro_batches):
     given = batch.get("outputs", {})
     parts = {name: part for name, part in batch.items() if name not in ("key", "outputs")}
     parts = jax.tree.map(split, parts)
-    parts["outputs"] = {n: outputs.map_rows(split).replace(head=None) for n, outputs in given.items()}
+    parts["outputs"] = {
+        n: outputs.map_rows(split).replace(head=None) for n, outputs in given.items()
+    }
     if "key" in batch:
         parts["key"] = jax.random.split(batch["key"], micro_batches)
 
