@@ -69,7 +69,8 @@ def tfds(
     require(image_size >= 0, "data.image_size", "at least 0", image_size)
     builder = _prepared(name, data_dir, download)
     splits = builder.info.splits
-    require("train" in splits, "data.name", "a set with a split 'train'", f"{name} of {[*splits]}")
+    found = f"{name} with {', '.join(splits)}"
+    require("train" in splits, "data.name", "a set with a split 'train'", found)
     require(test_split in splits, "data.test_split", f"one of {', '.join(splits)}", test_split)
     sizes = [splits[split].num_examples for split in ("train", test_split)]
     check_held_out(validation, sizes[0])
@@ -161,7 +162,7 @@ def _is_streamed(name: str, shape: tuple, count: int, stream: str, image_size: i
     require(
         not (image_size and stream == "never"),
         "data.stream",
-        "'auto' with data.image_size, whose crops are made as images are read",
+        "'auto' with data.image_size, whose crops are made as images are read (or set it to 0)",
         stream,
     )
     if stream != "auto":
@@ -276,8 +277,8 @@ def _prepared(name: str, data_dir: str, download: bool) -> Any:
     require(
         file_format == _FORMAT,
         "data.name",
-        f"a set in {_FORMAT} format (give another data.data_dir, which has it so or in which "
-        "data.download=True prepares it)",
+        f"a set that {folder} has in {_FORMAT} format (give another data.data_dir, which has it so "
+        "or in which data.download=True prepares it)",
         f"{name} in {file_format} format",
     )
     return builder

@@ -63,10 +63,10 @@ class Options:
         require(
             (len(mean), len(std)) in ((0, 0), (channels, channels)),
             "data.mean and data.std",
-            f"left out, or a number for each of the {channels} channels both",
+            f"left out together, or a number for each channel (there are {channels})",
             (mean, std),
         )
-        expected = "positive in each channel, that of the training images where it is left out"
+        expected = "positive in each channel (left out, it is the training images': then give one)"
         require(np.all(np.asarray(std) > 0), "data.std", expected, std)
         if not len(mean):
             return Preprocess(pad=self.pad, flip=self.flip)
