@@ -1,7 +1,8 @@
-"""Networks that know nothing of this library, through its training step."""
+"""Networks that know nothing of this library, as learners and as teachers."""
 
 import functools
 import itertools
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -10,11 +11,9 @@ from flax import linen as nn
 from flax import nnx
 from jax import numpy as jnp
 
-from abkd_jax import losses, models, train
-from abkd_jax.divergences import forward_kl
+from abkd_jax import models
 from abkd_jax.models import as_outputs, split_variables
-from abkd_jax.train import TrainState, eval_step, optimizer, train_step
-from abkd_jax.types import Outputs, Term, bind
+from abkd_jax.types import Outputs
 
 K, D, B = 4, 6, 16
 
@@ -63,10 +62,9 @@ class Nnx(nnx.Module):
 
 def make_batch(seed=0):
     rng = np.random.default_rng(seed)
-    where = np.arange(B) < B - 2
     labels = jnp.asarray(rng.integers(0, K, B))
     inputs = jnp.asarray(1 + 2 * rng.normal(size=(B, D)), jnp.float32)
-    return {"inputs": inputs, "labels": labels, "where": where, "labelled": where}
+    return {"inputs": inputs, "labels": labels}
 
 
 def linen(module, seed=0):
@@ -145,27 +143,33 @@ NETWORKS = {
 every_network = pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 
 
-def make_state(apply_fn, variables):
-    params, batch_stats = split_variables(apply_fn, variables)
-    rule = bind(optimizer.sgd, learning_rate=0.1)
-    tx = optimizer.of(rule)
-    return TrainState(
-        step=jnp.zeros((), int),
-        apply_fn=as_outputs(apply_fn),
-        params=params,
-        tx=tx,
-        opt_state=tx.init(params)._replace(hyperparams=dict(rule.numbers)),
-        batch_stats=batch_stats,
-        hyperparams=dict(rule.numbers),
-    )
+class Network(NamedTuple):
+    """What a training state has of a network."""
+
+    apply_fn: Any
+    params: Any
+    batch_stats: Any
+
+    def forward(self, params, inputs, *, train, key=None):
+        variables = {"params": params, "batch_stats": self.batch_stats}
+        return self.apply_fn(variables, inputs, train=train, key=key)
 
 
-def terms(task=1.0):
-    distill = bind(losses.on_logits, divergence=forward_kl)
-    return {
-        "task": Term(bind(losses.cross_entropy), jnp.asarray(task), where="labelled"),
-        "distill": Term(distill, jnp.ones(())),
-    }
+def adopt(apply_fn, variables):
+    return Network(as_outputs(apply_fn), *split_variables(apply_fn, variables))
+
+
+def stepped(network, batch, key):
+    """The loss of a network, and the network after a step of gradient descent."""
+
+    def loss(params):
+        outputs, batch_stats = network.forward(params, batch["inputs"], train=True, key=key)
+        logs = jax.nn.log_softmax(outputs.logits)
+        return -jnp.mean(logs[jnp.arange(B), batch["labels"]]), batch_stats
+
+    (value, batch_stats), grads = jax.value_and_grad(loss, has_aux=True)(network.params)
+    params = jax.tree.map(lambda p, g: p - 0.1 * g, network.params, grads)
+    return value, network._replace(params=params, batch_stats=batch_stats)
 
 
 def changed(before, after):
@@ -174,47 +178,25 @@ def changed(before, after):
 
 
 @every_network
-def test_as_a_student(make):
-    student, teacher = make_state(*make(0)), train.frozen(make_state(*haiku_style(1)))
-    networks, batch = {"student": student, "teacher": teacher}, make_batch()
+def test_a_learner(make):
+    network = before = adopt(*make(0))
     values = []
     for step in range(12):
-        batch["key"] = jax.random.key(step)
-        networks, metrics = train_step(networks, batch, {"student": terms()})
-        values.append(float(metrics["student/loss"]))
+        value, network = stepped(network, make_batch(), jax.random.key(step))
+        values.append(float(value))
     assert np.mean(values[-3:]) < np.mean(values[:3])
-    assert all(changed(student.params, networks["student"].params))
-    assert not any(changed(teacher.params, networks["teacher"].params))
+    assert all(changed(before.params, network.params))
 
 
 @every_network
-def test_as_a_teacher(make):
+def test_a_teacher(make):
     apply_fn, variables = make(0)
-    student, teacher = make_state(*haiku_style(1)), train.frozen(make_state(apply_fn, variables))
-    networks, batch = {"student": student, "teacher": teacher}, make_batch()
-    logits = networks["teacher"].forward(teacher.params, batch["inputs"], train=False)[0].logits
-    expected = apply_fn(variables, batch["inputs"])
-    expected = expected.logits if isinstance(expected, Outputs) else expected
-    np.testing.assert_allclose(logits, expected, rtol=1e-6, atol=1e-6)
-    objectives = {"student": terms(task=0.0)}
-    networks, first = train_step(networks, batch, objectives)
-    own, _ = student.forward(student.params, batch["inputs"], train=False)
-    log_p, log_q = (jax.nn.log_softmax(x) for x in (expected, own.logits))
-    kl = np.sum(np.exp(log_p) * (log_p - log_q), -1)[batch["where"]].mean()
-    np.testing.assert_allclose(first["student/distill"], kl, rtol=1e-4)
-    for _ in range(5):
-        networks, metrics = train_step(networks, batch, objectives)
-    assert metrics["student/distill"] < first["student/distill"]
-    assert not any(changed(teacher, networks["teacher"]))
-
-
-@every_network
-def test_evaluation(make):
-    apply_fn, variables = make(0)
-    _, examples = eval_step({"it": make_state(apply_fn, variables)}, make_batch())
+    network = adopt(apply_fn, variables)
+    outputs, stats = network.forward(network.params, make_batch()["inputs"], train=False)
     expected = apply_fn(variables, make_batch()["inputs"])
     expected = expected.logits if isinstance(expected, Outputs) else expected
-    np.testing.assert_allclose(examples["it"]["logits"], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(outputs.logits, expected, rtol=1e-6, atol=1e-6)
+    assert not any(changed(stats, network.batch_stats))
 
 
 @pytest.mark.parametrize(
@@ -222,7 +204,7 @@ def test_evaluation(make):
 )
 def test_linens_statistics_move_in_training_as_linen_moves_them(make):
     apply_fn, variables = make(0)
-    state, batch = make_state(apply_fn, variables), make_batch()
+    state, batch = adopt(apply_fn, variables), make_batch()
     assert set(variables) == {"params", "batch_stats"}
     key = jax.random.key(3)
     outputs, stats = state.forward(state.params, batch["inputs"], train=True, key=key)
@@ -235,17 +217,10 @@ def test_linens_statistics_move_in_training_as_linen_moves_them(make):
     outputs, stats = state.forward(state.params, batch["inputs"], train=False)
     np.testing.assert_array_equal(outputs.logits, apply_fn(variables, batch["inputs"]))
     assert not any(changed(stats, state.batch_stats))
-    networks, _ = train_step(
-        {"student": state, "teacher": train.frozen(state)},
-        batch | {"key": key},
-        {"student": terms()},
-    )
-    assert all(changed(state.batch_stats, networks["student"].batch_stats))
-    assert not any(changed(state.batch_stats, networks["teacher"].batch_stats))
 
 
 def test_dropout_has_the_steps_key_in_training_only():
-    state, inputs = make_state(*linen(Dropped())), make_batch()["inputs"]
+    state, inputs = adopt(*linen(Dropped())), make_batch()["inputs"]
     forward = functools.partial(state.forward, state.params, inputs)
     logits = [forward(train=True, key=jax.random.key(k))[0].logits for k in (0, 0, 1)]
     np.testing.assert_array_equal(logits[0], logits[1])
@@ -257,12 +232,11 @@ def test_dropout_has_the_steps_key_in_training_only():
 
 @pytest.mark.parametrize("make", [around_linen, nnx_batch_norm])
 def test_statistics_of_a_function_stay_and_are_not_learned(make):
-    state = make_state(*make())
-    assert jax.tree.leaves(state.batch_stats)
-    networks = {"student": state, "teacher": train.frozen(state)}
-    networks, _ = train_step(networks, make_batch(), {"student": terms()})
-    assert all(changed(state.params, networks["student"].params))
-    assert not any(changed(state.batch_stats, networks["student"].batch_stats))
+    network = adopt(*make())
+    assert jax.tree.leaves(network.batch_stats)
+    _, after = stepped(network, make_batch(), jax.random.key(0))
+    assert all(changed(network.params, after.params))
+    assert not any(changed(network.batch_stats, after.batch_stats))
 
 
 def test_a_function_is_told_of_train_and_key_if_it_takes_them():
@@ -271,7 +245,7 @@ def test_a_function_is_told_of_train_and_key_if_it_takes_them():
         return (x * keep) @ params * (2.0 if train else 1.0)
 
     params, inputs = jnp.ones((D, K)), make_batch()["inputs"]
-    state = make_state(apply, params)
+    state = adopt(apply, params)
     evaluation, _ = state.forward(params, inputs, train=False)
     np.testing.assert_allclose(evaluation.logits, inputs @ params, rtol=1e-6)
     training, _ = state.forward(params, inputs, train=True)
@@ -285,27 +259,31 @@ def test_a_function_is_told_of_train_and_key_if_it_takes_them():
 
 
 def test_outputs_of_the_users_are_passed_on():
-    outputs, _ = make_state(*equinox_style()).forward(
+    outputs, _ = adopt(*equinox_style()).forward(
         equinox_style()[1], make_batch()["inputs"], train=False
     )
-    assert outputs.hidden.shape == (B, 8) and outputs.unembedding is None
-    outputs, _ = make_state(*plain_linen()).forward(
+    assert outputs.hidden.shape == (B, 8) and outputs.head is None
+    outputs, _ = adopt(*plain_linen()).forward(
         split_variables(*plain_linen())[0], make_batch()["inputs"], train=False
     )
     assert [leaf is outputs.logits for leaf in jax.tree.leaves(outputs)] == [True]
 
 
-def test_the_librarys_own_modules_are_as_train_creates_them():
-    module = models.from_config("cnn", dict(widths=(4,), batch_norm=True), num_classes=K, field="x")
+@pytest.mark.parametrize("hypers", [dict(batch_norm=True), {}])
+def test_the_librarys_own_modules_go_the_same_way(hypers):
+    module = models.cnn(num_classes=K, widths=(4,), **hypers)
     inputs = jnp.ones((2, 4, 4, 1))
-    own = train.create(
-        module, inputs, init_seed=0, optimizer=bind(optimizer.sgd, learning_rate=0.1)
+    variables = module.init(jax.random.key(0), inputs, train=False)
+    own = adopt(module.apply, variables)
+    found, stats = own.forward(own.params, inputs, train=False)
+    expected = module.apply(variables, inputs, train=False)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert not any(changed(stats, own.batch_stats))
+    found, stats = own.forward(own.params, inputs, train=True)
+    expected, after = module.apply(variables, inputs, train=True, mutable=["batch_stats"])
+    jax.tree.map(
+        np.testing.assert_array_equal, (found, stats), (expected, {**after}.get("batch_stats", {}))
     )
-    other = make_state(module.apply, {"params": own.params, "batch_stats": own.batch_stats})
-    for mode in (False, True):
-        expected = own.forward(own.params, inputs, train=mode)
-        actual = other.forward(own.params, inputs, train=mode)
-        jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 # --- split_variables ----------------------------------------------------------------------------
@@ -359,7 +337,7 @@ def test_collections_without_a_place_are_refused(names):
         split_variables(Plain().apply, {name: {"w": jnp.ones(2)} for name in names})
     assert str(error.value) == (
         "variables of a linen module must be params and, if there are any, batch_stats; found "
-        f"{', '.join(names) or 'none'}."
+        f"{names}."
     )
 
 
@@ -387,12 +365,17 @@ def test_states_of_equal_modules_share_a_compilation():
 
     def state(seed):
         module = Counting()
-        return make_state(module.apply, module.init(jax.random.key(seed), jnp.zeros((1, D))))
+        return adopt(module.apply, module.init(jax.random.key(seed), jnp.zeros((1, D))))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def logits(apply_fn, params, inputs):
+        variables = {"params": params, "batch_stats": {}}
+        return apply_fn(variables, inputs, train=False, key=None)[0].logits
 
     states = [state(seed) for seed in range(3)]
     before = next(traces)
     for it in states:
-        eval_step({"it": it}, make_batch())
+        logits(it.apply_fn, it.params, make_batch()["inputs"])
     assert next(traces) == before + 2  # traced once
 
 

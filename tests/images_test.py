@@ -1,10 +1,10 @@
 """Image sets in TFDS's layout, written here: what is read from them, and every refusal."""
 
-import importlib
 import io
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 from array_record.python import array_record_module
@@ -13,8 +13,6 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from abkd_jax import data
-
-images = importlib.import_module("abkd_jax.data.images")  # not the function of that name
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared/data/tfds"
 NAMES = ("ant", "bee", "cow")
@@ -110,12 +108,20 @@ def root(tmp_path_factory, splits):
 
 def load(root, data_seed=0, **hypers):
     group = dict(name="tiny", validation=0, data_dir=str(root)) | hypers
-    return data.from_config(group, data_seed=data_seed)
+    return data.tfds(**group, data_seed=data_seed)
+
+
+def describe(root, **hypers):
+    group = dict(name="tiny", validation=0, data_dir=str(root)) | hypers
+    return data.tfds.describe(**group, data_seed=0)
 
 
 def refusal(root, **hypers):
     with pytest.raises(ValueError) as error:
         load(root, **hypers)
+    with pytest.raises(ValueError) as before_reading:
+        describe(root, **hypers)
+    assert str(error.value) == str(before_reading.value)
     return str(error.value)
 
 
@@ -135,7 +141,7 @@ def test_what_was_written_is_read(root, splits):
     for name in SIZES:
         split = getattr(dataset, name)
         assert split.inputs.dtype == jnp.uint8 and split.labels.dtype == jnp.int32
-        assert split.inputs.shape == (SIZES[name], 4, 5, 3) and split.labelled.all()
+        assert split.inputs.shape == (SIZES[name], 4, 5, 3) and split.masks["labelled"].all()
         assert rows_of(split.inputs, np.asarray(split.labels)) == rows_of(*splits[name])
     np.testing.assert_array_equal(dataset.test.inputs, np.stack(splits["test"][0]))  # in order
 
@@ -160,17 +166,17 @@ def test_the_validation_images_are_a_random_part_of_the_training_images(root, sp
 
 def test_labels_withheld_and_classes_omitted_are_the_students_loss_alone(root):
     dataset = load(root, validation=3, labelled=6, omit=(1,))
-    kept = np.asarray(dataset.train.labels)[np.asarray(dataset.train.labelled)]
+    kept = np.asarray(dataset.train.labels)[np.asarray(dataset.train.masks["labelled"])]
     np.testing.assert_array_equal(np.bincount(kept, minlength=3), [2, 0, 2])
     assert set(np.asarray(dataset.train.labels).tolist()) == {0, 2}
-    assert len(dataset.teacher) == 27 and dataset.teacher.labelled.all()
-    assert set(np.asarray(dataset.teacher.labels).tolist()) == {0, 1, 2}
+    assert len(dataset.full) == 27 and dataset.full.masks["labelled"].all()
+    assert set(np.asarray(dataset.full.labels).tolist()) == {0, 1, 2}
     assert set(np.asarray(dataset.test.labels).tolist()) == {0, 1, 2}
 
 
 def test_the_default_normalisation_is_that_of_the_training_images(root):
     dataset = load(root, validation=9, omit=(0,), pad=2, flip=True)
-    pixels = np.asarray(dataset.teacher.inputs, np.float64) / 255
+    pixels = np.asarray(dataset.full.inputs, np.float64) / 255
     np.testing.assert_allclose(dataset.preprocess.mean, pixels.mean((0, 1, 2)), rtol=1e-6)
     np.testing.assert_allclose(dataset.preprocess.std, pixels.std((0, 1, 2)), rtol=1e-6)
     assert (dataset.preprocess.pad, dataset.preprocess.flip) == (2, True)
@@ -202,7 +208,7 @@ NORMAL = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 def test_a_stream_has_the_images_of_the_set_in_memory(root):
     streamed = load(root, validation=9, stream="always", pad=1, flip=True, **NORMAL)
     resident = load(root, validation=9, stream="never", pad=1, flip=True, **NORMAL)
-    assert isinstance(streamed.train, data.Stream) and streamed.teacher is streamed.train
+    assert isinstance(streamed.train, data.Stream) and streamed.full is streamed.train
     assert isinstance(resident.train, data.Split)
     assert streamed.preprocess.pad == 1 and streamed.preprocess.flip
     for name in ("train", "validation", "test"):
@@ -219,13 +225,18 @@ def test_a_stream_has_the_images_of_the_set_in_memory(root):
             np.testing.assert_array_equal(batch["labels"], expected["labels"])
 
 
-def test_large_sets_are_streamed_of_themselves(root, monkeypatch):
-    num_bytes = sum(SIZES.values()) * 4 * 5 * 3
-    monkeypatch.setattr(images, "_RESIDENT_BYTES", num_bytes)
-    assert isinstance(load(root, **NORMAL).train, data.Split)
-    monkeypatch.setattr(images, "_RESIDENT_BYTES", num_bytes - 1)
-    dataset = load(root, **NORMAL)
+def test_large_sets_are_streamed_of_themselves(tmp_path):
+    """By their metadata: four images of 1 GiB fit, five do not."""
+    few = {name: pictures(2) for name in SIZES}
+    more = {"train": pictures(3), "test": pictures(2)}
+    shape, options = (2**14, 2**14, 4), {name: (0.5,) * 4 for name in ("mean", "std")}
+    write_set(tmp_path, more, shape)
+    dataset = load(tmp_path, **options)
     assert isinstance(dataset.train, data.Stream) and dataset.validation is None
+    write_set(tmp_path, few, shape, name="smaller")
+    assert describe(tmp_path, name="smaller", omit=(1,), **options)  # which streams refuse
+    with pytest.raises(ValueError, match="must be left out for a stream"):
+        describe(tmp_path, omit=(1,), **options)
 
 
 @pytest.fixture(scope="module")
@@ -240,54 +251,83 @@ def varied(tmp_path_factory):
 def test_images_of_varying_shape_are_streamed_at_one_size(varied):
     dataset = load(varied, image_size=4, flip=True, **NORMAL)
     assert dataset.train.flip and not dataset.preprocess.flip  # the host has flipped
-    fed, _ = data.Feed(dataset.train, data_seed=0, size=5)(0)
-    assert fed.inputs.shape == (5, 4, 4, 3) and fed.inputs.dtype == np.uint8
+    examples, _ = data.Feed(dataset.train, dataset.preprocess, data_seed=0, size=5)(0)
+    inputs = examples.rows["inputs"]
+    assert inputs.shape == (5, 4, 4, 3) and inputs.dtype == np.uint8
     (batch,) = data.evaluation_batches(dataset.test, 12, dataset.preprocess)
     assert batch["inputs"].shape == (12, 4, 4, 3)
     np.testing.assert_array_equal(batch["labels"], np.arange(12) % 3)
 
 
+# --- descriptions -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "hypers",
+    [
+        {},
+        dict(validation=9, labelled=6, omit=(1,), pad=1, flip=True),
+        dict(stream="always", pad=1, **NORMAL),
+        dict(image_size=3, flip=True, **NORMAL),
+    ],
+)
+def test_a_description_is_that_of_the_set(root, hypers):
+    described = describe(root, **hypers)
+    assert described == data.describe(load(root, **hypers))
+    side = hypers.get("image_size")
+    shape = (side, side, 3) if side else (4, 5, 3)
+    assert described.inputs == jax.ShapeDtypeStruct(shape, np.float32)
+    assert (described.num_classes, described.class_names) == (3, NAMES)
+    assert described.masks == load(root, **hypers).masks == ("labelled", "where")
+
+
+def test_nothing_is_read_for_a_description(tmp_path, splits):
+    folder = write_set(tmp_path, splits)
+    for path in folder.glob("*array_record*"):
+        path.unlink()
+    assert describe(tmp_path, validation=9).num_classes == 3
+    with pytest.raises(ValueError, match="cannot be read"):
+        load(tmp_path, validation=9)
+
+
 # --- refusals -----------------------------------------------------------------------------------
 
 REFUSED = [
-    (dict(validation=30), "data.validation must lie between 0 and 29; found 30."),
-    (dict(validation=-1), "data.validation must lie between 0 and 29; found -1."),
-    (dict(labelled=4),
-     "data.labelled must be a multiple of the 3 classes, with at most 10 examples of each; "
-     "found 4."),
-    (dict(omit=(0, 3)), "data.omit must name classes in 0..2; found (0, 3)."),
-    (dict(omit=(-1,)), "data.omit must name classes in 0..2; found (-1,)."),
-    (dict(omit=(0, 1, 2)), "data.omit leaves no training example; found (0, 1, 2)."),
+    (dict(validation=30), "data.validation must be between 0 and 29; found 30."),
+    (dict(validation=-1), "data.validation must be between 0 and 29; found -1."),
+    (dict(labelled=4), "data.labelled must be a multiple of the 3 classes; found 4."),
+    (dict(omit=(0, 3)), "data.omit must be a list of classes in 0..2; found (0, 3)."),
+    (dict(omit=(-1,)), "data.omit must be a list of classes in 0..2; found (-1,)."),
     (dict(mean=(0.5,) * 3),
-     "data.mean and data.std must be given together, or neither; found mean=(0.5, 0.5, 0.5) and "
-     "std=()."),
+     "data.mean and data.std must be left out together, or a number for each channel (there are "
+     "3); found ((0.5, 0.5, 0.5), ())."),
     (dict(mean=(0.5,), std=(0.5,)),
-     "data.mean must have a number for each of the 3 channels; found (0.5,)."),
+     "data.mean and data.std must be left out together, or a number for each channel (there are "
+     "3); found ((0.5,), (0.5,))."),
     (dict(mean=(0.5,) * 3, std=(0.5,)),
-     "data.std must have a number for each of the 3 channels; found (0.5,)."),
+     "data.mean and data.std must be left out together, or a number for each channel (there are "
+     "3); found ((0.5, 0.5, 0.5), (0.5,))."),
     (dict(mean=(0.5,) * 3, std=(0.5, 0.0, 0.5)),
-     "data.std must be positive in each channel; found (0.5, 0.0, 0.5)."),
+     "data.std must be positive in each channel (left out, it is the training images': then give "
+     "one); found (0.5, 0.0, 0.5)."),
     (dict(pad=-1), "data.pad must be at least 0; found -1."),
-    (dict(test_split="tset"),
-     "data.test_split: the set 'tiny' has no split 'tset'; its splits are train, test."),
+    (dict(test_split="tset"), "data.test_split must be one of train, test; found 'tset'."),
     (dict(stream="yes"), "data.stream must be one of auto, always, never; found 'yes'."),
     (dict(stream="always"),
-     "data.mean and data.std must be given for a stream, with a number for each of the 3 channels; "
-     "found mean=() and std=()."),
+     "data.mean and data.std must be given for a stream, a number for each channel; found "
+     "((), ())."),
     (dict(stream="always", labelled=3),
-     "data.labelled and data.omit need the images in memory, but 'tiny' is streamed; leave them "
-     "out, or set data.stream='never' and data.image_size=0."),
+     "data.labelled and data.omit must be left out for a stream (or set data.stream='never' and "
+     "data.image_size=0); found (3, ())."),
     (dict(image_size=4, omit=(1,)),
-     "data.labelled and data.omit need the images in memory, but 'tiny' is streamed; leave them "
-     "out, or set data.stream='never' and data.image_size=0."),
+     "data.labelled and data.omit must be left out for a stream (or set data.stream='never' and "
+     "data.image_size=0); found (0, (1,))."),
     (dict(stream="never", image_size=4),
-     "data.stream='never' cannot be combined with data.image_size, whose crops are made as the "
-     "images are read; set data.stream='auto', or data.image_size=0."),
+     "data.stream must be 'auto' with data.image_size, whose crops are made as images are read (or "
+     "set it to 0); found 'never'."),
     (dict(image_size=4, pad=1, **NORMAL),
      "data.pad must be 0 with data.image_size, which crops at random; found 1."),
     (dict(image_size=-1), "data.image_size must be at least 0; found -1."),
-    (dict(validation=1.0), "data.validation must be of type int; found 1.0."),
-    (dict(mean=(1, 2, 3)), "data.mean must be a tuple of float; found (1, 2, 3)."),
 ]  # fmt: skip
 
 
@@ -297,60 +337,49 @@ def test_refusals(root, hypers, message):
 
 
 @pytest.mark.parametrize(
-    "group,message",
+    "hypers,message",
     [
-        pytest.param(
-            dict(name="cifar10O", validation=0),
-            "data.name must be digits or an image-classification set of tensorflow_datasets; found "
-            "'cifar10O' (did you mean 'cifar10'?).",
-            id="a near miss",
-        ),
-        pytest.param(
-            dict(name="qqqqqq", validation=0),
-            "data.name must be digits or an image-classification set of tensorflow_datasets; found "
-            "'qqqqqq'.",
-            id="no near miss",
-        ),
-        pytest.param(
-            dict(name="cifar100", validation=0, flop=True),
-            "data.flop is unknown (did you mean 'flip'?); images takes validation, labelled, omit, "
-            "pad, flip, mean, std, data_dir, download, test_split, stream, image_size.",
-            id="an unknown keyword",
-        ),
-        pytest.param(
-            dict(name="cifar100"),
-            "data.validation is missing; images takes validation, labelled, omit, pad, flip, mean, "
-            "std, data_dir, download, test_split, stream, image_size.",
-            id="a missing keyword",
-        ),
+        (dict(labelled=33), "data.labelled must be at most 30, 10 examples of each class; found "
+                            "33."),
+        (dict(omit=(0, 1, 2)), "data.omit must be fewer classes: they leave no training example; "
+                               "found (0, 1, 2)."),
+    ],
+)  # fmt: skip
+def test_what_the_examples_alone_can_tell(root, hypers, message):
+    assert describe(root, **hypers).num_classes == 3
+    with pytest.raises(ValueError) as error:
+        load(root, **hypers)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "name,found",
+    [
+        ("cifar10O", "'cifar10O' (did you mean 'cifar10'?)."),
+        ("qqqqqq", "'qqqqqq'."),
+        ("", "''."),
+        ("/1.0.0", "'/1.0.0'."),
     ],
 )
-def test_a_group_is_refused_before_anything_is_read(group, message):
-    with pytest.raises(ValueError) as error:
-        data.check(group)
-    assert str(error.value) == message
-    with pytest.raises(ValueError) as error:
-        data.from_config(group, data_seed=0)
-    assert str(error.value) == message
-
-
-def test_a_known_group_is_not_read_by_its_check(tmp_path):
-    data.check(dict(name="cifar100", validation=0, data_dir=str(tmp_path / "absent")))
+def test_a_name_that_tfds_does_not_know(root, name, found):
+    expected = "data.name must be an image-classification set of tensorflow_datasets; found "
+    assert refusal(root, name=name) == expected + found
 
 
 def test_a_set_that_is_not_prepared(tmp_path):
     assert refusal(tmp_path, name="mnist") == (
-        f"data.name: the set 'mnist' is not prepared in {tmp_path}; install TensorFlow with pip "
+        f"data.name must be a set that is prepared in {tmp_path} (install TensorFlow with pip "
         "install 'abkd_jax[prepare]' and set data.download=True to prepare it, or give a "
-        "data.data_dir or TFDS_DATA_DIR that has it in ArrayRecord format."
+        "data.data_dir or TFDS_DATA_DIR that has it in ArrayRecord format); found 'mnist'."
     )
 
 
 def test_preparing_needs_tensorflow(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert refusal(tmp_path, name="mnist", download=True) == (
-        "data.download=True needs TensorFlow to prepare a set; install it with pip install "
-        "'abkd_jax[prepare]', or set data.data_dir to a folder that has the set."
+        "data.download must be False without TensorFlow, which prepares a set (install it with pip "
+        "install 'abkd_jax[prepare]', or set data.data_dir to a folder that has the set); found "
+        "True."
     )
 
 
@@ -367,9 +396,9 @@ def test_a_config_or_a_version_that_a_set_does_not_have(root, name):
 def test_another_format_than_array_record(tmp_path, splits):
     write_set(tmp_path, splits, file_format="tfrecord")
     assert refusal(tmp_path) == (
-        f"data.name: the set 'tiny' in {tmp_path} is in tfrecord format, and array_record is "
-        "needed; give another data.data_dir, which has it so or in which data.download=True "
-        "prepares it."
+        f"data.name must be a set that {tmp_path} has in array_record format (give another "
+        "data.data_dir, which has it so or in which data.download=True prepares it); found 'tiny "
+        "in tfrecord format'."
     )
 
 
@@ -389,15 +418,15 @@ def test_a_folder_that_does_not_exist(tmp_path, monkeypatch):
 def test_a_set_that_is_not_for_classification(tmp_path, splits, features):
     write_set(tmp_path, splits, features=features)
     assert refusal(tmp_path) == (
-        "data.name must be a classification set, with an 8-bit 'image' and a class 'label'; tiny "
-        f"has {next(iter(features))}: choose another set."
+        "data.name must be a classification set, with an 8-bit 'image' and a class 'label'; found "
+        f"'tiny with {next(iter(features))}'."
     )
 
 
 def test_a_set_without_training_images(tmp_path, splits):
     write_set(tmp_path, {"test": splits["test"]})
     assert refusal(tmp_path) == (
-        "data.name: the set 'tiny' has no split 'train'; its splits are test."
+        "data.name must be a set with a split 'train'; found 'tiny with test'."
     )
 
 
@@ -406,16 +435,16 @@ def test_a_constant_channel_has_no_default_normalisation(tmp_path):
     for image in drawn:
         image[..., 1] = 7
     write_set(tmp_path, {name: (drawn, labels) for name in SIZES})
-    message = refusal(tmp_path)
-    assert message.startswith("data.std must be positive in each channel; that of the training")
-    assert message.endswith(": give data.mean and data.std.")
+    with pytest.raises(ValueError, match=r"data\.std must be positive in each channel"):
+        load(tmp_path)
     assert load(tmp_path, **NORMAL).preprocess.std.shape == (3,)
 
 
 def test_images_of_varying_shape_need_a_size(varied):
-    message = refusal(varied)
-    assert message.startswith("data.image_size is missing: the images of tiny (train) in ")
-    assert message.endswith(" vary in shape; give data.image_size, such as 224.")
+    assert refusal(varied) == (
+        "data.image_size must be given, such as 224, for the images of tiny, which vary in shape; "
+        "found 0."
+    )
 
 
 def _truncated(path):
@@ -444,7 +473,7 @@ def test_files_that_are_damaged(tmp_path, splits, harm, stream):
     harm(folder / "tiny-train.array_record-00000-of-00001")
     with pytest.raises(ValueError) as error:
         dataset = load(tmp_path, stream=stream, **NORMAL)
-        data.Feed(dataset.train, data_seed=0, size=SIZES["train"])(0)
+        data.Feed(dataset.train, dataset.preprocess, data_seed=0, size=SIZES["train"])(0)
     message = str(error.value)
     assert message.startswith(f"data.name: the files of tiny (train) in {folder} cannot be read (")
     assert message.endswith("); copy or prepare the set again.") and "\n" not in message
@@ -464,6 +493,7 @@ def test_files_that_are_damaged(tmp_path, splits, harm, stream):
 )
 def test_published_sets(name, sizes, shape):
     dataset = load(SHARED, name=name)
+    assert data.describe(dataset) == describe(SHARED, name=name)
     splits = dataset.train, dataset.test
     assert tuple(map(len, splits)) == sizes
     for split in splits:

@@ -1,13 +1,15 @@
-"""The small models: the parts of Outputs, parameters counted by hand, batch norm, refusals."""
+"""The small models: the parts of Outputs, parameters counted by hand, batch norm, wrappers."""
 
 import functools
+import inspect
 
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax import numpy as jnp
 
-from abkd_jax import models
+from abkd_jax import binding, data, models
 from abkd_jax.types import Outputs
 
 K = 5
@@ -15,7 +17,7 @@ K = 5
 
 def make(model, inputs, seed=0, **hypers):
     """The module and its variables."""
-    module = models.from_config(model, hypers, num_classes=K, field="student")
+    module = getattr(models, model)(num_classes=K, **hypers)
     return module, init(module, jax.random.key(seed), inputs)
 
 
@@ -87,18 +89,20 @@ def test_the_parts_of_outputs(model, hypers, shape, features, width, parameters)
     assert isinstance(outputs, Outputs)
     assert outputs.logits.shape == (3, K) and outputs.logits.dtype == np.float32
     assert outputs.hidden.shape == (3, width)
-    assert outputs.unembedding.shape == (width, K) and outputs.bias.shape == (K,)
-    assert [feature.shape for feature in outputs.features] == [(3, *f) for f in features]
-    assert isinstance(outputs.features, tuple)
+    assert outputs.head.unembedding.shape == (width, K) and outputs.head.bias.shape == (K,)
+    found = {name: feature.shape for name, feature in outputs.features.items()}
+    assert found == {f"layer{i}": (3, *feature) for i, feature in enumerate(features)}
     assert outputs.projected is None and outputs.input_gradient is None
-    exact = np.asarray(outputs.hidden, np.float64) @ np.asarray(outputs.unembedding, np.float64)
-    np.testing.assert_allclose(outputs.logits, exact + outputs.bias, rtol=1e-5, atol=1e-6)
+    exact = np.asarray(outputs.hidden, np.float64) @ np.asarray(
+        outputs.head.unembedding, np.float64
+    )
+    np.testing.assert_allclose(outputs.logits, exact + outputs.head.bias, rtol=1e-5, atol=1e-6)
     # What it shows are its parameters, those of the head.
     head = {"kernel": jnp.full((width, K), 0.25), "bias": jnp.arange(K, dtype=jnp.float32)}
     variables = {**variables, "params": {**variables["params"], "head": head}}
     moved, _ = apply(module, variables, inputs)
-    np.testing.assert_array_equal(moved.unembedding, head["kernel"])
-    np.testing.assert_array_equal(moved.bias, head["bias"])
+    np.testing.assert_array_equal(moved.head.unembedding, head["kernel"])
+    np.testing.assert_array_equal(moved.head.bias, head["bias"])
     np.testing.assert_array_equal(moved.hidden, outputs.hidden)
     expected = 0.25 * np.sum(outputs.hidden, -1, keepdims=True) + head["bias"]
     np.testing.assert_allclose(moved.logits, expected, rtol=1e-5, atol=1e-6)
@@ -113,7 +117,7 @@ def test_mlp_is_matrix_products_and_relu():
         layer = variables["params"][f"Dense_{index}"]
         x = np.maximum(x @ np.asarray(layer["kernel"], np.float64) + layer["bias"], 0)
         assert x.shape == (4, width)
-        np.testing.assert_allclose(outputs.features[index], x, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(outputs.features[f"layer{index}"], x, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(outputs.hidden, x, rtol=1e-5, atol=1e-6)
 
 
@@ -121,8 +125,8 @@ def test_hidden_of_the_cnn_is_the_mean_over_positions():
     inputs = images()
     module, variables = make("cnn", inputs, widths=(4, 6))
     outputs, _ = apply(module, variables, inputs)
-    assert min(np.min(feature) for feature in outputs.features) == 0  # after the rectifier
-    expected = np.mean(outputs.features[-1], axis=(1, 2))
+    assert min(np.min(feature) for feature in outputs.features.values()) == 0  # after the rectifier
+    expected = np.mean(outputs.features["layer1"], axis=(1, 2))
     np.testing.assert_allclose(outputs.hidden, expected, rtol=1e-5, atol=1e-7)
 
 
@@ -155,14 +159,14 @@ def test_batch_norm_uses_the_batch_in_training_and_the_statistics_in_evaluation(
     mean, variance = np.mean(before, (0, 1, 2)), np.var(before, (0, 1, 2))
     train, changed = apply(module, variables, inputs, train=True)
     expected = np.maximum((before - mean) / np.sqrt(variance + 1e-5), 0)
-    np.testing.assert_allclose(train.features[0], expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(train.features["layer0"], expected, rtol=1e-3, atol=1e-4)
     (stats,) = changed.values()
     np.testing.assert_allclose(stats["mean"], 0.1 * mean, rtol=1e-4)
     np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * variance, rtol=1e-4)
     evaluation, unchanged = apply(module, variables, inputs)
     jax.tree.map(np.testing.assert_array_equal, unchanged, variables["batch_stats"])
     expected = np.maximum(before / np.sqrt(1 + 1e-5), 0)
-    np.testing.assert_allclose(evaluation.features[0], expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(evaluation.features["layer0"], expected, rtol=1e-3, atol=1e-4)
     assert np.max(np.abs(train.logits - evaluation.logits)) > 0.1
     # A row alone is evaluated as it is in the batch, but not trained so.
     one, _ = apply(module, variables, inputs[:1])
@@ -180,67 +184,94 @@ def test_one_seed_one_network():
 
 
 def test_modules_of_one_config_are_one_to_jit():
-    modules = [
-        models.from_config("mlp", {"widths": widths}, num_classes=K, field="x")
-        for widths in ((8,), [8], (9,))
-    ]
+    modules = [models.mlp(num_classes=K, widths=widths) for widths in ((8,), [8], (9,))]
     assert modules[0] == modules[1] and hash(modules[0]) == hash(modules[1])
     assert modules[0] != modules[2]
 
 
-@pytest.mark.parametrize(
-    "model,hypers,message",
-    [
-        (
-            "mpl",
-            {},
-            "peer.model must be one of cnn, mlp, resnet; found 'mpl' (did you mean 'mlp'?).",
-        ),
-        ("vit", {}, "peer.model must be one of cnn, mlp, resnet; found 'vit'."),
-        (None, {}, "peer.model must be one of cnn, mlp, resnet; found None."),
-        (
-            "mlp",
-            dict(width=(16,)),
-            "peer.width is unknown (did you mean 'widths'?); mlp takes widths.",
-        ),
-        (
-            "mlp",
-            dict(widths=(16,), batch_norm=True),
-            "peer.batch_norm is unknown; mlp takes widths.",
-        ),
-        ("mlp", {}, "peer.widths is missing; mlp takes widths."),
-        ("cnn", dict(batch_norm=True), "peer.widths is missing; cnn takes widths, batch_norm."),
-        ("mlp", dict(widths=16), "peer.widths must be of type tuple; found 16."),
-        ("cnn", dict(widths=(4,), batch_norm=1), "peer.batch_norm must be of type bool; found 1."),
-    ],
-)
-def test_refusals(model, hypers, message):
+@pytest.mark.parametrize("model", [models.mlp, models.cnn])
+@pytest.mark.parametrize("widths", [(0,), (4, -4)])
+def test_refusals(model, widths):
     with pytest.raises(ValueError) as error:
-        models.from_config(model, hypers, num_classes=K, field="peer")
-    assert str(error.value).startswith(message) and str(error.value).endswith(".")
-    if "known are" in message:
-        known = str(error.value).partition("known are ")[2]
-        assert {"cnn", "mlp"} <= set(known.removesuffix(".").split(", "))
+        model(num_classes=K, widths=widths)
+    assert str(error.value) == (f"{model.__name__}.widths must be at least 1 each; found {widths}.")
 
 
-@pytest.mark.parametrize(
-    "model,hypers",
-    [
-        pytest.param(["mlp"], dict(widths=(4,)), id="a list for a name"),
-        pytest.param("mlp", dict(widths=(4.5,)), id="a width that is no integer"),
-        pytest.param("mlp", dict(widths=("4",)), id="a width in a string"),
-        pytest.param("mlp", dict(widths=[[4]]), id="nested widths"),
-        pytest.param("mlp", dict(widths=(0,)), id="no width"),
-        pytest.param("mlp", dict(widths=(-4,)), id="a negative width"),
-    ],
-)
-def test_also_refused_by_field(model, hypers):
-    with pytest.raises(ValueError, match=r"^peer"):
-        models.from_config(model, hypers, num_classes=K, field="peer")
+@pytest.mark.parametrize("model", [models.mlp, models.cnn, models.resnet])
+def test_a_config_can_give_every_keyword(model):
+    keywords = binding.hyperparameters(model)
+    assert keywords.pop("num_classes").annotation is int
+    assert all(binding.is_static(keyword.annotation) for keyword in keywords.values())
+    assert inspect.signature(model).return_annotation is nn.Module
 
 
-def test_the_number_of_classes_is_not_the_configs_to_give():
-    hypers = dict(widths=(4,), num_classes=3)
-    with pytest.raises(ValueError, match=r"^peer.*num_classes") as error:
-        models.from_config("mlp", hypers, num_classes=K, field="peer")
-    assert "multiple values for keyword argument" not in str(error.value)
+# --- wrappers -----------------------------------------------------------------------------------
+
+
+class Foreign(nn.Module):
+    """Returns logits, and knows of no training."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(K)(x.reshape(len(x), -1))
+
+
+class Embedding(nn.Module):
+    """Of ids, beside a number for each."""
+
+    @nn.compact
+    def __call__(self, inputs, *, train):
+        return nn.Dense(K)(nn.Embed(9, 4)(inputs["ids"]) * inputs["numbers"][..., None])
+
+
+MODULES = [models.cnn(num_classes=K, widths=(4,), batch_norm=True), Foreign()]
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize("normal", [{}, dict(mean=(0.3, 0.5), std=(0.2, 0.4))])
+def test_a_normalised_network_takes_what_a_set_stores(module, dtype, normal):
+    drawn = np.random.default_rng(0).integers(0, 256, (4, 6, 6, 2)).astype(dtype)
+    stored = jnp.asarray(drawn)
+    options = {name: jnp.asarray(numbers, jnp.float32) for name, numbers in normal.items()}
+    inputs = data.normalized(stored, data.Preprocess(**options))
+    call = models.as_outputs(module.apply)
+    variables = module.init(jax.random.key(0), inputs, **given_train(module))
+    variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+    normalised = models.normalized(module, **(normal or dict(mean=None, std=None)))
+    expected, _ = call(variables, inputs, train=False, key=None)
+    wrapped = models.as_outputs(normalised.apply)
+    found, _ = wrapped(variables, stored, train=False, key=None)
+    np.testing.assert_allclose(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    own = jax.tree.map(jnp.shape, normalised.init(jax.random.key(0), stored, train=False)["params"])
+    assert own == jax.tree.map(jnp.shape, variables["params"])
+
+
+def given_train(module):
+    return {} if isinstance(module, Foreign) else {"train": False}
+
+
+def test_ids_are_not_normalised():
+    inputs = {"ids": jnp.arange(8).reshape(2, 4), "numbers": jnp.ones((2, 4))}
+    module = Embedding()
+    variables = module.init(jax.random.key(0), inputs, train=False)
+    normalised = models.normalized(module, mean=None, std=None)
+    found = normalised.apply(variables, inputs, train=False).logits
+    np.testing.assert_array_equal(found, module.apply(variables, inputs, train=False))
+
+
+def test_a_projection_is_beside_the_network():
+    inputs, plain = images(), models.cnn(num_classes=K, widths=(4, 6))
+    both = models.projected(plain, hidden=7)
+    variables = both.init(jax.random.key(1), inputs, train=False)
+    outputs = both.apply(variables, inputs, train=False)
+    alone = models.without_projections(variables["params"])
+    expected = plain.apply({"params": alone}, inputs, train=False)
+    np.testing.assert_allclose(outputs.logits, expected.logits, rtol=1e-5, atol=1e-6)
+    (projection,) = (
+        variables["params"][name] for name in variables["params"].keys() - alone.keys()
+    )
+    by_hand = expected.hidden @ projection["kernel"] + projection["bias"]
+    np.testing.assert_allclose(outputs.projected["hidden"], by_hand, rtol=1e-5, atol=1e-5)
+    assert outputs.features.keys() == {"layer0", "layer1"}
+    assert models.without_projections(alone) is alone

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from abkd_jax import losses, models, train
-from abkd_jax.train import optimizer
-from abkd_jax.types import Term, bind
+from abkd_jax import models
 
 WIDE = (32, 64, 128, 256)
 ZOO = [
@@ -35,8 +33,7 @@ K = 5
 
 
 def make(depth, num_classes=K, **hypers):
-    hypers = {"depth": depth, **hypers}
-    return models.from_config("resnet", hypers, num_classes=num_classes, field="student")
+    return models.resnet(depth=depth, num_classes=num_classes, **hypers)
 
 
 def images(size=6, height=16, width=16, seed=0):
@@ -170,13 +167,13 @@ def test_evaluation_against_torch(torch, depth, widths, size):
         logits, features = forward(to_torch(torch, inputs))
     outputs, stats = apply(make(depth, widths=widths), variables, inputs)
     np.testing.assert_allclose(outputs.logits, logits, rtol=1e-4, atol=1e-4)
-    assert len(outputs.features) == len(features) == 3
-    for mine, theirs in zip(outputs.features, features, strict=True):
+    assert outputs.features.keys() == {f"stage{i}" for i in range(3)}
+    for stage, theirs in enumerate(features):
+        mine = outputs.features[f"stage{stage}"]
         theirs = theirs.numpy().transpose(0, 2, 3, 1)
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(
-        outputs.hidden, np.mean(outputs.features[-1], (1, 2)), rtol=1e-5, atol=1e-6
-    )
+    mean = np.mean(outputs.features["stage2"], (1, 2))
+    np.testing.assert_allclose(outputs.hidden, mean, rtol=1e-5, atol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, stats, variables["batch_stats"])
 
 
@@ -204,9 +201,10 @@ def test_features_are_the_three_stages():
     variables = shapes(module)
     inputs = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
     outputs = jax.eval_shape(functools.partial(module.apply, train=False), variables, inputs)
-    found = [feature.shape for feature in outputs.features]
-    assert found == [(2, 32, 32, 16), (2, 16, 16, 32), (2, 8, 8, 64)]
-    assert outputs.hidden.shape == (2, 64) and outputs.unembedding.shape == (64, K)
+    found = {name: feature.shape for name, feature in outputs.features.items()}
+    expected = {"stage0": (2, 32, 32, 16), "stage1": (2, 16, 16, 32), "stage2": (2, 8, 8, 64)}
+    assert found == expected
+    assert outputs.hidden.shape == (2, 64) and outputs.head.unembedding.shape == (64, K)
 
 
 def test_initialisation_is_that_of_torch():
@@ -252,7 +250,7 @@ def test_convolutions_are_computed_in_the_dtype(dtype, train):
     found = list(convolutions(jaxpr.jaxpr))
     assert len(found) == 9 and all(types == {dtype} for types in found)  # 7, and two shortcuts
     outputs, changed = jax.eval_shape(call, variables, inputs)
-    assert {feature.dtype.name for feature in outputs.features} == {dtype}
+    assert {feature.dtype.name for feature in outputs.features.values()} == {dtype}
     assert outputs.logits.dtype == outputs.hidden.dtype == np.float32
     assert {leaf.dtype.name for leaf in jax.tree.leaves(changed)} == {"float32"}
 
@@ -271,19 +269,23 @@ def test_bfloat16_is_close_to_float32():
         jax.tree.map(close, rounded_stats, stats)
 
 
-def test_the_step_keeps_parameters_and_statistics_in_float32():
-    inputs = jnp.asarray(images(2))
-    rule = bind(optimizer.sgd, learning_rate=0.1, momentum=0.9)
+def test_gradients_and_statistics_of_a_bfloat16_network_are_float32():
     module = make(8, widths=(4, 4, 6, 8), dtype="bfloat16")
-    create = functools.partial(train.create, module, init_seed=0, optimizer=rule)
-    networks = {"student": jax.eval_shape(create, inputs)}
-    ones = jnp.ones(2, bool)
-    batch = {"inputs": inputs, "labels": jnp.zeros(2, int), "where": ones, "labelled": ones}
-    term = Term(bind(losses.cross_entropy), jnp.ones(()), "labelled", "student")
-    after, metrics = jax.eval_shape(train.train_step, networks, batch, {"student": {"task": term}})
+    variables = shapes(module)
+    apply = models.as_outputs(module.apply)
+
+    def loss(params, batch_stats, inputs):
+        variables = {"params": params, "batch_stats": batch_stats}
+        outputs, batch_stats = apply(variables, inputs, train=True, key=None)
+        return jnp.mean(outputs.logits[:, 0]), batch_stats
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    inputs = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    params, batch_stats = variables["params"], variables["batch_stats"]
+    (value, after), grads = jax.eval_shape(gradient, params, batch_stats, inputs)
     types = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
-    assert types(after) == types(networks)
-    assert metrics["student/loss"].dtype == np.float32
+    assert (types(grads), types(after)) == (types(params), types(batch_stats))
+    assert value.dtype == np.float32
 
 
 # --- refusals -----------------------------------------------------------------------------------
@@ -292,32 +294,26 @@ def test_the_step_keeps_parameters_and_statistics_in_float32():
 @pytest.mark.parametrize(
     "hypers,message",
     [
-        (dict(depth=18), "peer.depth must be 6 n + 2, such as 8, 20 or 56; found 18."),
-        (dict(depth=2), "peer.depth must be 6 n + 2, such as 8, 20 or 56; found 2."),
-        (dict(depth=-4), "peer.depth must be 6 n + 2, such as 8, 20 or 56; found -4."),
-        (dict(depth=8.0), "peer.depth must be of type int; found 8.0."),
+        (dict(depth=18), "resnet.depth must be 6 n + 2, such as 8, 20 or 56; found 18."),
+        (dict(depth=2), "resnet.depth must be 6 n + 2, such as 8, 20 or 56; found 2."),
+        (dict(depth=-4), "resnet.depth must be 6 n + 2, such as 8, 20 or 56; found -4."),
         (
             dict(depth=8, widths=(16, 32, 64)),
-            "peer.widths must be four, at least 1 each; found (16, 32, 64).",
+            "resnet.widths must be four, at least 1 each; found (16, 32, 64).",
         ),
         (
             dict(depth=8, widths=(16, 16, 0, 64)),
-            "peer.widths must be four, at least 1 each; found (16, 16, 0, 64).",
+            "resnet.widths must be four, at least 1 each; found (16, 16, 0, 64).",
         ),
         (
             dict(depth=8, dtype="float16"),
-            "peer.dtype must be one of float32, bfloat16; found 'float16'.",
-        ),
-        (dict(), "peer.depth is missing; resnet takes depth, widths, dtype."),
-        (
-            dict(depth=8, width=4),
-            "peer.width is unknown (did you mean 'widths'?); resnet takes depth, widths, dtype.",
+            "resnet.dtype must be one of float32, bfloat16; found 'float16'.",
         ),
     ],
 )
 def test_refusals(hypers, message):
     with pytest.raises(ValueError) as error:
-        models.from_config("resnet", hypers, num_classes=K, field="peer")
+        models.resnet(**hypers, num_classes=K)
     assert str(error.value) == message
 
 

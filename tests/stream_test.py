@@ -24,7 +24,7 @@ class Records:
 
     def __getitem__(self, row):
         self.read.append(int(row))
-        return self.images[row], int(row)
+        return {"inputs": self.images[row], "labels": np.int32(row)}
 
 
 def new(rows=NUM, **options):
@@ -119,11 +119,11 @@ def test_by_default_a_process_is_jaxs():
 
 def test_a_feed_serves_one_step_at_a_time():
     whole = take(new().batches(0, 4), 8)
-    feed = data.Feed(new(), data_seed=0, size=4)
+    feed = data.Feed(new(), data.Preprocess(), data_seed=0, size=4)
     for step in (0, 1, 2, 6, 7, 3):  # in order, ahead, and back
-        fed, until = feed(step)
+        examples, until = feed(step)
         assert until == step + 1
-        assert equal({"inputs": fed.inputs, "labels": fed.labels}, whole[step])
+        assert equal(examples.rows, whole[step])
 
 
 def test_a_feed_in_order_starts_reading_once(monkeypatch):
@@ -135,7 +135,7 @@ def test_a_feed_in_order_starts_reading_once(monkeypatch):
         return batches(self, data_seed, size, start)
 
     monkeypatch.setattr(data.Stream, "batches", counted)
-    feed = data.Feed(new(), data_seed=0, size=4)
+    feed = data.Feed(new(), data.Preprocess(), data_seed=0, size=4)
     for step in (0, 1, 2, 3, 7, 8):
         feed(step)
     assert starts == [0, 7]
@@ -143,23 +143,53 @@ def test_a_feed_in_order_starts_reading_once(monkeypatch):
 
 def test_a_batch_is_augmented_on_the_device():
     preprocess = data.Preprocess(mean=jnp.full(2, 0.5), std=jnp.full(2, 0.2), pad=1, flip=True)
-    fed, _ = data.Feed(new(), data_seed=7, size=4)(3)
-    batch = jax.jit(lambda fed, step: fed.batch(7, step, 4, preprocess))(fed, 3)
+    examples, _ = data.Feed(new(), preprocess, data_seed=7, size=4)(3)
+    batch = jax.jit(lambda examples, step: examples.batch(7, step))(examples, 3)
     key = step_key(7, 3)
     assert set(batch) == {"inputs", "labels", "where", "labelled", "key"}
-    inputs = jnp.asarray(fed.inputs)
+    inputs = jnp.asarray(examples.rows["inputs"])
     expected = data.augmented(inputs, jnp.arange(4), augmentation_key(key), preprocess)
     np.testing.assert_allclose(batch["inputs"], expected, atol=1e-6)
     assert jax.random.key_data(batch["key"]).tolist() == jax.random.key_data(key).tolist()
-    np.testing.assert_array_equal(batch["labels"], fed.labels)
+    np.testing.assert_array_equal(batch["labels"], examples.rows["labels"])
     assert batch["where"].all() and batch["labelled"].all() and batch["where"].shape == (4,)
-    np.testing.assert_array_equal(fed.batch(7, 3, 4)["inputs"], fed.inputs)
 
 
 def test_more_than_there_is():
     with pytest.raises(ValueError) as error:
-        data.Feed(new(), data_seed=0, size=12)
-    assert str(error.value) == "batch_size must lie between 1 and 11 examples; found 12."
+        data.Feed(new(), data.Preprocess(), data_seed=0, size=12)
+    assert str(error.value) == (
+        "batch_size must be between 1 and the 11 examples of the split; found 12."
+    )
+
+
+class Sequences:
+    """Records of tokens, of which some do not count and some have no label."""
+
+    ids = np.random.default_rng(0).integers(0, 9, (NUM, 5)).astype(np.int32)
+
+    def __getitem__(self, row):
+        labels = np.where(np.arange(5) % 3, self.ids[row], -1)
+        where, books = np.arange(5) < 4, np.full(5, row % 2 == 0)
+        return {"inputs": {"ids": self.ids[row]}, "labels": labels, "where": where, "books": books}
+
+
+def test_a_stream_of_sequences():
+    split = data.Stream(Sequences(), np.arange(NUM))
+    examples, _ = data.Feed(split, data.Preprocess(), data_seed=0, size=4)(2)
+    batches = [jax.jit(lambda x, step: x.batch(0, step))(examples, 2)]
+    batches += data.evaluation_batches(split, 4, data.Preprocess())
+    visited = [np.ones(4, bool)] + [np.arange(i, i + 4) < NUM for i in (0, 4, 8)]
+    for batch, real in zip(batches, visited, strict=True):
+        ids, real = np.asarray(batch["inputs"]["ids"]), real[:, None]
+        assert ids.dtype == np.int32 and ids.shape == (4, 5)
+        known = np.broadcast_to(np.arange(5) % 3 > 0, (4, 5))
+        where = real & (np.arange(5) < 4)
+        np.testing.assert_array_equal(batch["labels"], np.where(known, ids, -1))
+        np.testing.assert_array_equal(batch["where"], where)
+        np.testing.assert_array_equal(batch["labelled"], where & known)
+        even = np.array([np.flatnonzero((Sequences.ids == row).all(1))[0] % 2 == 0 for row in ids])
+        np.testing.assert_array_equal(batch["books"], where & even[:, None])
 
 
 # --- evaluation ---------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """From stored examples to a network's inputs, on the device: random crops, flips, normalisation."""
 
+from typing import Any
+
 import jax
 from flax import struct
 from jax import Array
@@ -35,24 +37,29 @@ def augmentation_key(key: Array) -> Array:
     return jax.random.fold_in(key, _AUGMENTATION)
 
 
-def normalized(inputs: Array, preprocess: Preprocess) -> Array:
+def normalized(inputs: Any, preprocess: Preprocess) -> Any:
     """Examples as a network takes them, without augmentation.
 
     Args:
-        inputs: `[..., C]`; uint8 in 0..255, which is divided by 255, or floating, taken as it is.
+        inputs: a pytree of arrays `[..., C]`: uint8 in 0..255, which is divided by 255; floating,
+            taken as it is; or other integers, such as the ids of tokens, which are left alone.
         preprocess: with the mean and the standard deviation to normalise by.
 
     Returns:
-        `[..., C]` float32.
+        The pytree, float32 but for those integers.
     """
-    scale = 255 if inputs.dtype == jnp.uint8 else 1
-    inputs = jnp.asarray(inputs, jnp.float32) / scale
-    if preprocess.mean is None:
-        return inputs
-    return (inputs - preprocess.mean) / preprocess.std
+    return jax.tree.map(lambda x: _normalized(x, preprocess), inputs)
 
 
-def augmented(inputs: Array, chosen: Array, key: Array, preprocess: Preprocess) -> Array:
+def _normalized(x: Array, preprocess: Preprocess) -> Array:
+    if jnp.issubdtype(x.dtype, jnp.integer) and x.dtype != jnp.uint8:
+        return x
+    scale = 255 if x.dtype == jnp.uint8 else 1
+    x = jnp.asarray(x, jnp.float32) / scale
+    return x if preprocess.mean is None else (x - preprocess.mean) / preprocess.std
+
+
+def augmented(inputs: Any, chosen: Array, key: Array, preprocess: Preprocess) -> Any:
     """Chosen examples, each cropped and flipped at random, normalised.
 
     An image is padded with `pad` zero pixels on each side, a window of its own size is cut out at a
@@ -60,17 +67,17 @@ def augmented(inputs: Array, chosen: Array, key: Array, preprocess: Preprocess) 
     of the examples included, is one gather.
 
     Args:
-        inputs: `[N, H, W, C]`; any `[N, ...]` where there is neither crop nor flip.
+        inputs: `[N, H, W, C]`; any pytree of `[N, ...]` where there is neither crop nor flip.
         chosen: `[B]`, rows of inputs.
         key: of the offsets and the flips.
         preprocess: what to do.
 
     Returns:
-        `[B, H, W, C]` float32.
+        `[B, H, W, C]` float32, or the pytree as `normalized` gives it.
     """
     pad, flip = preprocess.pad, preprocess.flip
     if not (pad or flip):
-        return normalized(inputs[chosen], preprocess)
+        return normalized(jax.tree.map(lambda x: x[chosen], inputs), preprocess)
     _, height, width, _ = inputs.shape
     of_offset, of_flip = jax.random.split(key)
     down, right = jax.random.randint(of_offset, (2, len(chosen), 1), -pad, pad + 1)

@@ -8,12 +8,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import struct
-from jax import Array
-from jax import numpy as jnp
 
-from abkd_jax.data.augment import Preprocess, augmentation_key, augmented, step_key
-from abkd_jax.types import Batch
+from abkd_jax.checks import require
 
 _AREAS = (0.08, 1.0)  # of a random crop, as a part of the image's area
 _RATIOS = (3 / 4, 4 / 3)  # of a random crop, width by height
@@ -27,11 +23,12 @@ class Stream:
     global batch are those of process i of n, so the number of processes changes no batch.
 
     Attributes:
-        records: `records[row]` is (image [H, W, C] uint8, label), labels in 0..K-1.
+        records: `records[row]` is a dict of one example: inputs, labels (int32, in 0..K-1, or -1
+            where not known) and any masks, such as `where`, of the labels' shape.
         rows: `[N]`, those of the records that belong to the split.
-        image_size: 0 for images as they are, all of one shape. Otherwise the side of the square
-            that a random crop of a training image, or the centre of an evaluated one, is resized
-            to.
+        image_size: 0 for inputs as they are, all of one shape. Otherwise they are images
+            [H, W, C] uint8, and this is the side of the square that a random crop of a training
+            image, or the centre of an evaluated one, is resized to.
         flip: whether such a random crop is mirrored with probability 1/2. Images as they are, are
             augmented on the device.
         process_index: of this process, by default JAX's.
@@ -67,7 +64,7 @@ class Stream:
             start: the first step; nothing before it is read.
 
         Yields:
-            inputs `[B / process_count, H, W, C]` uint8 and labels `[B / process_count]` int32.
+            inputs, labels and any masks of the records, each `[B / process_count, ...]`.
 
         Raises:
             ValueError: if B is no multiple of the number of processes.
@@ -91,7 +88,7 @@ class Stream:
             size: B of the global batch.
 
         Yields:
-            As `batches` does, and where `[B / process_count]` bool, False for padding.
+            As `batches` does, always with `where`, which is False for padding.
 
         Raises:
             ValueError: if B is no multiple of the number of processes.
@@ -99,18 +96,23 @@ class Stream:
         import grain
 
         positions = range(math.ceil(len(self) / size) * size)
-        examples = grain.MapDataset.source(positions).map(self._for_evaluation)
+        examples = grain.MapDataset.source(positions).map(self.example)
         return self._read(examples, size, start=0)
+
+    def example(self, position: int) -> dict[str, Any]:
+        """An example as it is evaluated; beyond the last one this, with `where` False."""
+        example = dict(self.records[self.rows[min(position, len(self) - 1)]])
+        if self.image_size:
+            example["inputs"] = center(example["inputs"], self.image_size)
+        where = np.full(np.shape(example["labels"]), position < len(self))
+        return {**example, "where": where & example.get("where", True)}
 
     def _read(self, examples: Sequence, size: int, start: int) -> Iterator[dict[str, np.ndarray]]:
         """This process's part of the batches of a sequence, from a step on."""
         import grain
 
-        if size % self.process_count:
-            raise ValueError(
-                f"batch_size must be a multiple of the {self.process_count} processes that read "
-                f"the stream; found {size}."
-            )
+        expected = f"a multiple of the {self.process_count} processes that read the stream"
+        require(size % self.process_count == 0, "batch_size", expected, size)
         local = size // self.process_count
         threads = min(16, os.cpu_count() or 1)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, local))
@@ -120,19 +122,14 @@ class Stream:
         )
 
     def _for_training(self, row: int, rng: np.random.Generator) -> dict[str, Any]:
-        image, label = self.records[row]
-        if self.image_size:
-            box = random_box(*image.shape[:2], rng)
-            image = _resized(image, box, (self.image_size, self.image_size))
-            if self.flip and rng.random() < 0.5:
-                image = image[:, ::-1]
-        return {"inputs": image, "labels": np.int32(label)}
-
-    def _for_evaluation(self, position: int) -> dict[str, Any]:
-        image, label = self.records[self.rows[min(position, len(self) - 1)]]
-        if self.image_size:
-            image = center(image, self.image_size)
-        return {"inputs": image, "labels": np.int32(label), "where": position < len(self)}
+        example = self.records[row]
+        if not self.image_size:
+            return example
+        image = example["inputs"]
+        box = random_box(*image.shape[:2], rng)
+        image = _resized(image, box, (self.image_size, self.image_size))
+        mirrored = self.flip and rng.random() < 0.5
+        return {**example, "inputs": image[:, ::-1] if mirrored else image}
 
 
 class _Part:
@@ -147,32 +144,6 @@ class _Part:
     def __getitem__(self, index: int) -> dict[str, Any]:
         batch, row = divmod(index, self._local)
         return self._examples[batch * self._size + self._offset + row]
-
-
-@struct.dataclass
-class Streamed:
-    """What a step takes of a stream: its batch, as it was read.
-
-    Attributes:
-        inputs: `[B, ...]`.
-        labels: `[B]` int32.
-    """
-
-    inputs: Array
-    labels: Array
-
-    def batch(
-        self, data_seed: int | Array, step: Array, size: int, preprocess: Preprocess | None = None
-    ) -> Batch:
-        """The batch of the step, as `batch_at` makes it; `size` is that of the arrays."""
-        del size
-        key = step_key(data_seed, step)
-        inputs = self.inputs
-        if preprocess is not None:
-            rows = jnp.arange(len(inputs))
-            inputs = augmented(inputs, rows, augmentation_key(key), preprocess)
-        where = jnp.ones(self.labels.shape, bool)
-        return dict(inputs=inputs, labels=self.labels, where=where, labelled=where, key=key)
 
 
 def random_box(

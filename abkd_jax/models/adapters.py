@@ -11,6 +11,7 @@ from flax import linen as nn
 from jax import Array
 from jax import numpy as jnp
 
+from abkd_jax.checks import require
 from abkd_jax.types import Outputs
 
 Apply = Callable[..., tuple[Outputs, Any]]
@@ -70,11 +71,12 @@ def split_variables(
             for.
     """
     if _linen_module(apply_fn) is not None:
-        if not {"params"} <= set(variables) <= set(_COLLECTIONS):
-            raise ValueError(
-                "variables of a linen module must be params and, if there are any, batch_stats; "
-                f"found {', '.join(variables) or 'none'}."
-            )
+        require(
+            {"params"} <= set(variables) <= set(_COLLECTIONS),
+            "variables of a linen module",
+            "params and, if there are any, batch_stats",
+            tuple(variables),
+        )
     elif not (
         isinstance(variables, Mapping)
         and set(variables) == set(_COLLECTIONS)
@@ -82,6 +84,16 @@ def split_variables(
     ):
         return variables, {}
     return variables["params"], variables.get("batch_stats", {})
+
+
+def call(module: nn.Module, inputs: Any, *, train: bool) -> Outputs:
+    """What a linen module returns within another one, any module that `as_outputs` takes."""
+    options = {"train": train} if _takes_train(module) else {}
+    return _checked(module(inputs, **options), type(module).__name__)
+
+
+def _takes_train(module: nn.Module) -> bool:
+    return "train" in inspect.signature(module.__call__).parameters
 
 
 def _linen_module(apply_fn: Callable) -> nn.Module | None:
@@ -92,16 +104,15 @@ def _linen_module(apply_fn: Callable) -> nn.Module | None:
 
 @functools.lru_cache  # by the module: `apply` of two equal modules is not equal
 def _of_linen(module: nn.Module) -> Apply:
-    takes_train = "train" in inspect.signature(module.__call__).parameters
+    takes_train = _takes_train(module)
     name = f"{type(module).__name__}.apply"
 
     def apply(variables, inputs, *, train, key):
         batch_stats = variables["batch_stats"]
         variables = {name: tree for name, tree in variables.items() if jax.tree.leaves(tree)}
-        if not takes_train:
-            return _checked(module.apply(variables, inputs), name), batch_stats
-        if not train:
-            return _checked(module.apply(variables, inputs, train=False), name), batch_stats
+        if not (train and takes_train):
+            options = {"train": False} if takes_train else {}
+            return _checked(module.apply(variables, inputs, **options), name), batch_stats
         rngs = {} if key is None else {"dropout": key}
         value, changed = module.apply(
             variables, inputs, train=True, rngs=rngs, mutable=["batch_stats"]

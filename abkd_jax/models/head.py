@@ -1,14 +1,14 @@
 """The linear map to logits, which shows its parts to losses."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 from flax import linen as nn
 from jax import Array
 
-from abkd_jax.types import Outputs
+from abkd_jax.types import Head, Outputs
 
 
-class Head(nn.Module):
+class OutputLayer(nn.Module):
     """A dense layer that returns all that losses may want to know of it, at no cost.
 
     Attributes:
@@ -22,15 +22,11 @@ class Head(nn.Module):
     bias_init: Callable[..., Array] = nn.initializers.zeros
 
     @nn.compact
-    def __call__(self, hidden: Array, features: Sequence[Array] = ()) -> Outputs:
+    def __call__(self, hidden: Array, features: Mapping[str, Array]) -> Outputs:
         """`[..., D]`, and the arrays on the way to it, to `Outputs` with logits `[..., K]`."""
         shape = (hidden.shape[-1], self.num_classes)
-        unembedding = self.param("kernel", self.kernel_init, shape)
-        bias = self.param("bias", self.bias_init, shape[-1:])
-        return Outputs(
-            logits=hidden @ unembedding + bias,
-            hidden=hidden,
-            unembedding=unembedding,
-            bias=bias,
-            features=tuple(features),
+        head = Head(
+            unembedding=self.param("kernel", self.kernel_init, shape),
+            bias=self.param("bias", self.bias_init, shape[-1:]),
         )
+        return Outputs(logits=head(hidden), hidden=hidden, head=head, features=features)

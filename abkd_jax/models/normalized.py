@@ -1,11 +1,13 @@
 """A network together with the normalisation of its inputs."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from flax import linen as nn
-from jax import Array
 from jax import numpy as jnp
 
+from abkd_jax import data
+from abkd_jax.models.adapters import call
 from abkd_jax.types import Outputs
 
 
@@ -20,7 +22,7 @@ def normalized(
         std: likewise.
 
     Returns:
-        A flax module: uint8 inputs are divided by 255, then (inputs - mean) / std.
+        A flax module, whose inputs go through `data.normalized`.
     """
     numbers = (None if x is None else tuple(x) for x in (mean, std))
     return Normalized(module, *numbers)
@@ -37,10 +39,9 @@ class Normalized(nn.Module):
         """The variables are those of the module, without a level of their own."""
         nn.share_scope(self, self.module)
 
-    def __call__(self, inputs: Array, *, train: bool) -> Outputs:
-        """`[B, ...]` to `Outputs`."""
-        inputs = jnp.asarray(inputs)
-        inputs = inputs / 255 if inputs.dtype == jnp.uint8 else inputs
-        if self.mean is not None:
-            inputs = (inputs - jnp.asarray(self.mean)) / jnp.asarray(self.std)
-        return self.module(inputs, train=train)
+    def __call__(self, inputs: Any, *, train: bool) -> Outputs:
+        """Stored inputs `[B, ...]` to `Outputs`."""
+        given = self.mean is not None
+        arrays = map(jnp.asarray, (self.mean, self.std)) if given else ()
+        inputs = data.normalized(inputs, data.Preprocess(*arrays))
+        return call(self.module, inputs, train=train)

@@ -6,6 +6,7 @@ from typing import Any
 from flax import linen as nn
 from jax import Array
 
+from abkd_jax.models.adapters import call
 from abkd_jax.types import Outputs
 
 PROJECTIONS = "abkd_projections"  # where their parameters are, beside those of the network
@@ -51,6 +52,6 @@ class Projected(nn.Module):
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool) -> Outputs:
         """`[B, ...]` to `Outputs`."""
-        outputs = self.module(inputs, train=train)
+        outputs = call(self.module, inputs, train=train)
         hidden = nn.Dense(self.hidden, name=PROJECTIONS)(outputs.hidden)
         return outputs.replace(projected={**(outputs.projected or {}), "hidden": hidden})

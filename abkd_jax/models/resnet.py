@@ -7,7 +7,8 @@ from flax import linen as nn
 from jax import Array
 from jax import numpy as jnp
 
-from abkd_jax.models.head import Head
+from abkd_jax.checks import require
+from abkd_jax.models.head import OutputLayer
 from abkd_jax.types import Outputs
 
 _DTYPES = ("float32", "bfloat16")
@@ -43,20 +44,20 @@ def resnet(
             batch statistics, `hidden` and logits are float32 in either case.
 
     Returns:
-        A flax module; its `features` are the three stages' outputs, after their rectifiers.
+        A flax module; its features "stage0", "stage1" and "stage2" are the stages' outputs, after
+        their rectifiers.
 
     Raises:
         ValueError: one sentence that names the keyword, what was found and what was expected.
 
-    He et al., "Deep residual learning for image recognition", CVPR 2016; Tian et al., "Contrastive
-    representation distillation", ICLR 2020.
+    Source: He et al., "Deep residual learning for image recognition", CVPR 2016; Tian et al.,
+    "Contrastive representation distillation", ICLR 2020.
     """
-    if depth < 8 or depth % 6 != 2:
-        raise ValueError(f"resnet.depth must be 6 n + 2, such as 8, 20 or 56; found {depth!r}.")
-    if len(widths) != 4 or any(width < 1 for width in widths):
-        raise ValueError(f"resnet.widths must be four, at least 1 each; found {widths!r}.")
-    if dtype not in _DTYPES:
-        raise ValueError(f"resnet.dtype must be one of {', '.join(_DTYPES)}; found {dtype!r}.")
+    whole_stages = depth >= 8 and depth % 6 == 2
+    require(whole_stages, "resnet.depth", "6 n + 2, such as 8, 20 or 56", depth)
+    four = len(widths) == 4 and all(width > 0 for width in widths)
+    require(four, "resnet.widths", "four, at least 1 each", widths)
+    require(dtype in _DTYPES, "resnet.dtype", f"one of {', '.join(_DTYPES)}", dtype)
     return ResNet(num_classes=num_classes, depth=depth, widths=tuple(widths), dtype=dtype)
 
 
@@ -73,18 +74,17 @@ class ResNet(nn.Module):
         """`[B, H, W, C]` to `Outputs`; in training, batch norm uses the batch's statistics."""
         stem, *stages = self.widths
         x = nn.relu(ConvNorm(stem, 3, 1, self.dtype, name="stem")(inputs, train=train))
-        features = []
+        features = {}
         for stage, width in enumerate(stages):
             for index in range((self.depth - 2) // 6):
                 stride = 2 if stage > 0 and index == 0 else 1
                 block = Block(width, stride, self.dtype, name=f"stage{stage}_block{index}")
                 x = block(x, train=train)
-            features.append(x)
+            features[f"stage{stage}"] = x
         hidden = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
         init = functools.partial(_uniform, bound=stages[-1] ** -0.5)
-        return Head(self.num_classes, kernel_init=init, bias_init=init, name="head")(
-            hidden, features
-        )
+        head = OutputLayer(self.num_classes, kernel_init=init, bias_init=init, name="head")
+        return head(hidden, features)
 
 
 class Block(nn.Module):

@@ -6,7 +6,8 @@ from flax import linen as nn
 from jax import Array
 from jax import numpy as jnp
 
-from abkd_jax.models.head import Head
+from abkd_jax.checks import require
+from abkd_jax.models.head import OutputLayer
 from abkd_jax.types import Outputs
 
 
@@ -21,8 +22,7 @@ def cnn(*, num_classes: int, widths: tuple[int, ...], batch_norm: bool = False) 
 
 
 def _positive(name: str, widths: tuple[int, ...]) -> tuple[int, ...]:
-    if any(width < 1 for width in widths):
-        raise ValueError(f"{name}.widths must be at least 1 each; found {widths!r}.")
+    require(all(width > 0 for width in widths), f"{name}.widths", "at least 1 each", widths)
     return tuple(widths)
 
 
@@ -35,11 +35,10 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool) -> Outputs:
         """`[B, ...]` to `Outputs`; training makes no difference."""
-        x, features = inputs.reshape(inputs.shape[0], math.prod(inputs.shape[1:])), []
-        for width in self.widths:
-            x = nn.relu(nn.Dense(width)(x))
-            features.append(x)
-        return Head(self.num_classes, name="head")(x, features)
+        x, features = inputs.reshape(inputs.shape[0], math.prod(inputs.shape[1:])), {}
+        for index, width in enumerate(self.widths):
+            x = features[f"layer{index}"] = nn.relu(nn.Dense(width)(x))
+        return OutputLayer(self.num_classes, name="head")(x, features)
 
 
 class CNN(nn.Module):
@@ -52,11 +51,10 @@ class CNN(nn.Module):
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool) -> Outputs:
         """`[B, H, W, C]` to `Outputs`; in training, batch norm uses the batch's statistics."""
-        x, features = inputs, []
-        for width in self.widths:
+        x, features = inputs, {}
+        for index, width in enumerate(self.widths):
             x = nn.Conv(width, (3, 3), strides=2, use_bias=not self.batch_norm)(x)
             if self.batch_norm:
                 x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
-            x = nn.relu(x)
-            features.append(x)
-        return Head(self.num_classes, name="head")(jnp.mean(x, axis=(1, 2)), features)
+            x = features[f"layer{index}"] = nn.relu(x)
+        return OutputLayer(self.num_classes, name="head")(jnp.mean(x, axis=(1, 2)), features)

@@ -1,0 +1,169 @@
+"""The keywords that all sets share, and what the function of a set has to know."""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from abkd_jax.checks import require
+from abkd_jax.data.augment import Preprocess
+from abkd_jax.data.sets import DataSet, Description, Split
+
+Found = tuple[Description, Callable[[], DataSet]]
+"""What is known of a set, and a function that reads it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a student sees of a set's training examples, and how.
+
+    Attributes:
+        labelled: how many labels it sees, the same number of each class, the first ones; 0 for all.
+        omit: classes of which it sees no example; labels kept of them go with them.
+        pad: how many zero pixels a random crop may take on each side of an image; 0 for no crops.
+        flip: whether training images are mirrored, left to right, with probability 1/2.
+        mean: one number for each channel, of pixels in [0, 1]; () for no normalisation.
+        std: likewise.
+    """
+
+    labelled: int = 0
+    omit: tuple[int, ...] = ()
+    pad: int = 0
+    flip: bool = False
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def preprocess(self, description: Description) -> Preprocess:
+        """The set's `Preprocess`.
+
+        Raises:
+            ValueError: naming the option that does not fit the set.
+        """
+        self._check_classes(description)
+        inputs, mean, std = description.inputs, self.mean, self.std
+        array = isinstance(inputs, jax.ShapeDtypeStruct) and inputs.dtype == jnp.float32
+        shape = inputs.shape if array else ()  # neither pixels nor channels in anything else
+        require(self.pad >= 0, "data.pad", "at least 0", self.pad)
+        require(
+            len(shape) == 3 or not (self.pad or self.flip),
+            "data.pad and data.flip",
+            "left out for examples that are no images (height, width, channels)",
+            shape,
+        )
+        for name, numbers in (("mean", mean), ("std", std)):
+            real = np.ndim(numbers) == 1 and np.asarray(numbers).dtype.kind in "iuf"
+            finite = real and np.all(np.isfinite(numbers))
+            require(finite, f"data.{name}", "a list of finite numbers", numbers)
+        channels = shape[-1] if shape else 0
+        require(
+            (len(mean), len(std)) in ((0, 0), (channels, channels)),
+            "data.mean and data.std",
+            f"left out together, or a number for each channel (there are {channels})",
+            (mean, std),
+        )
+        expected = "positive in each channel (left out, it is the training images': then give one)"
+        require(np.all(np.asarray(std) > 0), "data.std", expected, std)
+        if not len(mean):
+            return Preprocess(pad=self.pad, flip=self.flip)
+        mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+        return Preprocess(mean=mean, std=std, pad=self.pad, flip=self.flip)
+
+    def _check_classes(self, description: Description) -> None:
+        count, labelled, omit = description.num_classes, self.labelled, self.omit
+        whole = type(labelled) is int and labelled >= 0 and labelled % count == 0
+        require(whole, "data.labelled", f"a multiple of the {count} classes", labelled)
+        classes = np.ndim(omit) == 1 and all(label in range(count) for label in omit)
+        require(classes, "data.omit", f"a list of classes in 0..{count - 1}", omit)
+        require(
+            description.labels.shape == () or not (labelled or len(omit)),
+            "data.labelled and data.omit",
+            "left out where an example has more than one label",
+            (labelled, omit),
+        )
+
+    def shown(self, split: Split, num_classes: int) -> Split:
+        """The split with labels withheld and classes omitted.
+
+        Raises:
+            ValueError: if there are too few examples.
+        """
+        if self.labelled:
+            split = _withhold_labels(split, self.labelled, num_classes)
+        return _omit_classes(split, self.omit) if len(self.omit) else split
+
+
+def takes_options(fn: Callable) -> Callable:
+    """Gives a function of keywords, `options: Options` among them, those of `Options` instead."""
+
+    @functools.wraps(fn)
+    def call(**keywords):
+        given = {name: keywords.pop(name) for name in vars(Options()) if name in keywords}
+        return fn(**keywords, options=Options(**given))
+
+    own, options = inspect.signature(fn), inspect.signature(Options).parameters.values()
+    others = (p for p in own.parameters.values() if p.name != "options")
+    call.__signature__ = own.replace(parameters=[*others, *options])
+    return call
+
+
+def data_set(look: Callable[..., Found]) -> Callable[..., DataSet]:
+    """The function of a set, out of one that looks at it before it is read.
+
+    Args:
+        look: of keywords, `options: Options` among them; refuses whatever it can without examples.
+
+    Returns:
+        A function of the same keywords, with those of `Options` for `options`, which returns the
+        set. Its attribute `describe`, a function of the same, returns the description.
+    """
+    look = takes_options(look)
+
+    @functools.wraps(look)
+    def read(**keywords: Any) -> DataSet:
+        return look(**keywords)[1]()
+
+    @functools.wraps(look)
+    def described(**keywords: Any) -> Description:
+        return look(**keywords)[0]
+
+    for fn, returns in ((read, DataSet), (described, Description)):
+        fn.__signature__ = inspect.signature(look).replace(return_annotation=returns)
+    read.describe = described
+    return read
+
+
+def check_held_out(validation: int, count: int) -> None:
+    """Refuses to hold out all of the `count` training examples, or more.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    expected = f"between 0 and {count - 1}"
+    require(0 <= validation < count, "data.validation", expected, validation)
+
+
+def _withhold_labels(split: Split, labelled: int, num_classes: int) -> Split:
+    labels = np.where(split.masks["labelled"], split.labels, -1)
+    per_class = labelled // num_classes
+    most = int(np.bincount(labels[labels >= 0], minlength=num_classes).min())
+    require(
+        per_class <= most,
+        "data.labelled",
+        f"at most {most * num_classes}, {most} examples of each class",
+        labelled,
+    )
+    kept = np.concatenate([np.flatnonzero(labels == k)[:per_class] for k in range(num_classes)])
+    mask = jnp.zeros(len(split), bool).at[kept].set(True)
+    return split.replace(masks={**split.masks, "labelled": mask})
+
+
+def _omit_classes(split: Split, classes: Sequence[int]) -> Split:
+    """The examples of all other classes; those whose label is not known stay."""
+    kept = np.flatnonzero(~np.isin(np.asarray(split.labels), list(classes)))
+    require(len(kept), "data.omit", "fewer classes: they leave no training example", tuple(classes))
+    return split.take(kept)
