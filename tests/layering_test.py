@@ -13,27 +13,30 @@ ROOT = pathlib.Path(__file__).parents[1]
 LIBRARY = "abkd_jax"
 FLOORS = {
     "types": 0,
+    "binding": 0,
+    "checks": 0,
     "numerics": 0,
     "schedules": 0,
-    "combinators": 1,
+    "figures": 0,
+    "markdown": 0,
+    "parallel": 0,
     "divergences": 1,
     "models": 1,
     "data": 1,
-    "figures": 2,
+    "optimizers": 1,
     "metrics": 2,
     "losses": 2,
-    "objective": 3,
-    "arguments": 3,
-    "flags": 3,
+    "tasks": 3,
     "analysis": 3,
-    "train": 3,
-    "schema": 3,
-    "train.loop": 4,
-    "train.phase": 4,
-    "train.sweep": 4,
-    "main": 5,
+    "train": 4,
+    "sources": 4,
+    "config": 5,
+    "run": 6,
+    "sweep": 6,
+    "report": 6,
+    "main": 7,
 }
-PUBLIC_NAMES = 5  # abkd_jax/__init__.py
+PUBLIC_NAMES = 7  # abkd_jax/__init__.py
 LINEN = "flax.linen"
 LINEN_ALONE_IN = "models"
 SCRIPTS = ("configs", "experiments")  # imported by nobody
@@ -165,12 +168,8 @@ def test_the_library_was_read():
     modules = read(ROOT, LIBRARY)
     assert {"abkd_jax.types", "abkd_jax.losses", "abkd_jax.losses.lift"} <= set(modules)
     found = edges(modules)
-    assert found["abkd_jax.objective"] == {
-        "abkd_jax.divergences",
-        "abkd_jax.losses",
-        "abkd_jax.schedules",
-        "abkd_jax.types",
-    }
+    assert found["abkd_jax.sources.source"] == {"abkd_jax.types"}
+    assert {"abkd_jax.config.build", "abkd_jax.train.state"} <= found["abkd_jax.config.schema"]
     assert "abkd_jax.types" in found["abkd_jax.losses.lift"]
     users = [name for name, imported in modules.items() if LINEN in imported]
     assert users and all(within(name, "abkd_jax.models") for name in users)
@@ -187,12 +186,13 @@ SOUND = {
     "abkd_jax/losses/lift.py": "from abkd_jax.divergences import forward_kl",
     "abkd_jax/losses/total.py": "from . import lift\nfrom ..types import Bound",
     "abkd_jax/models/__init__.py": "from flax import linen as nn",
-    "abkd_jax/objective.py": "from abkd_jax import divergences, losses",
+    "abkd_jax/config/build.py": "from abkd_jax import divergences, losses",
     "abkd_jax/train/__init__.py": "from abkd_jax.train.step import train_step",
-    "abkd_jax/train/step.py": "from abkd_jax import objective\nimport abkd_jax.losses.total",
-    "abkd_jax/train/loop.py": "from abkd_jax import train\nfrom abkd_jax.train import step",
-    "abkd_jax/main.py": "from abkd_jax.train import loop\nimport abkd_jax",
-    "configs/digits.py": "from abkd_jax import objective",
+    "abkd_jax/train/step.py": "from abkd_jax import binding\nimport abkd_jax.losses.total",
+    "abkd_jax/run/loop.py": "from abkd_jax import train\nfrom abkd_jax.train import step",
+    "abkd_jax/binding.py": "from abkd_jax import types",
+    "abkd_jax/main.py": "from abkd_jax.run import loop\nimport abkd_jax",
+    "configs/digits.py": "from abkd_jax import config",
     "experiments/table.py": "import abkd_jax",
     "tests/some_test.py": "from abkd_jax import types",
 }
@@ -229,29 +229,29 @@ def test_a_sound_tree_has_no_violations(tmp_path):
         ),
         pytest.param(
             "abkd_jax/losses/total.py",
-            "from .. import objective",
-            "abkd_jax.losses.total (floor 2) imports abkd_jax.objective (floor 3); "
+            "from ..config import build",
+            "abkd_jax.losses.total (floor 2) imports abkd_jax.config.build (floor 5); "
             "imports go to lower floors or sideways.",
             id="upwards, relative",
         ),
         pytest.param(
             "abkd_jax/train/step.py",
-            "from abkd_jax.train import loop",
-            "abkd_jax.train.step (floor 3) imports abkd_jax.train.loop (floor 4); "
+            "from abkd_jax.run import loop",
+            "abkd_jax.train.step (floor 4) imports abkd_jax.run.loop (floor 6); "
             "imports go to lower floors or sideways.",
-            id="upwards, within a package",
+            id="upwards, to another package",
         ),
         pytest.param(
-            "abkd_jax/objective.py",
+            "abkd_jax/config/build.py",
             "from abkd_jax import on_logits",
-            "abkd_jax.objective (floor 3) imports abkd_jax (floor 5); "
+            "abkd_jax.config.build (floor 5) imports abkd_jax (floor 7); "
             "imports go to lower floors or sideways.",
             id="a public name",
         ),
         pytest.param(
-            "abkd_jax/objective.py",
+            "abkd_jax/config/build.py",
             "import abkd_jax",
-            "abkd_jax.objective (floor 3) imports abkd_jax (floor 5); "
+            "abkd_jax.config.build (floor 5) imports abkd_jax (floor 7); "
             "imports go to lower floors or sideways.",
             id="the public names",
         ),

@@ -1,5 +1,7 @@
 """Networks by name: each function here returns a flax module that maps inputs to `Outputs`."""
 
+from flax.linen import Module
+
 from abkd_jax.models.adapters import as_outputs, split_variables
 from abkd_jax.models.normalized import normalized
 from abkd_jax.models.projected import projected, without_projections

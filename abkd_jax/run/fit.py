@@ -8,8 +8,7 @@ import jax
 
 from abkd_jax.run.interruption import Interruption
 from abkd_jax.run.log.progress import Progress
-from abkd_jax.train import Carry, Networks, Objectives, run_steps
-from abkd_jax.train.advance import Programs
+from abkd_jax.train import Carry, Networks, Objectives, Programs, run_steps
 
 
 class Recorder(Protocol):

@@ -6,7 +6,6 @@ phase that was complete restores its last state and has no step left.
 """
 
 import contextlib
-import dataclasses
 import functools
 import os
 import pathlib
@@ -135,9 +134,6 @@ def _fitting(run: Run, name: str, weights: Weights) -> Mapping[str, Any]:
     pairs = [(path, found.get(path), expected.get(path)) for path in {**expected, **found}]
     if weights.preprocess is not None:
         pairs.insert(0, ("the normalisation", dict(weights.preprocess), here))
-    if weights.model is not None:
-        theirs = folders.module_of(weights, run.plan.builder)
-        pairs.insert(0, ("the model", _in_a_line(theirs), _in_a_line(module)))
     for what, there, here in pairs:
         if there != here:
             raise ValueError(
@@ -150,13 +146,6 @@ def _shapes(variables: Any) -> dict[str, tuple[int, ...]]:
     """{"params.layer.kernel": shape}."""
     name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
     return {name(path): x.shape for path, x in jax.tree.leaves_with_path(variables)}
-
-
-def _in_a_line(module: Any) -> str:
-    """A flax module by its fields, in place of the many lines that it prints."""
-    own = (f.name for f in dataclasses.fields(module) if f.name not in ("parent", "name"))
-    fields = ", ".join(f"{name}={getattr(module, name)!r}" for name in own)
-    return f"{type(module).__name__}({fields})"
 
 
 def learners_of(run: Run, phase: Phase, states: Mapping[str, Any]) -> Networks:

@@ -10,22 +10,19 @@ from jax import numpy as jnp
 
 from abkd_jax import analysis
 from abkd_jax.binding import at_step
-from abkd_jax.data import Feed
+from abkd_jax.data import Feed, Preprocess, Split, Stream
 from abkd_jax.train import Networks, Objectives, outputs_of
 from abkd_jax.types import Batch
 
 _BATCHES = 4  # for gradient noise; the same ones through the whole run, so that rows compare
 
 
-def probe_batches(feed: Feed, *, data_seed: int, most: int = _BATCHES) -> Batch:
-    """The batches of the first steps, stacked: each entry `[N, size, ...]`.
-
-    Args:
-        feed: of the examples.
-        data_seed: of their order.
-        most: N at the most; fewer where the first epoch has fewer.
-    """
-    count = min(most, feed.steps_per_epoch)
+def probe_batches(
+    split: Split | Stream, preprocess: Preprocess, *, data_seed: int, size: int
+) -> Batch:
+    """The batches of the first steps, stacked: each entry `[N, size, ...]`."""
+    feed = Feed(split, preprocess, data_seed=data_seed, size=size)
+    count = min(_BATCHES, len(split) // size)
     batches = [feed(n)[0].batch(data_seed, jnp.asarray(n)) for n in range(count)]
     return jax.tree.map(lambda *x: jnp.stack(x), *batches)
 
@@ -70,7 +67,7 @@ def probed(
         values = analysis.probe(
             state.params,
             functools.partial(outputs, name),
-            shown,
+            {other: x for other, x in shown.items() if other != name},
             batches,
             at_step(dict(objectives[name]), state.step),
             probes=probes,

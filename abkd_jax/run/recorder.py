@@ -19,7 +19,7 @@ from abkd_jax.run.fit import Fit, fit
 from abkd_jax.run.log.progress import Progress
 from abkd_jax.run.log.writer import Writer
 from abkd_jax.run.phases import Run, examples, objectives_of
-from abkd_jax.train import Carry, Networks, Objectives, Static, on_mesh
+from abkd_jax.train import Carry, Networks, Objectives, Programs, Static
 from abkd_jax.train.checkpoint import FOLDER, Checkpoints
 
 _PROFILED = range(5, 10)  # the steps of a process that a trace shows
@@ -67,7 +67,7 @@ def train_phase(
         )
         training = Fit(
             label=label,
-            programs=on_mesh(
+            programs=Programs(
                 phase.source, Static(config["micro_batches"], config["log_every"], run.mesh)
             ),
             frozen=frozen,
@@ -113,9 +113,12 @@ class _Recorder:
         self._split = parallel.replicated(split, run.mesh) if resident else split
         self._probes = tuple(self._config["analysis"])
         if self._probes:
-            parts = self._config["micro_batches"]
-            small = feed.resized(size // parts)
-            batches = probing.probe_batches(small, data_seed=self._config["data_seed"])
+            batches = probing.probe_batches(
+                examples(run, phase)[0],
+                run.data.preprocess,
+                data_seed=self._config["data_seed"],
+                size=size // self._config["micro_batches"],
+            )
             self._batches = parallel.replicated(batches, run.mesh)
 
     def check(self, carry: Carry, step: int) -> None:

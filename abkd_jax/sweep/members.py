@@ -37,13 +37,13 @@ from abkd_jax.train import (
     Carry,
     Networks,
     Objectives,
+    Programs,
     Static,
     adopt,
     advance,
     begin,
     create,
     eval_outputs,
-    over_members,
 )
 from abkd_jax.train.checkpoint import FOLDER, Checkpoints
 from abkd_jax.types import Outputs
@@ -134,7 +134,7 @@ class _Program:
         seed = config["data_seed"]
         self._feed = datasets.Feed(split, run.data.preprocess, data_seed=seed, size=size)
         self._size, self._static = size, Static(config["micro_batches"], config["log_every"])
-        self._programs = over_members(phase.source, self._static)
+        self._programs = Programs(phase.source, self._static, members=True)
 
     def fitting(self) -> int:
         """How many members memory holds at once."""

@@ -140,50 +140,82 @@ def confirmed(carry: Carry, step: Array) -> Carry:
     return carry.replace(bad_step=jnp.where(overflowed, step - 1, carry.bad_step).astype(jnp.int32))
 
 
-def refilled(carry, frozen, source, examples, data_seed, step) -> Carry:
+def refilled(
+    carry: Carry, frozen: Networks, examples: Any, data_seed: Array, step: Array, *, source: Source
+) -> Carry:
     """The carry with its source refilled, before the step."""
     networks = carry.learners | frozen
     state = source.refill(carry.source, networks, examples, data_seed, step)
     return carry.replace(source=state)
 
 
-def evaluated(carry: Carry, summary: Any, source: Source) -> Carry:
+def evaluated(carry_and_summary: tuple[Carry, Any], *, source: Source) -> Carry:
     """The carry whose source has seen an evaluation."""
+    carry, summary = carry_and_summary
     return carry.replace(source=source.evaluated(carry.source, summary))
 
 
 class Programs(NamedTuple):
-    """The functions above, compiled: for one carry on a mesh, or for stacked ones.
+    """The functions above, compiled: for one carry on a mesh, or for stacked members.
 
     Attributes:
         source: of the batches.
-        advance: `(carry, frozen, objectives, examples, data_seed, step, count) -> (carry, ready)`,
-            with an array that is ready when the steps are done. The carry's buffers are taken.
-        refill: `(carry, frozen, examples, data_seed, step) -> carry`.
-        evaluated: `(carry, summary) -> carry`.
-        confirmed: `(carry, step) -> carry`.
+        static: the rest of the structure.
+        members: whether carries and objectives are stacked (`parallel.spread`).
     """
 
     source: Source
-    advance: Callable
-    refill: Callable
-    evaluated: Callable
-    confirmed: Callable
+    static: Static
+    members: bool = False
+
+    def advance(
+        self,
+        carry: Carry,
+        frozen: Networks,
+        objectives: Objectives,
+        examples: Any,
+        data_seed: int,
+        step: int,
+        count: int,
+    ) -> tuple[Carry, Array]:
+        """The carry after `count` steps, and an array that is ready when they are done.
+
+        The buffers of a carry that is not stacked are taken.
+        """
+        if not self.members:
+            args = (carry, frozen, objectives, self.source, examples, data_seed, step)
+            return _advance(*args, count=count, static=self.static)
+        fn = _partial(_member, source=self.source, count=count, static=self.static)
+        shared = frozen, examples, jnp.asarray(data_seed), jnp.asarray(step)
+        carry = parallel.spread(fn, (carry, objectives), *shared)
+        return carry, carry.bad_step
+
+    def refill(
+        self, carry: Carry, frozen: Networks, examples: Any, data_seed: int, step: int
+    ) -> Carry:
+        """See `refilled`."""
+        shared = frozen, examples, jnp.asarray(data_seed), jnp.asarray(step)
+        return self._call(_partial(refilled, source=self.source), carry, *shared)
+
+    def evaluated(self, carry: Carry, summary: Any) -> Carry:
+        """See `evaluated`."""
+        return self._call(_partial(evaluated, source=self.source), (carry, summary))
+
+    def confirmed(self, carry: Carry, step: int) -> Carry:
+        """See `confirmed`."""
+        return self._call(confirmed, carry, jnp.asarray(step))
+
+    def _call(self, fn: Callable, *args: Any) -> Carry:
+        return parallel.spread(fn, *args) if self.members else _jitted(fn)(*args)
 
 
-def on_mesh(source: Source, static: Static) -> Programs:
-    """The programs of one set of networks."""
+# One object for the same function and structure, by which programs are compiled once.
+_partial, _jitted = functools.lru_cache(functools.partial), functools.lru_cache(jax.jit)
 
-    def advance_(carry, frozen, objectives, examples, data_seed, step, count):
-        args = (carry, frozen, objectives, source, examples, data_seed, step)
-        return _advance(*args, count=count, static=static)
 
-    def refill(carry, frozen, examples, data_seed, step):
-        return _refilled(carry, frozen, source, examples, data_seed, step)
-
-    return Programs(
-        source, advance_, refill, lambda *args: _evaluated(*args, source=source), _confirmed
-    )
+def _member(carry_and_objectives, frozen, examples, data_seed, step, *, source, **options) -> Carry:
+    carry, objectives = carry_and_objectives
+    return advance(carry, frozen, objectives, source, examples, data_seed, step, **options)
 
 
 @functools.partial(jax.jit, static_argnames=("source", "count", "static"), donate_argnames="carry")
@@ -191,47 +223,6 @@ def _advance(carry, frozen, objectives, source, examples, data_seed, step, *, co
     args = (carry, frozen, objectives, source, examples, data_seed, step)
     carry = advance(*args, count=count, static=static)
     return carry, carry.bad_step + 0  # a buffer of its own, for the next call takes the carry's
-
-
-_refilled = jax.jit(refilled, static_argnames="source")
-_evaluated = jax.jit(evaluated, static_argnames="source")
-_confirmed = jax.jit(confirmed)
-
-
-def over_members(source: Source, static: Static) -> Programs:
-    """The programs of stacked members (`parallel.spread`); their objectives are stacked, too."""
-
-    @functools.cache  # one object for each count, by which `spread` compiles
-    def steps(count):
-        def member(carry_and_objectives, frozen, examples, data_seed, step):
-            carry, objectives = carry_and_objectives
-            args = (carry, frozen, objectives, source, examples, data_seed, step)
-            return advance(*args, count=count, static=static)
-
-        return member
-
-    def advance_(carry, frozen, objectives, examples, data_seed, step, count):
-        shared = frozen, examples, jnp.asarray(data_seed), jnp.asarray(step)
-        carry = parallel.spread(steps(count), (carry, objectives), *shared)
-        return carry, carry.bad_step
-
-    def member_refilled(carry, frozen, examples, data_seed, step):
-        return refilled(carry, frozen, source, examples, data_seed, step)
-
-    def refill(carry, frozen, examples, data_seed, step):
-        seed_and_step = jnp.asarray(data_seed), jnp.asarray(step)
-        return parallel.spread(member_refilled, carry, frozen, examples, *seed_and_step)
-
-    def member_evaluated(carry_and_summary):
-        return evaluated(*carry_and_summary, source)
-
-    return Programs(
-        source,
-        advance_,
-        refill,
-        lambda carry, summary: parallel.spread(member_evaluated, (carry, summary)),
-        lambda carry, step: parallel.spread(confirmed, carry, jnp.asarray(step)),
-    )
 
 
 def run_steps(
