@@ -9,7 +9,7 @@ import pytest
 from jax import numpy as jnp
 
 from abkd_jax import schedules
-from abkd_jax.types import at_step, schedule
+from abkd_jax.binding import at_step, schedule
 
 STEPS = np.arange(0, 41)  # every schedule below ends before 40
 
