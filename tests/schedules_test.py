@@ -225,6 +225,6 @@ def test_no_steps_at_all_is_the_end_from_then_on_or_refused(name, numbers, struc
     try:
         value = schedule(getattr(schedules, name), **numbers, **structure)(5)
     except ValueError as error:
-        assert str(error).startswith(f"{name}: steps")
+        assert str(error).startswith(f"{name}.steps must be ")
     else:
         assert value == expected

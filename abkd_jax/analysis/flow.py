@@ -24,7 +24,7 @@ def mass_change(student_logits: Array, log_ratio: Array) -> Array:
         `[..., K]`, of sum 0 over the classes; 0 at a class that is removed.
 
     Raises:
-        ValueError: if log_ratio has another shape.
+        AssertionError: if log_ratio has another shape.
     """
     logits = check_values(student_logits, "student_logits")
     checks.check_array("log_ratio", log_ratio, float, logits.shape, "as student_logits")
@@ -50,7 +50,7 @@ def mass_flow(change: Array, groups: Mapping[str, Array]) -> dict[str, Array]:
         AssertionError: if a group is not bool, or its shape does not fit.
     """
     for name, group in groups.items():
-        shape = jnp.shape(group)
+        shape = getattr(group, "shape", ())
         fits = checks.broadcast_shape(shape, change.shape) and shape[-1:] == change.shape[-1:]
         expected = f"bool over the {change.shape[-1]} classes, with leading axes that broadcast"
         is_mask = getattr(group, "dtype", None) == np.bool_

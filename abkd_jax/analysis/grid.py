@@ -68,8 +68,9 @@ def over_grid(
         counts, mean and deviation are 0, lowest is inf and highest -inf.
 
     Raises:
-        ValueError: if the logits are refused by `check_cached`, `fn` is not bound, its numbers make
-            no grid, `where` is not bool `[...]`, or `chunk` is no integer of at least 1.
+        AssertionError: if `where` is not bool `[...]`.
+        ValueError: if `fn` is not bound, its numbers make no grid, or `chunk` is no integer of at
+            least 1.
     """
     checks.require(isinstance(fn, Bound), "fn", "bound: bind(function, ...)", fn)
     is_count = isinstance(chunk, int) and not isinstance(chunk, bool) and chunk >= 1

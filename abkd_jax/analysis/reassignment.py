@@ -131,7 +131,7 @@ def parameter_log_mass_ratio(
         The reassignment by the change -eta J J^T g, which is its `target`.
 
     Raises:
-        ValueError: if `where` is not bool `[...]`.
+        AssertionError: if `where` is not bool `[...]`.
 
     Source: Wang et al., "ABKD", ICML 2025, https://arxiv.org/abs/2505.04560, appendix C.
     """
@@ -166,7 +166,7 @@ def exact_parameter_log_mass_ratio(
         The reassignment.
 
     Raises:
-        ValueError: if `where` is not bool `[...]`.
+        AssertionError: if `where` is not bool `[...]`.
     """
     step, logits, lifted = _descent(
         logits_fn, params, teacher_logits, divergence, learning_rate, where

@@ -64,8 +64,8 @@ def agreement_sums(
 
     Returns:
         Scalars "count", "agreement" (the highest logits are of the same class) and "kl_at_1"
-        (`forward_kl` at temperature 1, in nats; 1e30 where the student alone removed a class), each
-        a sum over rows of values >= 0.
+        (`forward_kl` at temperature 1, in nats; where the student alone removed a class it is
+        large and finite), each a sum over rows of values >= 0.
 
     Source: Stanton et al., "Does knowledge distillation really work?", 2021.
     """
