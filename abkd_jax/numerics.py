@@ -7,95 +7,17 @@ and reverse mode to any order.
 
 import functools
 import math
-from collections.abc import Mapping
 from typing import Any
 
-import chex
 import jax
 from jax import Array
 from jax import numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from abkd_jax.checks import broadcast_shape, require
+
 SATURATION = 1e30  # where a value or a slope is infinite it becomes this, so that sums stay finite
 MAX_LOG_RATIO = 1e15  # log(p / q) when one of the two is exactly zero
-
-
-def check_logits(student_logits: Array, teacher_logits: Array) -> tuple[Array, Array]:
-    """Refuses what is not a pair of logit arrays over the same classes, and lifts 16 bit to 32.
-
-    Args:
-        student_logits: floating point, `[..., K]`, K >= 1.
-        teacher_logits: floating point, `[..., K]`, leading axes that broadcast with the student's.
-
-    Returns:
-        The two arrays in one dtype: float64 if either is, else float32.
-
-    Raises:
-        AssertionError: naming the argument, what was found and what was expected.
-        ValueError: if one is no array.
-    """
-    named = {"student_logits": student_logits, "teacher_logits": teacher_logits}
-    for name, logits in named.items():
-        if not hasattr(logits, "shape"):
-            raise ValueError(f"{name} must be an array [..., K]; found {type(logits).__name__}.")
-        message = f"{name} must be a floating-point array [..., K] with K >= 1 classes; found {{}}."
-        found = f"{jnp.result_type(logits)}{list(jnp.shape(logits))}"
-        options = dict(custom_message=message.format(found), include_default_message=False)
-        chex.assert_type(jnp.asarray(logits), float, **options)
-        chex.assert_rank(logits, set(range(1, 33)), **options)
-        chex.assert_axis_dimension_gt(logits, -1, 0, **options)
-    shapes = [jnp.shape(logits) for logits in named.values()]
-    message = f"student_logits {list(shapes[0])} and teacher_logits {list(shapes[1])} must "
-    chex.assert_equal_shape_suffix(
-        list(named.values()),
-        1,
-        custom_message=message + "have the same number of classes in their last axis.",
-        include_default_message=False,
-    )
-    try:
-        jnp.broadcast_shapes(*shapes)
-    except ValueError:
-        raise AssertionError(message + "have leading axes that broadcast.") from None
-    dtype = jnp.promote_types(jnp.result_type(student_logits, teacher_logits), jnp.float32)
-    return jnp.asarray(student_logits, dtype), jnp.asarray(teacher_logits, dtype)
-
-
-def check_labels(labels: Array, shape: tuple[int, ...], name: str = "logits") -> None:
-    """Refuses what is not one integer for each row of an array.
-
-    Args:
-        labels: integers, `[...]`.
-        shape: `[..., K]`, that of the array.
-        name: what the array is, in the message.
-
-    Raises:
-        AssertionError: naming what was found and what was expected.
-    """
-    chex.assert_type(
-        labels,
-        int,
-        custom_message=f"labels must be integers; found {labels.dtype}.",
-        include_default_message=False,
-    )
-    chex.assert_shape(
-        labels,
-        shape[:-1],
-        custom_message=f"labels {list(labels.shape)} must have the leading axes of the {name} "
-        f"{list(shape)}.",
-        include_default_message=False,
-    )
-
-
-def labels_of(loss: str, batch: Mapping[str, Array]) -> Array:
-    """The batch's labels.
-
-    Raises:
-        ValueError: naming the loss that needs them, if there are none.
-    """
-    if "labels" not in batch:
-        found = ", ".join(batch) or "nothing"
-        raise ValueError(f"{loss} needs batch['labels'], one integer per example; found {found}.")
-    return batch["labels"]
 
 
 def known_labels(labels: Array, num_classes: int) -> tuple[Array, Array]:
@@ -109,23 +31,63 @@ def known_labels(labels: Array, num_classes: int) -> tuple[Array, Array]:
     return jnp.where(known, labels, 0), known
 
 
-def per_row(name: str, number: float | Array, logits: Array) -> Array:
+def per_row(name: str, number: float | Array, logits: Array | jax.ShapeDtypeStruct) -> Array:
     """A number in the dtype of the logits, with an axis for the classes if it has axes at all.
 
     Raises:
         ValueError: naming the number, if it does not broadcast to the logits' leading axes.
     """
-    number, leading = jnp.asarray(number, logits.dtype), logits.shape[:-1]
-    try:
-        fits = jnp.broadcast_shapes(number.shape, leading) == leading
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"{name} must be a number, or broadcast to the leading axes {list(leading)} of the "
-            f"logits; found the shape {list(number.shape)}."
-        )
+    number = per_value(name, number, jax.ShapeDtypeStruct(logits.shape[:-1], logits.dtype))
     return number[..., None] if number.ndim else number
+
+
+def per_value(name: str, number: float | Array, values: Array | jax.ShapeDtypeStruct) -> Array:
+    """A number in the dtype of an array with one value per row.
+
+    Raises:
+        ValueError: naming the number, if it does not broadcast to the array's shape.
+    """
+    number, shape = jnp.asarray(number, values.dtype), tuple(values.shape)
+    fits = broadcast_shape(number.shape, shape) == shape
+    require(fits, name, f"a number, or an array that broadcasts to the rows {list(shape)}", number)
+    return number
+
+
+def positive(name: str, number: float | Array, logits: Array | jax.ShapeDtypeStruct) -> Array:
+    """`per_row`, and NaN where the number is not positive."""
+    number = per_row(name, number, logits)
+    return jnp.where(number > 0, number, jnp.nan)
+
+
+def at_temperature(
+    student_logits: Array,
+    teacher_logits: Array,
+    temperature: float | Array,
+    temperature_power: float | Array,
+) -> tuple[Array, Array, Array]:
+    """Both logits divided by T, and T^power.
+
+    Args:
+        student_logits: `[..., K]`.
+        teacher_logits: `[..., K]`, in the same dtype, leading axes that broadcast.
+        temperature: T > 0, or an array that broadcasts to the leading axes.
+        temperature_power: likewise, any number.
+
+    Returns:
+        `[..., K]`, `[..., K]`, and `[...]` or a scalar; all NaN where T is not positive.
+
+    Raises:
+        ValueError: naming the number, if it does not broadcast.
+    """
+    shape = jnp.broadcast_shapes(student_logits.shape, teacher_logits.shape)
+    rows = jax.ShapeDtypeStruct(shape, student_logits.dtype)
+    divisor = positive("temperature", temperature, rows)
+    scale = divisor ** per_row("temperature_power", temperature_power, rows)
+    return (
+        divided_logits(student_logits, divisor),
+        divided_logits(teacher_logits, divisor),
+        scale[..., 0] if scale.ndim else scale,
+    )
 
 
 def divided_logits(logits: Array, temperature: Array) -> Array:
@@ -154,6 +116,13 @@ def entropy(logits: Array) -> Array:
     log_probs = log_softmax(logits)
     present = jnp.where(jnp.isneginf(log_probs), 0.0, log_probs)
     return -jnp.sum(jnp.exp(log_probs) * present, axis=-1)
+
+
+def norm(x: Array, axis: int | tuple[int, ...] = -1, *, keepdims: bool = False) -> Array:
+    """The Euclidean norm over the axes, with slope 0 at 0, where autodiff's would be NaN."""
+    square = jnp.sum(jnp.square(x), axis=axis, keepdims=keepdims)
+    apart = square > 0
+    return jnp.where(apart, jnp.sqrt(jnp.where(apart, square, 1.0)), 0.0)
 
 
 def psi(gap: Array) -> Array:

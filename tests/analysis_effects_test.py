@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import numpy as jnp
 
-from abkd_jax import alpha_beta, bind, numerics
+from abkd_jax import numerics
 from abkd_jax.analysis import (
     confidence_weight,
     hardness_weight,
@@ -20,6 +20,8 @@ from abkd_jax.analysis import (
     tightness,
     upper_bound,
 )
+from abkd_jax.binding import bind
+from abkd_jax.divergences import alpha_beta
 
 INF = np.inf
 ALPHAS = [0.0, 1e-12, -1e-8, 1e-4, -1e-2, 0.5, 1.0, -1.0, 2.0]

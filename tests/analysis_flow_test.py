@@ -6,7 +6,6 @@ import pytest
 import scipy.special
 from jax import numpy as jnp
 
-from abkd_jax import bind, forward_kl
 from abkd_jax.analysis import (
     by_rank,
     head_and_tail,
@@ -18,6 +17,8 @@ from abkd_jax.analysis import (
     over_and_underestimated,
     target_and_rest,
 )
+from abkd_jax.binding import bind
+from abkd_jax.divergences import forward_kl
 
 INF = np.inf
 P = np.array([0.1, 0.5, 0.05, 0.3, 0.05])
@@ -139,17 +140,19 @@ def test_edges_that_do_not_rise_are_refused(edges):
         (np.ones(1, bool), r"bool\[1\]"),
         (np.ones(4), r"float64\[4\]"),
         (np.ones((5, 4), bool), r"bool\[5, 4\]"),
-        (np.bool_(True), r"bool\[\]"),
-        ([True] * 4, "list"),
+        (np.bool_(True), r"np\.True_"),
+        ([True] * 4, r"\[True, True, True, True\]"),
     ],
 )
 def test_groups_that_do_not_fit_are_refused(group, found):
-    message = rf"groups\['mine'\] must be bool over 4 classes, .* \[2\] of change; found {found}\.$"
-    with pytest.raises(ValueError, match=message):
+    message = rf"^groups\['mine'\] must be bool over the 4 classes, .*; found {found}\.$"
+    with pytest.raises(AssertionError, match=message):
         mass_flow(jnp.zeros((2, 4)), {"mine": group})
 
 
 @pytest.mark.parametrize("log_ratio", [jnp.zeros(4), jnp.zeros((2, 3)), [0.0] * 4])
 def test_a_log_ratio_of_another_shape_is_refused(log_ratio):
-    with pytest.raises(ValueError, match=r"log_ratio must be an array of the shape \[2, 4\] of st"):
+    with pytest.raises(
+        (AssertionError, ValueError), match=r"^log_ratio must be .* \[2, 4\], as student_"
+    ):
         mass_change(jnp.zeros((2, 4)), log_ratio)

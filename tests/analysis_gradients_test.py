@@ -9,7 +9,6 @@ import scipy.optimize
 import scipy.special
 from jax import numpy as jnp
 
-from abkd_jax import Outputs, Term, bind, cross_entropy, dist, forward_kl, on_logits
 from abkd_jax.analysis import (
     cosine,
     effective_temperature,
@@ -21,6 +20,10 @@ from abkd_jax.analysis import (
     tree_cosine,
     variance_reduction,
 )
+from abkd_jax.binding import bind
+from abkd_jax.divergences import forward_kl
+from abkd_jax.losses import cross_entropy, dist, on_logits
+from abkd_jax.types import Outputs, Term
 
 INF = np.inf
 B, D, K = 9, 4, 5
@@ -58,16 +61,16 @@ def test_norm_and_cosine_at_the_ends_of_float32(scale):
 @pytest.mark.parametrize(
     "b,found",
     [
-        ({"b": np.ones(3)}, r"\['a'\] \[3\] in a where b has \['b'\] \[3\]\.$"),
-        ({"a": np.ones((3, 1))}, r"\['a'\] \[3\] in a where b has \['a'\] \[3, 1\]\.$"),
-        ({"a": np.ones(3), "c": np.ones(2)}, r"nothing in a where b has \['c'\] \[2\]\.$"),
-        (np.ones(3), r"\['a'\] \[3\] in a where b has \[3\]\.$"),
+        ({"b": np.ones(3)}, ("['a'] [3]", "['b'] [3]")),
+        ({"a": np.ones((3, 1))}, ("['a'] [3]", "['a'] [3, 1]")),
+        ({"a": np.ones(3), "c": np.ones(2)}, ("nothing", "['c'] [2]")),
+        (np.ones(3), ("['a'] [3]", "[3]")),
     ],
 )
 def test_trees_that_differ_are_refused(b, found):
-    message = f"a and b must have the same structure and shapes; found {found}"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError) as error:
         tree_cosine({"a": np.ones(3)}, b)
+    assert str(error.value) == f"a and b must be of the same structure and shapes; found {found!r}."
 
 
 def test_cosine_of_trees():
@@ -97,7 +100,7 @@ def setup():
     teacher = 2 * rng.normal(size=(B, K))
     terms = {
         "task": Term(bind(cross_entropy), 2.0, where="labelled"),
-        "kd": Term(bind(on_logits, divergence=forward_kl, temperature=1.0), 5.0),
+        "kd": Term(bind(on_logits, divergence=forward_kl, temperature=1.0), 5.0, other="teacher"),
         "shifted": Term(bind(on_logits, divergence=forward_kl, temperature=1.0), 1.0, other="peer"),
     }
     others = {"teacher": Outputs(jnp.float32(teacher)), "peer": Outputs(jnp.float32(-teacher))}
@@ -134,7 +137,7 @@ def test_cosines_in_parameters():
 @pytest.mark.slow
 def test_cosines_of_a_loss_that_couples_the_batch():
     params, batch, others, terms, *_ = setup()
-    terms = {"dist": Term(bind(dist), 1.0), "kd": terms["kd"]}
+    terms = {"dist": Term(bind(dist), 1.0, other="teacher"), "kd": terms["kd"]}
     student = forward(params, batch)
     found = logit_cosines(terms, student, others, batch)
 
@@ -189,7 +192,7 @@ def test_noise_alone_and_no_noise():
 
 @pytest.mark.parametrize("gradients", [np.ones((1, 4)), {"a": np.ones((2, 3)), "b": np.ones(3)}])
 def test_too_few_batches_are_refused(gradients):
-    with pytest.raises(ValueError, match="gradients must hold the gradients of at least 2 batches"):
+    with pytest.raises(ValueError, match=r"^gradients must be the gradients of at least 2 batches"):
         gradient_noise(gradients)
 
 
@@ -207,7 +210,7 @@ def test_variance_reduction_against_numpy():
 
 
 def test_other_batches_for_the_task_are_refused():
-    message = r"distill_gradients and task_gradients must .* \[3, 2\] in .* has \[4, 2\]\.$"
+    message = r"^distill_gradients and task_gradients must .*; found \('\[3, 2\]', '\[4, 2\]'\)\.$"
     with pytest.raises(ValueError, match=message):
         variance_reduction(np.ones((3, 2)), np.ones((4, 2)))
 

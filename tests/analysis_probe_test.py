@@ -8,8 +8,11 @@ import pytest
 import scipy.special
 from jax import numpy as jnp
 
-from abkd_jax import Outputs, Term, bind, cross_entropy, dist, forward_kl, on_logits
 from abkd_jax.analysis import PROBES, effective_temperature, probe
+from abkd_jax.binding import bind
+from abkd_jax.divergences import forward_kl
+from abkd_jax.losses import cross_entropy, dist, on_logits
+from abkd_jax.types import Head, Outputs, Term
 
 N, B, D, K, ETA = 3, 6, 4, 5, 0.2
 
@@ -39,7 +42,10 @@ def setup():
     }
     assert not where.all() and np.any(where & (labels < 0))
     others = {"teacher": Outputs(logits=jnp.float32(teacher)), "silent": Outputs()}
-    terms = {"task": Term(bind(cross_entropy), 0.5, where="labelled"), "kd": Term(KD, 3.0)}
+    terms = {
+        "task": Term(bind(cross_entropy), 0.5, where="labelled"),
+        "kd": Term(KD, 3.0, other="teacher"),
+    }
     return jax.tree.map(jnp.float32, params), others, batches, terms
 
 
@@ -145,14 +151,17 @@ def test_terms_that_couple_the_batch_and_heads_that_batches_share():
     params, others, batches, _ = setup()
 
     def with_hidden(params, batch):
-        return forward(params, batch).replace(hidden=batch["inputs"], unembedding=params["w"])
+        return forward(params, batch).replace(hidden=batch["inputs"], head=Head(params["w"]))
 
     def needs_head(student, teacher, batch):
-        assert teacher.unembedding.shape == (D, K) and student.unembedding.shape == (D, K)
-        return jnp.sum((student.hidden @ student.unembedding - teacher.logits) ** 2, -1)
+        assert teacher.head.unembedding.shape == student.head.unembedding.shape == (D, K)
+        return jnp.sum((student.head(student.hidden) - teacher.logits) ** 2, -1)
 
-    others = {"teacher": others["teacher"].replace(unembedding=2 * params["w"])}
-    terms = {"dist": Term(bind(dist), 1.0), "head": Term(needs_head, 1.0)}
+    others = {"teacher": others["teacher"].replace(head=Head(2 * params["w"]))}
+    terms = {
+        "dist": Term(bind(dist), 1.0, other="teacher"),
+        "head": Term(needs_head, 1.0, other="teacher"),
+    }
     found = jax.jit(lambda p: probe(p, with_hidden, others, batches, terms))(params)
     assert all(np.isfinite(value) for value in found.values())
 
@@ -186,14 +195,16 @@ def test_a_network_alone_without_labels():
 def test_refusals():
     params, others, batches, terms = setup()
     with pytest.raises(
-        ValueError, match=r"found 'gradient_norm' \(did you mean 'gradient_norms'\?\)"
+        ValueError, match=r"\(did you mean 'gradient_norms'\?\); found 'gradient_norm'\.$"
     ):
         probe(params, forward, others, batches, terms, probes=("gradient_norm",))
     one = jax.tree.map(lambda x: x[:1], (others, batches))
-    with pytest.raises(ValueError, match="'gradient_noise' needs at least 2 batches; found 1"):
+    with pytest.raises(
+        ValueError, match=r"^batches must be at least 2, for the probe 'gradient_noise'; found 1"
+    ):
         probe(params, forward, *one, terms)
     mute = lambda params, batch: Outputs(hidden=batch["inputs"])  # noqa: E731
     with pytest.raises(
-        ValueError, match="needs the logits of the network being trained; found None"
+        ValueError, match=r"^the logits of the network being trained must be shown; found None"
     ):
         probe(params, mute, others, batches, terms, probes=("mass_flow",))

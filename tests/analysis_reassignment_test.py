@@ -8,7 +8,6 @@ import pytest
 import scipy.special
 from jax import numpy as jnp
 
-from abkd_jax import alpha_beta, bind, forward_kl, jensen_shannon, reverse_kl, total_variation
 from abkd_jax.analysis import (
     exact_parameter_log_mass_ratio,
     log_mass_ratio,
@@ -16,6 +15,8 @@ from abkd_jax.analysis import (
     of_logit_change,
     parameter_log_mass_ratio,
 )
+from abkd_jax.binding import bind
+from abkd_jax.divergences import alpha_beta, forward_kl, jensen_shannon, reverse_kl, total_variation
 
 B, K, ETA = 40, 6, 0.3
 INF = np.inf
@@ -329,7 +330,9 @@ def test_a_network_in_half_precision():
 
 
 def test_a_change_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"change must be an array of the shape \[2, 4\] of stud"):
+    with pytest.raises(
+        AssertionError, match=r"^change must be .* \[2, 4\], as student_logits; found"
+    ):
         of_logit_change(jnp.zeros((2, 4)), jnp.zeros(4))
 
 
@@ -337,7 +340,8 @@ def test_a_teacher_of_another_batch_is_refused():
     params, inputs, teacher = setup()
     args = jax.tree.map(jnp.float32, (params, inputs, np.stack([teacher, teacher])))
     with pytest.raises(
-        ValueError, match=r"broadcast to the shape \[7, 6\] of what logits_fn gives"
+        ValueError,
+        match=r"that broadcasts to \[7, 6\], that of what logits_fn gives; found float32",
     ):
         parameter_step(*args, AB(alpha=1.0, beta=0.0), ETA)
 
@@ -354,6 +358,6 @@ def test_a_teacher_of_another_batch_is_refused():
 )
 def test_a_mask_that_does_not_fit_is_refused(where, found, exact):
     params, inputs, teacher = jax.tree.map(jnp.float32, setup())
-    message = rf"where must be a bool array \[7\], one value for each row .* found {found}\.$"
-    with pytest.raises(ValueError, match=message):
+    message = rf"^where must be bool \[7\], one for each row .* found {found}\.$"
+    with pytest.raises(AssertionError, match=message):
         parameter_step.__wrapped__(params, inputs, teacher, forward_kl, ETA, where, exact=exact)

@@ -11,9 +11,10 @@ import pytest
 import scipy.special
 from jax import numpy as jnp
 
-from abkd_jax import combinators, divergences
+from abkd_jax import divergences
+from abkd_jax.binding import bind, kind_of
 from abkd_jax.divergences import alpha_beta, forward_kl, reverse_kl, total_variation
-from abkd_jax.types import Divergence, bind, kind_of
+from abkd_jax.types import Divergence
 
 B, K = 6, 7
 INF = np.inf
@@ -87,24 +88,24 @@ def make(combinator, **numbers):
 
 ROWS = {
     "tempered": Row(
-        make(combinators.tempered, divergence=AB, temperature=3.0, temperature_power=1.0),
+        make(divergences.tempered, divergence=AB, temperature=3.0, temperature_power=1.0),
         lambda s, t: 3 * ab(softmax(t / 3), softmax(s / 3)),
     ),
     "standardized": Row(
-        make(combinators.standardized, divergence=forward_kl),
+        make(divergences.standardized, divergence=forward_kl),
         lambda s, t: kl(softmax(z_scores(t)), softmax(z_scores(s))),
     ),
     "standardized alpha_beta": Row(
-        make(combinators.standardized, divergence=AB),
+        make(divergences.standardized, divergence=AB),
         lambda s, t: ab(softmax(z_scores(t)), softmax(z_scores(s))),
     ),
     "powered": Row(
-        make(combinators.powered, divergence=forward_kl, teacher_power=0.4),
+        make(divergences.powered, divergence=forward_kl, teacher_power=0.4),
         lambda s, t: kl(softmax(t) ** 0.4 / (softmax(t) ** 0.4).sum(-1)[:, None], softmax(s)),
         proper=False,
     ),
     "prior_shifted": Row(
-        make(combinators.prior_shifted, divergence=reverse_kl, log_prior=PRIOR),
+        make(divergences.prior_shifted, divergence=reverse_kl, log_prior=PRIOR),
         lambda s, t: kl(
             softmax(s),
             softmax(t) * np.exp(PRIOR) / (softmax(t) * np.exp(PRIOR)).sum(-1)[:, None],
@@ -112,23 +113,23 @@ ROWS = {
         proper=False,
     ),
     "top_k": Row(
-        make(combinators.top_k, divergence=forward_kl, k=3),
+        make(divergences.top_k, divergence=forward_kl, k=3),
         lambda s, t: kl(*bucketed(s, t, 3)),
     ),
     "top_k alpha_beta": Row(
-        make(combinators.top_k, divergence=AB, k=1), lambda s, t: ab(*bucketed(s, t, 1))
+        make(divergences.top_k, divergence=AB, k=1), lambda s, t: ab(*bucketed(s, t, 1))
     ),
     "top_k_renormalised": Row(
-        make(combinators.top_k_renormalised, divergence=reverse_kl, k=3),
+        make(divergences.top_k_renormalised, divergence=reverse_kl, k=3),
         lambda s, t: kl(*renormalised(s, t, 3)[::-1]),
     ),
     "top_k_dropped": Row(
-        make(combinators.top_k_dropped, divergence=forward_kl, k=3),
+        make(divergences.top_k_dropped, divergence=forward_kl, k=3),
         lambda s, t: kl(*dropped(s, t, 3)),
         proper=False,
     ),
     "top_k_dropped alpha_beta": Row(
-        make(combinators.top_k_dropped, divergence=AB, k=4),
+        make(divergences.top_k_dropped, divergence=AB, k=4),
         lambda s, t: ab(*dropped(s, t, 4)),
         proper=False,
     ),
@@ -207,8 +208,8 @@ def test_lskd_is_torchs(side):
     true = 4 * (log_p.exp() * (log_p - log_q)).sum(-1)
     (true_slope,) = torch.autograd.grad(true.sum(), [(s, t)[side]])
     with jax.enable_x64(True):
-        scored = bind(combinators.tempered, divergence=forward_kl, temperature=2.0)
-        value, slopes = evaluate(bind(combinators.standardized, divergence=scored), *logits)
+        scored = bind(divergences.tempered, divergence=forward_kl, temperature=2.0)
+        value, slopes = evaluate(bind(divergences.standardized, divergence=scored), *logits)
         np.testing.assert_allclose(value, true.detach(), rtol=1e-11)
         np.testing.assert_allclose(slopes[1 + side], true_slope, rtol=1e-8, atol=1e-12)
 
@@ -304,8 +305,8 @@ def test_they_are_divergences_that_a_config_finds():
     for name in (
         "powered prior_shifted standardized tempered top_k top_k_dropped top_k_renormalised".split()
     ):
-        assert kind_of(getattr(combinators, name)) is Divergence
-        assert getattr(divergences, name) is getattr(combinators, name)
+        assert kind_of(getattr(divergences, name)) is Divergence
+        assert getattr(divergences, name) is getattr(divergences, name)
 
 
 # --- identities ---------------------------------------------------------------------------------
@@ -326,7 +327,7 @@ def test_standardized_with_a_large_number_as_a_mask(mask):
     logits = draw(seed=3)
     for side in (0, 1):
         logits[side][:, 2:4] = np.float32(mask)
-    function = make(combinators.standardized, divergence=forward_kl)
+    function = make(divergences.standardized, divergence=forward_kl)
     value, *slopes = jax.device_get(evaluate(function, *logits))
     with jax.enable_x64(True):
         exact = jax.device_get(evaluate(wide(function), *(x.astype(np.float64) for x in logits)))
@@ -368,8 +369,8 @@ def test_bkd_is_a_shift_of_the_teachers_logits(outside):
     p = weights * softmax(teacher / 2)
     true = 4 * kl(p / p.sum(-1, keepdims=True), softmax(student / 2))
     with jax.enable_x64(True):
-        make_prior = functools.partial(bind, combinators.prior_shifted)
-        make_tempered = functools.partial(bind, combinators.tempered, temperature=2.0)
+        make_prior = functools.partial(bind, divergences.prior_shifted)
+        make_tempered = functools.partial(bind, divergences.tempered, temperature=2.0)
         if outside:
             inner = make_prior(divergence=forward_kl, log_prior=np.log(weights))
             bound = make_tempered(divergence=inner)
@@ -383,7 +384,7 @@ def test_a_tail_bucket_never_exceeds_the_whole_and_grows_with_k():
     with jax.enable_x64(True):
         args = draw(dtype=np.float64)
         values = [
-            np.asarray(bind(combinators.top_k, divergence=forward_kl, k=k)(*args))
+            np.asarray(bind(divergences.top_k, divergence=forward_kl, k=k)(*args))
             for k in range(1, K + 3)
         ]
         whole = np.asarray(forward_kl(*args))
@@ -399,14 +400,14 @@ def test_a_tail_bucket_never_exceeds_the_whole_and_grows_with_k():
 def test_k_of_all_classes_is_the_divergence_itself(name):
     args = draw()
     for k in (K, K + 1):
-        bound = bind(getattr(combinators, name), divergence=total_variation, k=k)
+        bound = bind(getattr(divergences, name), divergence=total_variation, k=k)
         np.testing.assert_array_equal(bound(*args), total_variation(*args))
 
 
 def test_of_equal_logits_the_first_are_taken():
     teacher = np.array([0.0, 1, 1, 1, 0], np.float32)
     student = np.array([0.3, 0.1, 0.9, -2, 0.4], np.float32)
-    bound = bind(combinators.top_k_renormalised, divergence=forward_kl, k=2)
+    bound = bind(divergences.top_k_renormalised, divergence=forward_kl, k=2)
     true = kl(np.array([0.5, 0.5]), softmax(student[[1, 2]]))
     np.testing.assert_allclose(bound(student, teacher), true, rtol=1e-5)
 
@@ -418,7 +419,7 @@ def test_the_heads_of_many_classes_with_ties(name, classes):
     rng = np.random.default_rng(0)
     student = rng.normal(size=(8, classes)).astype(np.float32)
     teacher = rng.integers(-3, 4, (8, classes)).astype(np.float32)  # some 36 of each logit
-    value = bind(getattr(combinators, name), divergence=forward_kl, k=50)(student, teacher)
+    value = bind(getattr(divergences, name), divergence=forward_kl, k=50)(student, teacher)
     p, q = softmax(teacher.astype(float)), softmax(student.astype(float))
     head = np.argsort(np.argsort(-teacher, axis=-1, kind="stable"), axis=-1) < 50
     kept = np.where(head, p, 0)
@@ -435,7 +436,7 @@ def test_a_removed_class_does_not_stand_before_one_that_only_the_teacher_lacks()
     teacher = np.array([-INF, 1, 0, -INF, -INF], np.float32)
     student = np.array([-INF, 1, 0.5, 0.2, -1], np.float32)
     for name in ("top_k", "top_k_renormalised", "top_k_dropped"):
-        bound = bind(getattr(combinators, name), divergence=AB, k=3)
+        bound = bind(getattr(divergences, name), divergence=AB, k=3)
         np.testing.assert_allclose(
             bound(student, teacher), bound(student[1:], teacher[1:]), rtol=1e-6
         )
@@ -445,7 +446,7 @@ def test_the_tail_has_its_digits_however_small_it_is():
     """Its log mass is -60: 1 less the sum of the others would be 0, and the value with it."""
     teacher = np.array([60.0, 59, 0, -1, -1], np.float32)
     student = np.array([59.0, 60, 0, 3, 1], np.float32)
-    bound = bind(combinators.top_k, divergence=bind(alpha_beta, alpha=0.0, beta=0.0), k=2)
+    bound = bind(divergences.top_k, divergence=bind(alpha_beta, alpha=0.0, beta=0.0), k=2)
     logs = []
     for logits in (student.astype(np.float64), teacher.astype(np.float64)):
         log_p = scipy.special.log_softmax(logits)
@@ -469,7 +470,7 @@ def test_dropping_the_tail_costs_its_mass_and_renormalising_nothing():
 @pytest.mark.parametrize("name", ["top_k", "top_k_renormalised", "top_k_dropped"])
 def test_of_two_zeros_the_sign_is_no_order_and_a_nan_is_not_cut_away(name):
     student = np.array([0.3, 0.1, 0.9, -2, 0.4], np.float32)
-    bound = bind(getattr(combinators, name), divergence=forward_kl, k=2)
+    bound = bind(getattr(divergences, name), divergence=forward_kl, k=2)
     teacher = np.array([-0.0, 0, 0, -1, -1], np.float32)
     np.testing.assert_array_equal(bound(student, teacher), bound(student, teacher + 0))
     for nan in (np.nan, -np.nan):
@@ -480,8 +481,8 @@ def test_of_two_zeros_the_sign_is_no_order_and_a_nan_is_not_cut_away(name):
 @pytest.mark.parametrize("power", [0.0, 2.0])
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
 def test_a_temperature_that_is_not_positive_is_nan(temperature, power):
-    bound = bind(ROWS["tempered"].bound, temperature=temperature, temperature_power=power)
-    assert np.isnan(bound(*draw())).all()
+    numbers = dict(divergence=forward_kl, temperature=temperature, temperature_power=power)
+    assert np.isnan(divergences.tempered(*draw(), **numbers)).all()
 
 
 # --- refusals -----------------------------------------------------------------------------------
@@ -490,21 +491,24 @@ def test_a_temperature_that_is_not_positive_is_nan(temperature, power):
 @pytest.mark.parametrize("name", ["top_k", "top_k_renormalised", "top_k_dropped"])
 def test_k_less_than_one_is_refused(name):
     with pytest.raises(ValueError, match=rf"^{name}\.k must be at least 1; found 0\.$"):
-        bind(getattr(combinators, name), divergence=forward_kl, k=0)(*draw())
+        bind(getattr(divergences, name), divergence=forward_kl, k=0)(*draw())
     with pytest.raises(TypeError, match="must be of type int"):
-        bind(getattr(combinators, name), divergence=forward_kl, k=2.0)
+        bind(getattr(divergences, name), divergence=forward_kl, k=2.0)
 
 
 def test_one_prior_for_all_classes_changes_nothing():
     student, teacher = (np.random.default_rng(i).normal(size=(4, K)) for i in range(2))
-    bound = bind(combinators.prior_shifted, divergence=forward_kl, log_prior=1.5)
+    bound = bind(divergences.prior_shifted, divergence=forward_kl, log_prior=1.5)
     expected = forward_kl(student, teacher)
     np.testing.assert_allclose(bound(student, teacher), expected, rtol=1e-5)
 
 
 def test_a_prior_of_another_length_is_refused():
-    bound = bind(combinators.prior_shifted, divergence=forward_kl, log_prior=np.zeros(K - 1))
-    with pytest.raises(ValueError, match=r"log_prior must have one entry per class, .*\[7\]"):
+    bound = bind(divergences.prior_shifted, divergence=forward_kl, log_prior=np.zeros(K - 1))
+    with pytest.raises(
+        ValueError,
+        match=r"log_prior must be an array \[7\], one entry per class; found float32\[6\]",
+    ):
         bound(*draw())
 
 

@@ -1,9 +1,4 @@
-"""Losses on features against torch and numpy, projections, and runs with centers and heads."""
-
-import json
-import os
-import pathlib
-import signal
+"""Losses on features against torch and numpy."""
 
 import jax
 import numpy as np
@@ -12,17 +7,14 @@ import scipy.special
 from jax import numpy as jnp
 from loss_contract import D, K, check_contract, draw
 
-import abkd_jax
-from abkd_jax import data, models, schema, train
+from abkd_jax.binding import bind
 from abkd_jax.losses import decoupled_features, norm_and_direction, total
-from abkd_jax.losses.feature import aligned, class_means, norm
-from abkd_jax.train import fit, optimizer, phase
-from abkd_jax.train.loop import train_and_evaluate
-from abkd_jax.types import Outputs, Term, bind
+from abkd_jax.losses.feature import aligned, class_means
+from abkd_jax.types import Head, Outputs, Term
 
 RNG = np.random.default_rng(5)
 CENTERS = RNG.normal(size=(K, D)).round(3)
-NEEDS_HEAD = ("hidden", "unembedding")
+NEEDS_HEAD = {"own": ("hidden",), "other": ("hidden", "head")}
 
 
 def features(hidden, **parts):
@@ -123,7 +115,12 @@ def test_teacher_and_centers_are_detached():
     student, teacher, batch = draw(("hidden",))
 
     def mean(teacher, centers):
-        term = Term(bind(norm_and_direction, centers=centers), jnp.ones(()), where="labelled")
+        term = Term(
+            bind(norm_and_direction, centers=centers),
+            jnp.ones(()),
+            where="labelled",
+            other="teacher",
+        )
         return total({"nd": term}, student, {"teacher": teacher}, batch)[0]
 
     slopes = jax.grad(mean, argnums=(0, 1))(teacher, jnp.asarray(CENTERS))
@@ -132,7 +129,7 @@ def test_teacher_and_centers_are_detached():
 
 def test_a_withheld_label_is_nan():
     assert np.isnan(nd(np.ones(D), np.ones(D), -1, CENTERS))
-    outputs = features(np.ones(D), unembedding=jnp.ones((D, K)))
+    outputs = features(np.ones(D), head=Head(jnp.ones((D, K))))
     loss = bind(decoupled_features, strong_weight=1.0, weak_weight=1.0, temperature=1.0)
     assert np.isnan(loss(outputs, outputs, {"labels": jnp.asarray(-1)}))
 
@@ -144,7 +141,7 @@ def by_hand(student, teacher, batch, strong_weight, weak_weight, temperature):
     """(value, KL of the whole, the teacher's mass on the strong set), row by row in float64."""
     found = []
     for f_s, f_t, label in zip(student.hidden, teacher.hidden, batch["labels"], strict=True):
-        relevance = np.abs(teacher.unembedding[:, label] * f_t)
+        relevance = np.abs(teacher.head.unembedding[:, label] * f_t)
         strong = relevance > relevance.mean()
         p, q = (scipy.special.softmax(np.asarray(f, np.float64) / temperature) for f in (f_t, f_s))
         masses = [np.array([x[strong].sum(), x[~strong].sum()]) for x in (p, q)]
@@ -184,7 +181,7 @@ def test_a_set_without_units_has_no_part():
     """All units matter alike, so that none is strong; or there is one unit."""
     f_s, f_t = np.array([0.3, -0.2, 1.0]), np.array([0.5, 0.5, -0.5])
     kl = scipy.special.rel_entr(*map(scipy.special.softmax, (f_t, f_s))).sum()
-    head = dict(unembedding=jnp.ones((3, 2)))
+    head = dict(head=Head(jnp.ones((3, 2))))
     batch = {"labels": jnp.asarray(0)}
     of = lambda x: cakd(5.0, 2.0, 1.0)(features(x), features(f_t, **head), batch)  # noqa: E731
     np.testing.assert_allclose(of(f_s), 2.0 * kl, rtol=1e-5)
@@ -192,14 +189,14 @@ def test_a_set_without_units_has_no_part():
     expected = 2.0 * (scipy.special.softmax(f_s) - scipy.special.softmax(f_t))
     np.testing.assert_allclose(slope, expected, rtol=1e-5)
     one = lambda x: cakd(5.0, 2.0, 1.0)(  # noqa: E731
-        features(x), features([2.0], unembedding=jnp.ones((1, 2))), batch
+        features(x), features([2.0], head=Head(jnp.ones((1, 2)))), batch
     )
     np.testing.assert_array_equal(one(jnp.ones(1)), 0)
     np.testing.assert_array_equal(jax.grad(one)(jnp.ones(1)), 0)
 
 
 def test_equal_features_cost_nothing_and_far_ones_stay_finite():
-    head = dict(unembedding=jnp.asarray(RNG.normal(size=(D, K)), jnp.float32))
+    head = dict(head=Head(jnp.asarray(RNG.normal(size=(D, K)), jnp.float32)))
     batch = {"labels": jnp.asarray(1)}
     hidden = RNG.normal(size=D)
     same = features(hidden, **head)
@@ -221,38 +218,46 @@ def test_class_means_against_numpy():
     assert class_means(jnp.asarray(hidden, jnp.bfloat16), labels, K).dtype == np.float32
 
 
-def test_norm():
-    x = RNG.normal(size=(3, 4, 2))
-    np.testing.assert_allclose(norm(x, (1, 2)), np.linalg.norm(x.reshape(3, 8), axis=1), rtol=1e-6)
-    assert not np.any(jax.grad(lambda x: norm(x))(jnp.zeros(3)))
-
-
 def test_the_projection_takes_the_place_of_the_features():
-    student, teacher, batch = draw(("hidden", "unembedding"))
-    wide = teacher.replace(hidden=RNG.normal(size=(12, 7)), unembedding=RNG.normal(size=(7, K)))
+    student, teacher, batch = draw(("hidden", "head"))
+    head = Head(RNG.normal(size=(7, K)))
+    wide = teacher.replace(hidden=RNG.normal(size=(12, 7)), head=head)
     shown = student.replace(projected={"hidden": RNG.normal(size=(12, 7))})
-    np.testing.assert_array_equal(aligned(shown, wide), shown.projected["hidden"])
-    np.testing.assert_array_equal(aligned(student, teacher), student.hidden)
+    for found, own in (
+        (aligned(shown, wide), shown.projected["hidden"]),
+        (aligned(student, wide.replace(hidden=teacher.hidden)), student.hidden),
+    ):
+        np.testing.assert_array_equal(found[0], np.float32(own))
     loss = cakd(1.0, 2.0, 4.0)
     alone = student.replace(hidden=shown.projected["hidden"])
     np.testing.assert_array_equal(loss(shown, wide, batch), loss(alone, wide, batch))
     with pytest.raises(
         ValueError,
-        match=r"^the features of the network being trained have the width 5 and those of the other "
-        r"network 7; give the former project=dict\(hidden=7\)\.$",
+        match=r"^the width of the features of the network being trained must be 7, that of the "
+        r"other network: give it project=dict\(hidden=7\); found 5\.$",
     ):
         loss(student, wide, batch)
-    with pytest.raises(ValueError, match=r"^the other network must show hidden, its feat"):
+    with pytest.raises(
+        ValueError, match=r"^hidden of the other network must be a .*; found None\.$"
+    ):
         aligned(student, Outputs(logits=jnp.ones((12, K))))
 
 
 @pytest.mark.parametrize(
     "labels,centers,message",
     [
-        (0.0, CENTERS, "labels must be integers; found float"),
-        ([0, 0], CENTERS, r"labels \[2\] must have the leading axes of the features \[5\]\."),
-        (0, CENTERS[:, :4], r"centers must be \[K, 5\], one for each class .*; found \[6, 4\]\."),
-        (0, 1.0, r"centers must be \[K, 5\], one for each class .*; found \[\]\."),
+        (0.0, CENTERS, r"^labels must be integers \[\], .*; found float32\[\]\.$"),
+        (
+            [0, 0],
+            CENTERS,
+            r"^labels must be integers \[\], one for each row of the features; found ",
+        ),
+        (
+            0,
+            CENTERS[:, :4],
+            r"centers must be .* \[K, 5\], one for each class.*; found float32\[6, 4\]",
+        ),
+        (0, 1.0, r"centers must be .* \[K, 5\], one for each class.*; found float32\[\]"),
     ],
 )
 def test_what_does_not_fit_is_refused(labels, centers, message):
@@ -260,276 +265,13 @@ def test_what_does_not_fit_is_refused(labels, centers, message):
         nd(np.ones(D), np.ones(D), labels, centers)
 
 
-# --- projections of a module --------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", [dict(model="mlp", widths=(5,)), dict(model="resnet", depth=8)])
-def test_a_projection_leaves_the_network_as_it_is(model):
-    hypers = {key: value for key, value in model.items() if key != "model"}
-    plain = models.from_config(model["model"], hypers, num_classes=K, field="student")
-    both = models.projected(plain, hidden=7)
-    inputs = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
-    ours, theirs = (m.init(jax.random.key(1), inputs, train=False) for m in (both, plain))
-    alone = models.without_projections(ours["params"])
-    jax.tree.map(np.testing.assert_array_equal, ours | {"params": alone}, theirs)
-    assert models.without_projections(theirs["params"]) is theirs["params"]
-    options = dict(train=True, mutable=["batch_stats"])
-    (shown, stats), (expected, expected_stats) = (
-        m.apply(v, inputs, **options) for m, v in ((both, ours), (plain, theirs))
-    )
-    head = ours["params"]["abkd_projections"]
-    found = shown.hidden @ head["kernel"] + head["bias"]
-    np.testing.assert_allclose(shown.projected["hidden"], found, rtol=1e-5, atol=1e-6)
-    jax.tree.map(np.testing.assert_array_equal, shown.replace(projected=None), expected)
-    jax.tree.map(np.testing.assert_array_equal, stats, expected_stats)
-
-
-# --- runs ---------------------------------------------------------------------------------------
-
-CLASSES, DIM = 3, 6
-SGD = dict(name="sgd", learning_rate=0.1)
-TASK = dict(fn="cross_entropy", weight=1.0, where="labelled")
-ND = dict(fn="norm_and_direction", weight=1.0, where="labelled", centers="class_means")
-CAKD = dict(
-    fn="decoupled_features", weight=1.0, where="labelled", strong_weight=1.0, weak_weight=2.0,
-    temperature=4.0,
-)  # fmt: skip
-KDIGA = dict(fn="input_gradient_alignment", weight=1.0, where="labelled")
-
-
-def network(**changes):
-    return dict(model="mlp", widths=(5,), optimizer=SGD, terms=dict(task=TASK)) | changes
-
-
-def config(term, **changes):
-    """Six steps, with a student that is narrower than its teacher."""
-    student = network(widths=(4,), terms=dict(task=TASK, it=term), project=dict(hidden=5))
-    return (
-        dict(
-            mode="offline",
-            data=dict(name="digits", validation=0),
-            teacher=network(),
-            student=student,
-            batch_size=16,
-            num_steps=6,
-            checkpoint_every=6,
-            log_every=2,
-            devices=2,
-            init_seed=0,
-            data_seed=0,
-        )
-        | changes
-    )
-
-
-def vectors(**options):
-    def drawn(size, seed):
-        labels = np.arange(size) % CLASSES
-        noise = np.random.default_rng(seed).normal(size=(size, DIM))
-        return (2 * np.eye(CLASSES, DIM)[labels] + noise).astype(np.float32), labels
-
-    splits = dict(train=drawn(80, 0), validation=None, test=drawn(30, 2))
-    return data.from_arrays(**splits, num_classes=CLASSES, **options)
-
-
-def images(**options):
-    def drawn(size, seed):
-        labels = np.arange(size) % CLASSES
-        noise = np.random.default_rng(seed).integers(0, 80, (size, 8, 8, 1))
-        return (noise + 80 * labels[:, None, None, None]).astype(np.uint8), labels
-
-    splits = dict(train=drawn(50, 0), validation=None, test=drawn(18, 1))
-    return data.from_arrays(**splits, num_classes=CLASSES, **options)
-
-
-def rows(workdir: pathlib.Path):
-    read = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in read]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("term", [ND, CAKD, KDIGA], ids=["nd", "cakd", "kdiga"])
-def test_a_run_that_is_interrupted_ends_as_one_that_was_not(tmp_path, monkeypatch, term):
-    made = config(term)
-    whole = train_and_evaluate(made, tmp_path / "whole", data=vectors(labelled=30))
-    advance = fit._advance
-
-    def interrupted(fitted, carry, fed, step, count):
-        if not fitted.phase.name and step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return advance(fitted, carry, fed, step, count)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fit, "_advance", interrupted)
-        with pytest.raises(SystemExit):
-            train_and_evaluate(made, tmp_path / "parts", data=vectors(labelled=30))
-    parts = train_and_evaluate(made, tmp_path / "parts", data=vectors(labelled=30))
-    np.testing.assert_equal(parts["networks"], whole["networks"])
-    np.testing.assert_equal(rows(tmp_path / "parts"), rows(tmp_path / "whole"))
-    still = config(term | dict(weight=0.0))
-    other = train_and_evaluate(still, tmp_path / "still", data=vectors(labelled=30))
-    sums = [x["networks"]["student"]["sha256"]["params"] for x in (whole, other)]
-    assert sums[0] != sums[1]  # the term teaches
-
-
-@pytest.mark.slow
-def test_what_a_projection_is_no_part_of(tmp_path):
-    """The count of parameters, what `load` gives, and what a later run takes as its teacher."""
-    made = config(ND, student=config(ND)["student"] | dict(ema_decay=0.5))
-    result = train_and_evaluate(made, tmp_path / "first", data=vectors())
-    counts = {name: x["parameters"] for name, x in result["networks"].items()}
-    assert counts["student"] == (DIM + 1) * 4 + (4 + 1) * CLASSES
-    loaded = abkd_jax.load(tmp_path / "first")
-    assert set(loaded.variables["params"]) == {"Dense_0", "head"}
-    with np.load(tmp_path / "first" / "examples.npz") as examples:
-        probabilities = jax.nn.softmax(loaded(vectors().test.inputs[:8]).logits)
-        np.testing.assert_allclose(probabilities, examples["probabilities/student"], rtol=1e-5)
-    teacher = dict(model="mlp", widths=(4,), checkpoint=str(tmp_path / "first"))
-    student = config(ND)["student"] | dict(widths=(3,), project=dict(hidden=4))
-    second = config(ND, teacher=teacher, student=student)
-    found = train_and_evaluate(second, tmp_path / "second", data=vectors())["networks"]["teacher"]
-    assert found["parameters"] == counts["student"]
-    np.testing.assert_equal(found["last"], result["networks"]["student"]["last"])
-
-
-@pytest.fixture
-def fits(monkeypatch):
-    """What each phase trained on."""
-    found = []
-
-    def spy(fitted, *args):
-        found.append(fitted)
-        return fit.fit_phase(fitted, *args)
-
-    monkeypatch.setattr(phase, "fit_phase", spy)
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2])
-def test_the_centers_of_a_run_are_the_teachers_means_without_augmentation(tmp_path, fits, devices):
-    """Of all training examples, withheld labels and a last, padded batch included."""
-    cnn = dict(model="cnn", widths=(4, 5), batch_norm=True)
-    student = network(**cnn, terms=dict(it=ND))
-    made = config(ND, teacher=network(**cnn), student=student, devices=devices)
-    options = dict(labelled=15, pad=1, flip=True, mean=(0.4,), std=(0.3,))
-    train_and_evaluate(made, tmp_path, data=images(**options))
-    last = fits[-1]
-    centers = last.objectives["student"]["it"].loss.numbers["centers"]
-    teacher, split = last.frozen["teacher"], images().train
-    inputs = (np.asarray(split.inputs) / 255 - 0.4) / 0.3
-    outputs, _ = teacher.forward(teacher.params, jnp.asarray(inputs, jnp.float32), train=False)
-    hidden, labels = np.asarray(outputs.hidden), np.asarray(split.labels)
-    expected = np.stack([hidden[labels == k].mean(0) for k in range(CLASSES)])
-    np.testing.assert_allclose(centers, expected, rtol=1e-5, atol=1e-6)
-    assert hidden.std(0).max() > 0.01  # there is something to average
-
-
-def test_the_first_steps_loss_by_hand(tmp_path):
-    """One batch of all examples, of which 30 are labelled, and a teacher that is a function."""
-    kernel = np.random.default_rng(3).normal(size=(DIM, 5)).astype(np.float32)
-
-    def teacher(kernel, inputs):
-        hidden = inputs @ kernel
-        return Outputs(logits=hidden[:, :CLASSES], hidden=hidden)
-
-    made = config(ND, teacher=dict(model="given"), batch_size=80, num_steps=1, log_every=1)
-    given, examples = {"teacher": (teacher, kernel)}, vectors(labelled=30)
-    train_and_evaluate(made, tmp_path, networks=given, data=examples)
-    inputs, labels = np.asarray(examples.train.inputs), np.asarray(vectors().train.labels)
-    f_t = inputs @ kernel
-    centers = np.stack([f_t[labels == k].mean(0) for k in range(CLASSES)])
-    module = schema.network(made, "student", num_classes=CLASSES).module
-    rule = bind(optimizer.sgd, learning_rate=0.1)
-    state = train.create(module, jnp.asarray(inputs), init_seed=0, optimizer=rule)
-    shown, _ = state.forward(state.params, jnp.asarray(inputs), train=False)
-    f_s, c = np.asarray(shown.projected["hidden"]), centers[labels]
-    longer = np.maximum(np.linalg.norm(f_s, axis=-1), np.linalg.norm(f_t, axis=-1))
-    values = 1 - np.sum(f_s * c, -1) / np.linalg.norm(c, axis=-1) / longer
-    expected = values[np.asarray(examples.train.labelled)].mean()
-    row = next(row for row in rows(tmp_path) if "student/it" in row)
-    np.testing.assert_allclose(row["student/it"], expected, rtol=1e-5)
-
-
-# --- refusals -----------------------------------------------------------------------------------
-
-
-def refused(made, **options):
-    with pytest.raises(ValueError) as error:
-        schema.check(made, **options)
-    return str(error.value)
-
-
-def test_configs_are_checked_without_data():
-    for term in (ND, CAKD, KDIGA, ND | dict(centers=((0.0,) * 5,) * CLASSES)):
-        schema.check(config(term))
-
-
-def test_class_means_are_those_of_a_network_that_does_not_learn():
-    assert refused(config(ND, mode="online")) == (
-        "student.terms.it.centers: 'class_means' are those of a network that does not learn at the "
-        "same time; found 'teacher', which does."
-    )
-    message = refused(config(ND | dict(centers="means")))
-    assert message.startswith("student.terms.it: norm_and_direction.centers must be a number; ")
-
-
-@pytest.mark.parametrize(
-    "project", [5, {}, dict(hidden=0), dict(hidden=5.0), dict(logits=5), dict(hidden="student")]
-)
-def test_projections_that_are_refused(project):
-    made = config(ND)
-    made["student"]["project"] = project
-    assert refused(made) == (
-        "student.project must be dict(hidden=WIDTH), with the width of the other network's "
-        f"features, or dict(hidden=NAME), with its name; found {project!r}."
-    )
-
-
-@pytest.mark.slow
-def test_a_projection_to_a_network_has_its_width(tmp_path):
-    for width, projected in ((4, True), (5, False)):
-        made = config(ND)
-        made["student"] = made["student"] | dict(widths=(width,), project=dict(hidden="teacher"))
-        folder = tmp_path / f"{width}"
-        train_and_evaluate(made, folder, data=vectors())
-        resolved = json.loads((folder / "config.json").read_text())["config"]["student"]
-        assert resolved.get("project") == (dict(hidden=5) if projected else None)
-    given = {"teacher": (lambda kernel, x: x @ kernel, np.ones((DIM, CLASSES), np.float32))}
-    made = config(ND, teacher=dict(model="given"))
-    made["student"] = made["student"] | dict(project=dict(hidden="teacher"))
+def test_a_head_that_is_missing_or_does_not_fit_is_refused():
+    student, teacher, batch = draw(NEEDS_HEAD)
     with pytest.raises(
-        ValueError, match=r"^student\.project: the model of 'teacher' does not give"
+        ValueError, match=r"^the head of the other network must be shown; found None"
     ):
-        train_and_evaluate(made, tmp_path / "given", networks=given, data=vectors())
-
-
-def test_projections_of_networks_that_do_not_learn_are_refused():
-    made = config(ND, teacher=dict(model="given", project=dict(hidden=3)))
-    assert refused(made, given=["teacher"]) == (
-        "teacher.project is for a network of the library that learns in this run; found teacher "
-        "given."
-    )
-    made["teacher"] = dict(model="mlp", widths=(5,), checkpoint="a", project=dict(hidden=3))
-    assert refused(made).endswith("; found teacher from a checkpoint.")
-
-
-def test_widths_that_differ_are_refused_before_the_teacher_trains(tmp_path):
-    for term in (ND, CAKD):
-        made = config(term)
-        del made["student"]["project"]
-        with pytest.raises(ValueError, match=r" have the width 4 and those .* 5; give the former "):
-            train_and_evaluate(made, tmp_path, data=vectors())
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-
-
-def test_a_teacher_without_features_is_refused(tmp_path):
-    given = {"teacher": (lambda kernel, x: x @ kernel, np.ones((DIM, CLASSES), np.float32))}
-    made = config(ND, teacher=dict(model="given"))
+        cakd(1.0, 2.0, 4.0)(student, teacher.replace(head=None), batch)
     with pytest.raises(
-        ValueError,
-        match=r"^student\.terms\.it needs 'hidden' of both networks, which the model of 'teacher' "
-        r"does not give\.$",
+        AssertionError, match=r"^the unembedding of the other .* \[5, K\], as wide as"
     ):
-        train_and_evaluate(made, tmp_path, networks=given, data=vectors())
+        cakd(1.0, 2.0, 4.0)(student, teacher.replace(head=Head(np.ones((4, K)))), batch)

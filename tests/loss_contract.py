@@ -13,39 +13,34 @@ import pytest
 from jax import Array
 from jax import numpy as jnp
 
+from abkd_jax.binding import Bound
 from abkd_jax.losses import total
-from abkd_jax.types import Bound, Outputs, Term
+from abkd_jax.types import Head, Outputs, Term
 
 B, K, D = 12, 6, 5
 INPUT = (4, 3)
 INF, NAN = np.inf, np.nan
-BY_ROW = ("logits", "hidden", "features", "projected", "input_gradient")  # the rest: per network
 
 Drawn = tuple[Outputs, Outputs, Mapping[str, Array]]
+Sides = tuple[str, ...] | Mapping[str, tuple[str, ...]]  # as a loss's `needs`
 
 
-def draw(needs: tuple[str, ...] = ("logits",), *, seed: int = 0) -> Drawn:
-    """Two networks' outputs with the parts in `needs`, in float64, and a batch.
+def draw(needs: Sides = ("logits",), *, seed: int = 0) -> Drawn:
+    """Two networks' outputs with the parts in `needs` of either, in float64, and a batch.
 
     The batch has padding and withheld labels, in no order; the padding's labels are -1.
     """
-    rng = np.random.default_rng(seed)
-    shapes = {
-        "logits": (B, K),
-        "hidden": (B, D),
-        "unembedding": (D, K),
-        "bias": (K,),
-        "input_gradient": (B, *INPUT),
+    rng, needs = np.random.default_rng(seed), set().union(*sides(needs).values())
+    normal = lambda *shape: 1.5 * rng.normal(size=shape)  # noqa: E731
+    parts = {
+        "logits": lambda: normal(B, K),
+        "hidden": lambda: normal(B, D),
+        "head": lambda: Head(normal(D, K), normal(K)),
+        "features": lambda: {"a": normal(B, D, 2), "b": normal(B, D)},
+        "projected": lambda: {"hidden": normal(B, D)},
+        "input_gradient": lambda: normal(B, *INPUT),
     }
-
-    def outputs():
-        normal = lambda *shape: 1.5 * rng.normal(size=shape)  # noqa: E731
-        parts = {name: normal(*shapes[name]) for name in needs if name in shapes}
-        if "features" in needs:
-            parts["features"] = (normal(B, D, 2), normal(B, D))
-        if "projected" in needs:
-            parts["projected"] = {"hidden": normal(B, D)}
-        return Outputs(**parts)
+    outputs = lambda: Outputs(**{n: part() for n, part in parts.items() if n in needs})  # noqa: E731
 
     student, teacher = outputs(), outputs()
     where = np.arange(B) % 4 != 1
@@ -54,10 +49,14 @@ def draw(needs: tuple[str, ...] = ("logits",), *, seed: int = 0) -> Drawn:
     return student, teacher, {"labels": labels, "where": where, "labelled": labelled}
 
 
+def sides(needs: Sides) -> Mapping[str, tuple[str, ...]]:
+    return needs if isinstance(needs, Mapping) else {"own": needs, "other": needs}
+
+
 def check_contract(
     loss: Bound,
     *,
-    needs: tuple[str, ...] = ("logits",),
+    needs: Sides = ("logits",),
     couples: bool = False,
     where: str = "where",
     stopped: tuple[str, ...] = (),
@@ -71,7 +70,7 @@ def check_contract(
 
     Args:
         loss: with its numbers bound, which lie inside of their domains.
-        needs: the parts of the outputs that it must say it reads.
+        needs: the parts of the outputs that it must say it reads, of both or of each.
         couples: whether it must say that it couples the batch.
         where: the mask of its term: "labelled" for a loss that is NaN where a label is withheld.
         stopped: of "student", "teacher", "numbers" those in which its gradient is, by design, not
@@ -83,7 +82,7 @@ def check_contract(
         rtol: of the values and gradients in float32, relative to the largest one.
     """
     drawn = draw(needs) if drawn is None else drawn
-    assert loss.needs == frozenset(needs), loss.needs
+    assert loss.needs == tuple(set(sides(needs).get(n, ())) for n in ("own", "other"))
     assert loss.couples_batch == couples
     single = cast(drawn, np.float32)
     of_term = functools.partial(evaluate, where=where)
@@ -119,7 +118,7 @@ def check_contract(
     if per_row and not couples:
         each = jax.tree.map(lambda x: jnp.full(B, x) if jnp.ndim(x) == 0 else x, loss)
         assert_close(of_term(each, *single)[0][kept], values[kept], rtol)
-    if removes and "logits" in needs:
+    if removes and "logits" in sides(needs)["own"]:
         check_removed_classes(of_term, loss, single, rtol)
 
 
@@ -254,7 +253,7 @@ def call(loss: Bound, student: Outputs, teacher: Outputs, batch: Mapping[str, Ar
 
 def mean_and_values(loss, student, teacher, batch, where):
     """The term's mean under `total`, and the values."""
-    term = Term(loss=loss, weight=jnp.ones(()), where=where)
+    term = Term(loss=loss, weight=jnp.ones(()), where=where, other="teacher")
     mean, _ = total({"it": term}, student, {"teacher": teacher}, batch)
     return mean, loss(student, teacher, batch)
 
@@ -284,29 +283,20 @@ def along(parts, direction, batch, *, where):
 def by_row(fn: Callable, drawn: Drawn) -> Drawn:
     """The function on every array that has an axis of examples."""
     student, teacher, batch = drawn
-    parts = lambda o: {name: jax.tree.map(fn, getattr(o, name)) for name in BY_ROW}  # noqa: E731
-    return (
-        student.replace(**parts(student)),
-        teacher.replace(**parts(teacher)),
-        {name: fn(x) for name, x in batch.items()},
-    )
+    return student.map_rows(fn), teacher.map_rows(fn), {name: fn(x) for name, x in batch.items()}
 
 
 def in_axes(drawn: Drawn) -> tuple[Any, Any, Any]:
     """0 for every array that has an axis of examples, else None."""
-    everywhere = jax.tree.map(lambda x: None, drawn[:2])
-    parts = lambda o: {n: jax.tree.map(lambda x: 0, getattr(o, n)) for n in BY_ROW}  # noqa: E731
-    student, teacher = (
-        none.replace(**parts(o)) for none, o in zip(everywhere, drawn[:2], strict=True)
-    )
-    return student, teacher, dict.fromkeys(drawn[2], 0)
+    none = lambda outputs: jax.tree.map(lambda _: None, outputs.head)  # noqa: E731
+    axes = (o.map_rows(lambda _: 0).replace(head=none(o)) for o in drawn[:2])
+    return *axes, dict.fromkeys(drawn[2], 0)
 
 
 def rows_of(outputs: Outputs, rows: np.ndarray, *, shared: bool = True) -> Outputs:
     """Some rows; what has none stays, or is left out."""
-    shared_parts = {} if shared else dict.fromkeys(("unembedding", "bias"))
-    parts = {n: jax.tree.map(lambda x: np.asarray(x)[rows], getattr(outputs, n)) for n in BY_ROW}
-    return outputs.replace(**parts, **shared_parts)
+    found = outputs.map_rows(lambda x: np.asarray(x)[rows])
+    return found if shared else found.replace(head=None)
 
 
 def column(mask: np.ndarray, like: np.ndarray) -> np.ndarray:

@@ -14,10 +14,11 @@ from jax import Array
 from jax import numpy as jnp
 
 from abkd_jax import divergences, losses
+from abkd_jax.binding import Bound, bind, kind_of, schedule
 from abkd_jax.divergences import alpha_beta, forward_kl, reverse_kl
 from abkd_jax.losses import cross_entropy, on_logits, term_counts, total
 from abkd_jax.schedules import constant
-from abkd_jax.types import Batch, Bound, Divergence, Loss, Outputs, Term, bind, kind_of, schedule
+from abkd_jax.types import Batch, Divergence, Head, Loss, Outputs, Term
 
 B, K = 12, 7
 INF, NAN = np.inf, np.nan
@@ -188,7 +189,7 @@ in_everything = jax.jit(jax.value_and_grad(summed, argnums=(0, 1, 2), has_aux=Tr
 
 def evaluate_row(row, student, teacher, batch):
     """(total, metrics), and the gradients in both logits."""
-    term = Term(loss=row.bound, weight=jnp.ones(()), where=row.where)
+    term = Term(loss=row.bound, weight=jnp.ones(()), where=row.where, other="teacher")
     return in_logits({"it": term}, student, teacher, batch)
 
 
@@ -198,7 +199,12 @@ COMBINED = ("cross_entropy, smoothed", "on_logits, KD", "on_logits, alpha-beta")
 def combined():
     """An objective of several losses, each with a weight of its own."""
     return {
-        name: Term(loss=LOSSES[name].bound, weight=jnp.asarray(weight), where=LOSSES[name].where)
+        name: Term(
+            loss=LOSSES[name].bound,
+            weight=jnp.asarray(weight),
+            where=LOSSES[name].where,
+            other="teacher",
+        )
         for name, weight in zip(COMBINED, (0.5, 2.0, 0.25), strict=True)
     }
 
@@ -242,7 +248,7 @@ def test_without_jit(row):
     student, teacher, batch = make()
     out = ~batch[row.where][:, None]
     student, teacher = (np.where(out, np.float32(NAN), x) for x in (student, teacher))
-    term = Term(loss=row.bound, weight=jnp.ones(()), where=row.where)
+    term = Term(loss=row.bound, weight=jnp.ones(()), where=row.where, other="teacher")
     expected, _ = evaluate_row(row, student, teacher, batch)
     actual = summed({"it": term}, student, teacher, batch)
     assert np.isfinite(actual[0])
@@ -343,7 +349,7 @@ def test_masked_rows_may_be_nan_or_infinite(row, filling):
     """With labels that are no class: neither the value nor any gradient sees them."""
     student, teacher, batch = make()
     out = ~batch[row.where]
-    terms = {"it": Term(loss=row.bound, weight=jnp.ones(()), where=row.where)}
+    terms = {"it": Term(loss=row.bound, weight=jnp.ones(()), where=row.where, other="teacher")}
     expected = in_everything(terms, student, teacher, batch)
     filled = [np.where(out[:, None], np.float32(filling), x) for x in (student, teacher)]
     unknown = batch | {"labels": np.where(out, K + 2, batch["labels"])}
@@ -475,8 +481,11 @@ def a_column(student: Outputs, teacher: Outputs, batch: Batch) -> Array:
 )
 def test_a_loss_that_does_not_give_one_value_per_example(loss, found):
     student, teacher, batch = make()
-    terms = {"mine": Term(loss=bind(loss), weight=jnp.ones(()))}
-    message = f"the loss of term 'mine' must give one value per example, [12]; found {found}."
+    terms = {"mine": Term(loss=bind(loss), weight=jnp.ones(()), other="teacher")}
+    message = (
+        "the loss of term 'mine' must be floating-point [12], one value per example; found "
+        f"float32{found}."
+    )
     for fn in (summed, jax.jit(summed)):
         with pytest.raises(AssertionError) as error:
             fn(terms, student, teacher, batch)
@@ -494,8 +503,7 @@ FLOATS, LABELS = jnp.zeros((4, 3)), jnp.zeros(4, int)
             FLOATS,
             None,
             jnp.zeros(4),
-            "cross_entropy takes floating-point logits and integer labels; found float32 and "
-            "float32.",
+            "labels must be integers [4], one for each row of the logits; found float32[4].",
             id="labels of floats",
         ),
         pytest.param(
@@ -503,7 +511,7 @@ FLOATS, LABELS = jnp.zeros((4, 3)), jnp.zeros(4, int)
             FLOATS.astype(int),
             None,
             LABELS,
-            "cross_entropy takes floating-point logits and integer labels; found int32 and int32.",
+            "student_logits must be a floating-point array [..., K] with K >= 1; found int32[4, 3]",
             id="logits of integers",
         ),
         pytest.param(
@@ -511,7 +519,7 @@ FLOATS, LABELS = jnp.zeros((4, 3)), jnp.zeros(4, int)
             FLOATS,
             None,
             jnp.zeros(5, int),
-            "labels [5] must have the leading axes of the logits [4, 3].",
+            "labels must be integers [4], one for each row of the logits; found int32[5].",
             id="another number of labels",
         ),
         pytest.param(
@@ -519,7 +527,7 @@ FLOATS, LABELS = jnp.zeros((4, 3)), jnp.zeros(4, int)
             FLOATS,
             None,
             jnp.zeros((4, 3), int),
-            "labels [4, 3] must have the leading axes of the logits [4, 3].",
+            "labels must be integers [4], one for each row of the logits; found int32[4, 3].",
             id="labels as rows",
         ),
         pytest.param(
@@ -527,8 +535,8 @@ FLOATS, LABELS = jnp.zeros((4, 3)), jnp.zeros(4, int)
             FLOATS,
             jnp.zeros((4, 5)),
             LABELS,
-            "student_logits [4, 3] and teacher_logits [4, 5] must have the same number of classes "
-            "in their last axis.",
+            "student_logits and teacher_logits must be of the same number of classes, their last "
+            "axis, with leading axes that broadcast; found [[4, 3], [4, 5]].",
             id="another number of classes",
         ),
         pytest.param(
@@ -536,8 +544,8 @@ FLOATS, LABELS = jnp.zeros((4, 3)), jnp.zeros(4, int)
             FLOATS,
             jnp.zeros((5, 3)),
             LABELS,
-            "student_logits [4, 3] and teacher_logits [5, 3] must have leading axes that "
-            "broadcast.",
+            "student_logits and teacher_logits must be of the same number of classes, their last "
+            "axis, with leading axes that broadcast; found [[4, 3], [5, 3]].",
             id="another number of examples",
         ),
         pytest.param(
@@ -545,8 +553,7 @@ FLOATS, LABELS = jnp.zeros((4, 3)), jnp.zeros(4, int)
             FLOATS,
             FLOATS.astype(int),
             LABELS,
-            "teacher_logits must be a floating-point array [..., K] with K >= 1 classes; found "
-            "int32[4, 3].",
+            "teacher_logits must be a floating-point array [..., K] with K >= 1; found int32[4, 3]",
             id="teacher's logits of integers",
         ),
     ],
@@ -567,7 +574,9 @@ def test_a_weight_that_is_still_a_schedule_is_refused_by_name():
     student, teacher, batch = make()
     weight = schedule(constant, value=1.0)
     terms = {"task": Term(loss=bind(cross_entropy), weight=weight, where="labelled")}
-    with pytest.raises(ValueError, match=r"task.*at_step"):
+    with pytest.raises(
+        ValueError, match=r"^the weight of term 'task' must be a number: call at_step"
+    ):
         summed(terms, student, teacher, batch)
 
 
@@ -644,16 +653,21 @@ EVERYTHING = public(losses, Loss) + public(divergences, Divergence)
 def everything(size=B):
     """Both networks with all parts, and a batch whose labels are all known."""
     rng = np.random.default_rng(0)
-    shapes = dict(logits=(size, K), hidden=(size, 3), unembedding=(3, K), input_gradient=(size, 4))
-    outputs = [
-        Outputs(**{n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()})
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    student, teacher = (
+        Outputs(
+            logits=draw(size, K),
+            hidden=draw(size, 3),
+            head=Head(draw(3, K)),
+            input_gradient=draw(size, 4),
+        )
         for _ in range(2)
-    ]
-    return *outputs, full({"labels": np.zeros(size)})
+    )
+    return student, teacher, full({"labels": np.zeros(size)})
 
 
 def of_total(bound, student, teacher, batch, where="where"):
-    terms = {"it": Term(loss=bound, weight=jnp.ones(()), where=where)}
+    terms = {"it": Term(loss=bound, weight=jnp.ones(()), where=where, other="teacher")}
     return total(terms, student, {"teacher": teacher}, batch)[0]
 
 
@@ -704,7 +718,7 @@ def test_a_label_that_is_no_class_is_nan(name):
 @pytest.mark.parametrize("name", OF_LABELS)
 def test_labels_that_are_missing_are_refused(name):
     student, teacher, _ = everything()
-    message = rf"^{name} needs batch\['labels'\], one integer per example; found where\.$"
+    message = rf"^batch\['labels'\] must be given, as {name} reads it; found \['where'\]\.$"
     with pytest.raises(ValueError, match=message):
         bound_loss(name)(student, teacher, {"where": np.ones(B, bool)})
 
@@ -741,4 +755,5 @@ def test_a_loss_that_couples_the_batch_sees_all_that_is_no_padding(name):
 
 @every_loss
 def test_what_it_reads(row):
-    assert row.bound.needs == {"logits"} and not row.bound.couples_batch
+    of_teacher = () if row.bound.fn is cross_entropy else ("logits",)
+    assert row.bound.needs == ({"logits"}, set(of_teacher)) and not row.bound.couples_batch

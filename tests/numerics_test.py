@@ -392,17 +392,6 @@ def test_divided_logits_has_a_finite_derivative_in_the_temperature():
         np.testing.assert_array_equal(np.diag(of_logits)[[0, 2, 3]], 0.5)
 
 
-def test_check_logits_lifts_to_one_dtype():
-    half, single = jnp.zeros(3, jnp.bfloat16), jnp.zeros((2, 3), jnp.float32)
-    for pair in ((half, half), (half, single), (single, half)):
-        lifted = numerics.check_logits(*pair)
-        assert [array.dtype for array in lifted] == [np.float32] * 2
-        assert [array.shape for array in lifted] == [array.shape for array in pair]
-    with jax.enable_x64(True):
-        lifted = numerics.check_logits(half, np.zeros(3))
-        assert [array.dtype for array in lifted] == [np.float64] * 2
-
-
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32])
 def test_a_label_that_is_no_class_counts_as_the_first_and_is_marked(dtype):
     given = jnp.asarray([0, 4, 5, 100, 127, -1 if np.issubdtype(dtype, np.signedinteger) else 255])
@@ -412,3 +401,11 @@ def test_a_label_that_is_no_class_counts_as_the_first_and_is_marked(dtype):
     assert labels.dtype == dtype
     _, known = numerics.known_labels(given.astype(dtype), 1000)  # more than 8 bit can say
     np.testing.assert_array_equal(known, given.astype(dtype) >= 0)
+
+
+def test_norm():
+    x = np.random.default_rng(5).normal(size=(3, 4, 2))
+    np.testing.assert_allclose(
+        numerics.norm(x, (1, 2)), np.linalg.norm(x.reshape(3, 8), axis=1), rtol=1e-6
+    )
+    assert not np.any(jax.grad(lambda x: numerics.norm(x))(jnp.zeros(3)))

@@ -9,7 +9,7 @@ import pytest
 from jax import numpy as jnp
 
 from abkd_jax import schedules
-from abkd_jax.types import at_step, schedule
+from abkd_jax.binding import at_step, schedule
 
 STEPS = np.arange(0, 41)  # every schedule below ends before 40
 
@@ -225,6 +225,6 @@ def test_no_steps_at_all_is_the_end_from_then_on_or_refused(name, numbers, struc
     try:
         value = schedule(getattr(schedules, name), **numbers, **structure)(5)
     except ValueError as error:
-        assert str(error).startswith(f"{name}: steps")
+        assert str(error).startswith(f"{name}.steps must be ")
     else:
         assert value == expected

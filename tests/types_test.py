@@ -1,450 +1,57 @@
-"""Binding: what becomes a leaf, what structure, what is refused; and the result is a pytree."""
-
-import collections
-import typing
-from collections.abc import Callable
+"""What networks show: which parts have rows, and by what names."""
 
 import jax
 import numpy as np
-import pytest
-from jax import Array
 from jax import numpy as jnp
 
-from abkd_jax import schedules
-from abkd_jax.divergences import alpha_beta, forward_kl, jensen_shannon
-from abkd_jax.losses import cross_entropy, on_logits
-from abkd_jax.types import (
-    Batch,
-    Bound,
-    Divergence,
-    Loss,
-    Outputs,
-    Schedule,
-    Term,
-    as_number,
-    at_step,
-    bind,
-    hyperparameters,
-    nearest,
-    schedule,
+from abkd_jax.types import Head, Outputs, Term
+
+HIDDEN = jnp.arange(6.0).reshape(2, 3)
+FULL = Outputs(
+    logits=HIDDEN + 1,
+    hidden=HIDDEN,
+    head=Head(jnp.ones((3, 4)), jnp.arange(4.0)),
+    features={"stage0": HIDDEN + 2, "stage1": HIDDEN + 3},
+    projected={"hidden": HIDDEN + 4},
+    input_gradient=HIDDEN + 5,
 )
-
-STUDENT, TEACHER = jnp.array([0.5, -1.0, 2.0]), jnp.array([1.0, 0.0, 0.3])
-
-
-def scaled(
-    student_logits: Array,
-    teacher_logits: Array,
-    *,
-    divergence: Divergence,
-    scale: float | Array = 3.0,
-    shift: Array,
-    power: int = 2,
-    absolute: bool = False,
-    axis: str = "last",
-    steps: tuple[int, ...] = (1, 2),
-) -> Array:
-    """One keyword of every kind; its value is one that a calculator gives."""
-    value = scale * divergence(student_logits, teacher_logits) ** power + shift
-    return jnp.abs(value) if absolute else value
-
-
-def gap(student_logits: Array, teacher_logits: Array) -> Array:
-    return jnp.sum(teacher_logits - student_logits, axis=-1)
-
-
-def summed(student: Outputs, teacher: Outputs, batch: Batch, *, first: Loss, second: Loss) -> Array:
-    return first(student, teacher, batch) + second(student, teacher, batch)
-
-
-def on_hidden(student: Outputs, teacher: Outputs, batch: Batch) -> Array:
-    return jnp.sum(student.hidden - teacher.hidden, axis=-1)
-
-
-def coupled(student: Outputs, teacher: Outputs, batch: Batch) -> Array:
-    return student.logits[..., 0] - jnp.mean(student.logits)
-
-
-on_hidden.needs = ("hidden",)
-coupled.needs = ("logits", "features")
-coupled.couples_batch = True
-
-
-# --- what becomes what --------------------------------------------------------------------------
-
-
-def test_bind_sorts_the_keywords_by_their_annotations():
-    bound = bind(
-        scaled, divergence=gap, shift=-20, power=3, absolute=True, axis="first", steps=(4,)
-    )
-    assert bound.fn is scaled
-    assert set(bound.numbers) == {"divergence", "scale", "shift"}
-    assert dict(bound.static) == {"power": 3, "absolute": True, "axis": "first", "steps": (4,)}
-    assert isinstance(bound.numbers["divergence"], Bound)
-    assert bound.numbers["divergence"].fn is gap
-    # gap is 0.8 - 1.5 = -0.2, so 3 * (-0.2)^3 - 20 without its sign.
-    np.testing.assert_allclose(bound(STUDENT, TEACHER), 20.024, rtol=1e-6)
-
-
-def test_bind_includes_the_defaults():
-    bound = bind(scaled, divergence=gap, shift=0.5)
-    expected = {"power": 2, "absolute": False, "axis": "last", "steps": (1, 2)}
-    assert dict(bound.static) == expected
-    assert bound.numbers["scale"] == 3.0
-    np.testing.assert_allclose(bound(STUDENT, TEACHER), 3 * 0.04 + 0.5, rtol=1e-6)
-
-
-def test_a_list_becomes_a_tuple():
-    assert dict(bind(scaled, divergence=gap, shift=0.0, steps=[5, 6]).static)["steps"] == (5, 6)
-
-
-def test_a_bound_function_nests_as_it_is():
-    inner = bind(alpha_beta, alpha=0.8, beta=0.3)
-    nested = bind(on_logits, divergence=inner).numbers["divergence"]
-    assert jax.tree.structure(nested) == jax.tree.structure(inner)
-    assert nested.numbers == inner.numbers
-    assert bind(summed, first=cross_entropy, second=on_hidden).numbers["second"].fn is on_hidden
-
-
-def test_binding_again_changes_what_is_named_and_keeps_the_rest():
-    first = bind(scaled, divergence=gap, shift=1.0, power=3)
-    again = bind(first, shift=2.0)
-    assert again.numbers["shift"] == 2.0 and first.numbers["shift"] == 1.0
-    assert again.static == first.static
-    assert bind(first, power=1).numbers["shift"] == 1.0
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        pytest.param(2, id="int"),
-        pytest.param(2.0, id="float"),
-        pytest.param(np.float32(2), id="float32"),
-        pytest.param(np.float64(2), id="float64"),
-        pytest.param(np.int64(2), id="int64"),
-        pytest.param(np.full((), 2, np.uint8), id="uint8 array"),
-        pytest.param(jnp.bfloat16(2), id="bfloat16"),
-        pytest.param(jnp.asarray(2.0), id="jax array"),
-    ],
-)
-def test_every_way_to_write_a_number_is_one_structure(value):
-    reference = bind(alpha_beta, alpha=2.0, beta=0.5)
-    bound = bind(alpha_beta, alpha=value, beta=0.5)
-    assert jax.tree.structure(bound) == jax.tree.structure(reference)
-    assert jax.tree.map(jax.typeof, bound) == jax.tree.map(jax.typeof, reference)
-    assert bound.numbers["alpha"] == 2.0
-
-
-def test_numbers_have_the_canonical_float_type():
-    assert bind(alpha_beta, alpha=1, beta=0.5).numbers["alpha"].dtype == np.float32
-    with jax.enable_x64(True):
-        for value in (1, 0.1, np.float64(0.1), np.float32(0.1)):
-            bound = bind(alpha_beta, alpha=value, beta=0.5)
-            assert {leaf.dtype for leaf in jax.tree.leaves(bound)} == {np.dtype(np.float64)}
-        assert bind(alpha_beta, alpha=0.1, beta=0).numbers["alpha"] == np.float64(0.1)
-
-
-def test_arrays_are_numbers():
-    bound = bind(alpha_beta, alpha=[1, 0.5], beta=np.zeros((2, 1)))
-    assert bound.numbers["alpha"].shape == (2,) and bound.numbers["beta"].shape == (2, 1)
-    assert jax.jit(lambda alpha: bind(alpha_beta, alpha=alpha, beta=0.0).numbers["alpha"])(3) == 3
-
-
-def test_a_schedule_is_a_number():
-    alpha = schedule(schedules.linear, start=1, end=0.5, steps=10)
-    bound = bind(alpha_beta, alpha=alpha, beta=0.3)
-    assert bound.numbers["alpha"] is alpha and isinstance(alpha, Schedule)
-    assert len(jax.tree.leaves(bound)) == 3
 
 
 def test_outputs_show_nothing_that_they_do_not_have():
     assert jax.tree.leaves(Outputs()) == []
-    assert len(jax.tree.leaves(Outputs(logits=STUDENT, features=(STUDENT, TEACHER)))) == 3
+    assert len(jax.tree.leaves(Outputs(logits=HIDDEN, features={"a": HIDDEN, "b": HIDDEN}))) == 3
+    assert jax.tree.leaves(Outputs().map_rows(lambda x: x + 1)) == []
 
 
-# --- refusals -----------------------------------------------------------------------------------
+def test_a_head_is_the_last_linear_map():
+    np.testing.assert_array_equal(FULL.head(HIDDEN), HIDDEN @ np.ones((3, 4)) + np.arange(4))
+    np.testing.assert_array_equal(Head(jnp.ones((3, 4)))(HIDDEN), HIDDEN @ np.ones((3, 4)))
 
 
-def unannotated(student_logits: Array, teacher_logits: Array, *, alpha) -> Array:
-    return student_logits[..., 0]
+def test_rows_are_all_but_the_head():
+    found = FULL.map_rows(lambda x: -x)
+    assert found.head is FULL.head
+    expected = jax.tree.map(jnp.negative, FULL.replace(head=None))
+    jax.tree.map(np.testing.assert_array_equal, found.replace(head=None), expected)
 
 
-def optional(student_logits: Array, teacher_logits: Array, *, k: int | None = None) -> Array:
-    return student_logits[..., 0]
+def test_rows_have_names():
+    names = []
+    FULL.map_rows(lambda name, x: names.append(name), named=True)
+    features = ["features.stage0", "features.stage1"]
+    assert sorted(names) == [*features, "hidden", "input_gradient", "logits", "projected.hidden"]
 
 
-def no_numbers(student_logits: Array, teacher_logits: Array) -> Array:
-    return student_logits[..., 0]
+def test_rows_of_several_outputs():
+    head = Head(jnp.zeros((3, 4)))
+    found = FULL.map_rows(jnp.add, FULL.replace(head=head))
+    assert found.head is FULL.head
+    np.testing.assert_array_equal(found.features["stage1"], 2 * (HIDDEN + 3))
 
 
-REFUSED = [
-    ("unknown", alpha_beta, dict(alpha=1.0, beta=0.0, gama=1.0),
-     "alpha_beta has no hyperparameter 'gama'; it takes alpha, beta."),
-    ("unknown before missing", alpha_beta, dict(gama=1.0),
-     "alpha_beta has no hyperparameter 'gama'; it takes alpha, beta."),
-    ("takes none", no_numbers, dict(alpha=1.0),
-     "no_numbers has no hyperparameter 'alpha'; it takes none."),
-    ("missing", alpha_beta, dict(alpha=1.0),
-     "alpha_beta needs the hyperparameter 'beta'; it takes alpha, beta."),
-    ("missing, nested", on_logits, dict(divergence=alpha_beta),
-     "alpha_beta needs the hyperparameter 'alpha'; it takes alpha, beta."),
-    ("positional by name", alpha_beta, dict(student_logits=STUDENT),
-     "alpha_beta has no hyperparameter 'student_logits'; it takes alpha, beta."),
-    ("annotation of no kind", optional, {},
-     "optional.k must be annotated `float | Array` (a number), `int`, `bool` or `str` "
-     "(structure), or `Divergence` or `Loss`; found int | None."),
-    ("bool for number", alpha_beta, dict(alpha=True, beta=0.0),
-     "alpha_beta.alpha must be a number; found True."),
-    ("bools for number", alpha_beta, dict(alpha=0.0, beta=np.ones(2, bool)),
-     "alpha_beta.beta must be a number; found array([ True,  True])."),
-    ("string for number", alpha_beta, dict(alpha="1", beta=0.0),
-     "alpha_beta.alpha must be a number; found '1'."),
-    ("None for number", alpha_beta, dict(alpha=None, beta=0.0),
-     "alpha_beta.alpha must be a number; found None."),
-    ("complex for number", alpha_beta, dict(alpha=1j, beta=0.0),
-     "alpha_beta.alpha must be a number; found 1j."),
-    ("group for number", alpha_beta, dict(alpha={"fn": "linear"}, beta=0.0),
-     "alpha_beta.alpha must be a number; found {'fn': 'linear'}."),
-    ("number for function", on_logits, dict(divergence=3.0),
-     "on_logits.divergence must be a divergence, a function; found 3.0."),
-    ("name for function", on_logits, dict(divergence="forward_kl"),
-     "on_logits.divergence must be a divergence, a function; found 'forward_kl'."),
-    ("float for int", scaled, dict(divergence=gap, shift=0.0, power=2.0),
-     "scaled.power must be of type int; found 2.0."),
-    ("bool for int", scaled, dict(divergence=gap, shift=0.0, power=True),
-     "scaled.power must be of type int; found True."),
-    ("string for int", scaled, dict(divergence=gap, shift=0.0, power="2"),
-     "scaled.power must be of type int; found '2'."),
-    ("int for bool", scaled, dict(divergence=gap, shift=0.0, absolute=1),
-     "scaled.absolute must be of type bool; found 1."),
-    ("int for string", scaled, dict(divergence=gap, shift=0.0, axis=-1),
-     "scaled.axis must be of type str; found -1."),
-    ("int for tuple", scaled, dict(divergence=gap, shift=0.0, steps=3),
-     "scaled.steps must be of type tuple; found 3."),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "fn,hypers,message", [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED]
-)
-def test_refusals(fn, hypers, message):
-    with pytest.raises(TypeError) as error:
-        bind(fn, **hypers)
-    assert str(error.value) == message
-
-
-def test_a_keyword_without_annotation_is_refused_by_name():
-    with pytest.raises(TypeError, match=r"^unannotated\.alpha must be annotated `float \| Array`"):
-        bind(unannotated, alpha=1.0)
-
-
-def test_a_schedule_is_refused_like_any_function():
-    with pytest.raises(TypeError) as error:
-        schedule(schedules.linear, start=1.0, end=0.0, step=3)
-    expected = "linear has no hyperparameter 'step'; it takes start, end, steps, begin."
-    assert str(error.value) == expected
-    with pytest.raises(TypeError) as error:
-        schedule(schedules.linear, start=1.0, end=0.0, steps=3.0)
-    assert str(error.value) == "linear.steps must be of type int; found 3.0."
-
-
-def test_a_tuple_of_the_wrong_elements_is_refused():
-    with pytest.raises(TypeError, match=r"^scaled\.steps must be .*; found \(1\.5, 'a'\)\.$"):
-        bind(scaled, divergence=gap, shift=0.0, steps=(1.5, "a"))
-
-
-def test_a_ragged_list_is_no_number():
-    with pytest.raises(TypeError, match=r"^alpha_beta\.alpha must be a number; found \[1, "):
-        bind(alpha_beta, alpha=[1, [2, 3]], beta=0.0)
-
-
-def test_a_schedule_is_no_divergence():
-    with pytest.raises(TypeError, match=r"^on_logits\.divergence must be "):
-        bind(on_logits, divergence=schedule(schedules.constant, value=1.0))
-
-
-def test_a_schedule_of_schedules_is_refused_or_evaluated():
-    try:
-        nested = schedule(schedules.constant, value=schedule(schedules.constant, value=2.0))
-    except TypeError:
-        return
-    assert at_step(nested, 0) == 2.0
-
-
-def test_binding_a_schedule_again_keeps_it_a_schedule():
-    again = bind(schedule(schedules.constant, value=1.0), value=2.0)
-    assert isinstance(again, Schedule) and again.numbers["value"] == 2.0
-
-
-# --- a pytree -----------------------------------------------------------------------------------
-
-
-def test_one_compile_for_fifty_values_and_one_for_every_structure():
-    traces = collections.Counter()
-
-    @jax.jit
-    def value(bound):
-        traces[dict(bound.static)["power"]] += 1
-        return bound(STUDENT, TEACHER)
-
-    for index in range(50):
-        shift = index if index % 2 else float(index)
-        actual = value(bind(scaled, divergence=gap, shift=shift, scale=0.5 * index))
-        np.testing.assert_allclose(actual, 0.5 * index * 0.04 + index, rtol=1e-5)
-    assert traces == {2: 1}
-    value(bind(scaled, divergence=gap, shift=0.0, power=3))
-    assert traces == {2: 1, 3: 1}
-
-
-def test_the_function_is_structure():
-    kl, js = bind(forward_kl), bind(jensen_shannon, teacher_weight=0.5)
-    nested = [bind(on_logits, divergence=divergence) for divergence in (kl, js)]
-    assert jax.tree.structure(nested[0]) != jax.tree.structure(nested[1])
-    assert jax.tree.structure(nested[0]) == jax.tree.structure(bind(on_logits, divergence=kl))
-    assert hash(jax.tree.structure(nested[0])) == hash(
-        jax.tree.structure(bind(on_logits, divergence=forward_kl))
+def test_a_terms_names_are_structure():
+    term = Term(loss=None, weight=jnp.ones(()), where="labelled", other="peer")
+    assert len(jax.tree.leaves(term)) == 1
+    assert (
+        Term(loss=None, weight=1.0).where == "where" and Term(loss=None, weight=1.0).other is None
     )
-
-
-def test_vmap_sweeps_over_the_numbers():
-    scales, shifts = jnp.arange(4.0), jnp.array([1.0, -1.0, 0.0, 2.0])
-    members = jax.vmap(lambda c, d: bind(scaled, divergence=gap, scale=c, shift=d))(scales, shifts)
-    values = jax.vmap(lambda bound: bound(STUDENT, TEACHER))(members)
-    np.testing.assert_allclose(values, 0.04 * scales + shifts, rtol=1e-5, atol=1e-7)
-    # A sweep over one number alone, the others shared.
-    numbers = {"divergence": None, "scale": 0, "shift": None}
-    bound = bind(scaled, divergence=gap, scale=scales, shift=1.0)
-    axes = bound.replace(numbers=numbers)
-    values = jax.vmap(lambda bound: bound(STUDENT, TEACHER), in_axes=(axes,))(bound)
-    np.testing.assert_allclose(values, 0.04 * scales + 1, rtol=1e-5)
-
-
-def test_grad_goes_through_the_numbers():
-    bound = bind(scaled, divergence=gap, shift=0.5, scale=3.0)
-    gradient = jax.grad(lambda bound: bound(STUDENT, TEACHER))(bound)
-    np.testing.assert_allclose(gradient.numbers["scale"], 0.04, rtol=1e-5)
-    np.testing.assert_allclose(gradient.numbers["shift"], 1.0)
-    assert jax.tree.structure(gradient) == jax.tree.structure(bound)
-    nested = bind(on_logits, divergence=bind(jensen_shannon, teacher_weight=0.5))
-    outputs = Outputs(logits=STUDENT), Outputs(logits=TEACHER)
-    slope = jax.grad(lambda bound: bound(*outputs, {}))(nested).numbers["divergence"]
-    with jax.enable_x64(True):
-        step = 1e-5
-        values = [
-            jensen_shannon(
-                STUDENT.astype(float), TEACHER.astype(float), teacher_weight=0.5 + sign * step
-            )
-            for sign in (1, -1)
-        ]
-        expected = (values[0] - values[1]) / (2 * step)
-    np.testing.assert_allclose(slope.numbers["teacher_weight"], expected, rtol=1e-4)
-
-
-# --- needs and couples_batch --------------------------------------------------------------------
-
-
-def test_needs_is_the_union_over_all_depths():
-    assert bind(gap).needs == frozenset()
-    assert bind(cross_entropy).needs == {"logits"}
-    inner = bind(summed, first=on_hidden, second=coupled)
-    assert inner.needs == {"hidden", "logits", "features"}
-    assert bind(summed, first=cross_entropy, second=inner).needs == inner.needs
-    assert bind(summed, first=cross_entropy, second=on_hidden).needs == {"logits", "hidden"}
-
-
-def test_couples_batch_is_inherited_at_all_depths():
-    apart = bind(summed, first=cross_entropy, second=on_hidden)
-    inner = bind(summed, first=cross_entropy, second=coupled)
-    assert not apart.couples_batch and bind(coupled).couples_batch
-    assert inner.couples_batch and bind(summed, first=inner, second=apart).couples_batch
-    assert not bind(summed, first=apart, second=apart).couples_batch
-
-
-# --- schedules in place of numbers --------------------------------------------------------------
-
-
-def test_at_step_replaces_every_schedule_and_nothing_else():
-    ramp = schedule(schedules.linear, start=0.0, end=1.0, steps=10)
-    divergence = bind(scaled, divergence=gap, scale=ramp, shift=5.0)
-    loss = bind(on_logits, divergence=divergence)
-    terms = {"distill": Term(loss=loss, weight=ramp, where="labelled")}
-    resolved = at_step(terms, 4)["distill"]
-    assert resolved.where == "labelled"
-    np.testing.assert_allclose(resolved.weight, 0.4, rtol=1e-6)
-    inner = resolved.loss.numbers["divergence"]
-    np.testing.assert_allclose(inner.numbers["scale"], 0.4, rtol=1e-6)
-    assert inner.numbers["shift"] is divergence.numbers["shift"]
-    traced = jax.jit(at_step)(terms, 4)
-    jax.tree.map(np.testing.assert_array_equal, traced, at_step(terms, 4))
-    assert at_step(terms, 4)["distill"].loss(
-        Outputs(logits=STUDENT), Outputs(logits=TEACHER), {}
-    ) == pytest.approx(0.4 * 0.04 + 5.0)
-
-
-def test_the_end_points_of_a_schedule_are_leaves():
-    ramp = schedule(schedules.linear, start=0.0, end=1.0, steps=10)
-    slope = jax.grad(lambda ramp: at_step(ramp, 4))(ramp)
-    np.testing.assert_allclose(slope.numbers["start"], 0.6, rtol=1e-6)
-    np.testing.assert_allclose(slope.numbers["end"], 0.4, rtol=1e-6)
-
-
-def test_a_call_with_an_unresolved_schedule_is_refused():
-    ramp = schedule(schedules.linear, start=0.0, end=1.0, steps=10)
-    bound = bind(alpha_beta, alpha=1.0, beta=ramp)
-    message = "alpha_beta: beta is a schedule; call at_step(bound, step) first."
-    outputs = Outputs(logits=STUDENT), Outputs(logits=TEACHER)
-    for call in (
-        lambda: bound(STUDENT, TEACHER),
-        lambda: jax.jit(lambda bound: bound(STUDENT, TEACHER))(bound),
-        lambda: bind(on_logits, divergence=bound)(*outputs, {}),
-    ):
-        with pytest.raises(ValueError) as error:
-            call()
-        assert str(error.value) == message
-
-
-# --- the small functions ------------------------------------------------------------------------
-
-
-def test_hyperparameters_are_the_keyword_only_parameters():
-    found = hyperparameters(alpha_beta)  # through jit
-    assert list(found) == ["alpha", "beta"]
-    assert found["alpha"].annotation == float | Array
-
-    def late(student_logits: "Array", *, alpha: "float | Array" = 1.0, k: "int") -> "Array":
-        return student_logits
-
-    assert [p.annotation for p in hyperparameters(late).values()] == [float | Array, int]
-
-
-@pytest.mark.parametrize("annotation", [Array, float | Array, Array | float])
-def test_annotations_of_numbers(annotation):
-    def fn(x: Array, *, number) -> Array:
-        return number * x
-
-    fn.__annotations__["number"] = annotation
-    assert bind(fn, number=2)(3.0) == 6.0
-
-
-@pytest.mark.parametrize("annotation", [float, typing.Any, Callable, dict, int | float])
-def test_annotations_of_nothing_that_can_be_bound(annotation):
-    def fn(x: Array, *, number) -> Array:
-        return number * x
-
-    fn.__annotations__["number"] = annotation
-    with pytest.raises(TypeError, match=r"^fn\.number must be annotated "):
-        bind(fn, number=2.0)
-
-
-def test_as_number_names_the_field():
-    with pytest.raises(TypeError) as error:
-        as_number("high", "student.ema_decay")
-    assert str(error.value) == "student.ema_decay must be a number; found 'high'."
-    assert as_number(3, "x").dtype == np.float32
-
-
-def test_nearest_ends_a_refusal():
-    names = ["alpha_beta", "forward_kl", "reverse_kl"]
-    assert nearest("foward_kl", names) == " (did you mean 'forward_kl'?)"
-    assert nearest("foward_kl", iter(names)) == " (did you mean 'forward_kl'?)"
-    assert nearest("zzz", names) == nearest("x", []) == ""

@@ -2,6 +2,8 @@
 
 Pure functions of a user's own logits, for jit and vmap; any number may be traced. p is the teacher,
 q the student.
+
+Logits are refused by `check_cached`, by their type, their shape or their values.
 """
 
 from abkd_jax.analysis.checks import check_cached
@@ -50,43 +52,3 @@ from abkd_jax.analysis.reassignment import (
     parameter_log_mass_ratio,
 )
 from abkd_jax.analysis.temperature import effective_temperature
-
-__all__ = [
-    "PROBES",
-    "GradientNoise",
-    "Reassignment",
-    "Summary",
-    "UpperBound",
-    "VarianceReduction",
-    "bound_summary",
-    "by_rank",
-    "check_cached",
-    "confidence_weight",
-    "cosine",
-    "effective_temperature",
-    "exact_parameter_log_mass_ratio",
-    "gradient_noise",
-    "gradient_norm",
-    "gradient_summary",
-    "hardness_weight",
-    "head_and_tail",
-    "likelihood_ratio_weight",
-    "log_mass_ratio",
-    "logit_cosines",
-    "logit_gradient",
-    "mass_change",
-    "mass_flow",
-    "moved_mass",
-    "of_logit_change",
-    "over_and_underestimated",
-    "over_grid",
-    "parameter_cosines",
-    "parameter_log_mass_ratio",
-    "probe",
-    "reassignment_summary",
-    "target_and_rest",
-    "tightness",
-    "tree_cosine",
-    "upper_bound",
-    "variance_reduction",
-]

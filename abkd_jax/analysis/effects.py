@@ -6,13 +6,14 @@ from jax import Array
 from jax import numpy as jnp
 
 from abkd_jax import numerics
-from abkd_jax.analysis.checks import check_cached, check_logits
-from abkd_jax.analysis.reassignment import of_logit_change
+from abkd_jax.analysis.checks import check_cached, check_values
+from abkd_jax.analysis.reassignment import of_checked_change
+from abkd_jax.binding import NonNegative, Number
 
 _LOG_SATURATION = 69.0  # e^69 is just below numerics.SATURATION
 
 
-def confidence_weight(student_logits: Array, *, beta: float | Array) -> Array:
+def confidence_weight(student_logits: Array, *, beta: Number) -> Array:
     """q^beta, the confidence-concentration: how much a class counts by the student's own mass.
 
     1 everywhere at beta = 0 (forward KL), q itself at beta = 1 (reverse KL).
@@ -25,16 +26,16 @@ def confidence_weight(student_logits: Array, *, beta: float | Array) -> Array:
         `[..., K]`; where q is exactly 0 the limit: 0 for beta > 0, 1 at 0, saturated below.
 
     Raises:
-        ValueError: if the logits are refused, or beta does not broadcast.
+        ValueError: if beta does not broadcast.
 
-    Wang et al., "ABKD", ICML 2025, https://arxiv.org/abs/2505.04560, section 3.
+    Source: Wang et al., "ABKD", ICML 2025, https://arxiv.org/abs/2505.04560, section 3.
     """
-    logits = check_logits("student_logits", student_logits)
+    logits = check_values(student_logits, "student_logits")
     exponent = numerics.per_row("beta", beta, logits) * _floored(logits)
     return jnp.exp(jnp.minimum(exponent, _LOG_SATURATION))
 
 
-def hardness_weight(student_logits: Array, teacher_logits: Array, *, alpha: float | Array) -> Array:
+def hardness_weight(student_logits: Array, teacher_logits: Array, *, alpha: Number) -> Array:
     """|p^alpha - q^alpha| / |alpha|, the hardness-concentration: how much an error counts.
 
     |p - q| at alpha = 1 (forward KL), |log p - log q| in the limit alpha = 0 (reverse KL), and
@@ -51,9 +52,9 @@ def hardness_weight(student_logits: Array, teacher_logits: Array, *, alpha: floa
         the limit where one alone has, saturated if that is infinite.
 
     Raises:
-        ValueError: if the logits are refused by `check_cached`, or alpha does not broadcast.
+        ValueError: if alpha does not broadcast.
 
-    Wang et al., "ABKD", ICML 2025, https://arxiv.org/abs/2505.04560, sections 3 and 4.
+    Source: Wang et al., "ABKD", ICML 2025, https://arxiv.org/abs/2505.04560, sections 3 and 4.
     """
     student_logits, teacher_logits = check_cached(student_logits, teacher_logits)
     alpha = numerics.per_row("alpha", alpha, student_logits)
@@ -98,9 +99,9 @@ def upper_bound(
     student_logits: Array,
     teacher_logits: Array,
     *,
-    alpha: float | Array,
-    beta: float | Array,
-    learning_rate: float | Array,
+    alpha: Number,
+    beta: Number,
+    learning_rate: NonNegative,
 ) -> UpperBound:
     """The bounds of ABKD's Propositions 3.1 and 4.2 on |LogR| of a step of `alpha_beta`.
 
@@ -119,9 +120,10 @@ def upper_bound(
         The bound's parts.
 
     Raises:
-        ValueError: if the logits are refused by `check_cached`, or a number does not broadcast.
+        ValueError: if a number does not broadcast.
 
-    Wang et al., "ABKD", ICML 2025, https://arxiv.org/abs/2505.04560, Propositions 3.1 and 4.2.
+    Source: Wang et al., "ABKD", ICML 2025, https://arxiv.org/abs/2505.04560, Propositions 3.1
+    and 4.2.
     """
     student_logits, teacher_logits = check_cached(student_logits, teacher_logits)
     rate = numerics.per_row("learning_rate", learning_rate, student_logits)
@@ -130,7 +132,7 @@ def upper_bound(
     pull = _weighted_gap(student_logits, teacher_logits, alpha, beta)
     log_q, transposed = jax.vjp(numerics.log_probabilities, student_logits)
     (gradient,) = transposed(pull)  # pull - q sum(pull), with its digits where q is near 1
-    change = of_logit_change(student_logits, rate * gradient)
+    change = of_checked_change(student_logits, rate * gradient)
     q, sum_of = jnp.exp(log_q), lambda x: jnp.sum(x, axis=-1, keepdims=True)
     return UpperBound(
         own=rate * jnp.abs(pull),
@@ -155,7 +157,7 @@ def tightness(log_ratio: Array, bound: Array) -> Array:
 
 
 def likelihood_ratio_weight(
-    log_ratio: Array, log_student: Array, *, alpha: float | Array, beta: float | Array
+    log_ratio: Array, log_student: Array, *, alpha: Number, beta: Number
 ) -> Array:
     """dD/dq = -q^(alpha + beta - 1) ((p / q)^alpha - 1) / alpha, by the likelihood ratio p / q.
 
@@ -171,8 +173,8 @@ def likelihood_ratio_weight(
     Returns:
         An array of the common shape: negative, so that descent raises q, where p > q.
 
-    Wang et al., "ABKD", ICML 2025, https://arxiv.org/abs/2505.04560, appendix E; Cichocki et al.,
-    "Generalized alpha-beta divergences", Entropy 13, 2011.
+    Source: Wang et al., "ABKD", ICML 2025, https://arxiv.org/abs/2505.04560, appendix E;
+    Cichocki et al., "Generalized alpha-beta divergences", Entropy 13, 2011.
     """
     u, log_q, alpha, beta = (
         jnp.asarray(x, jnp.result_type(float, log_ratio))

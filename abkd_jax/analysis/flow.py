@@ -8,8 +8,9 @@ import numpy as np
 from jax import Array
 from jax import numpy as jnp
 
-from abkd_jax import numerics
-from abkd_jax.analysis.checks import check_cached, check_logits, check_shape, what_is
+from abkd_jax import checks, numerics
+from abkd_jax.analysis.checks import check_cached, check_values
+from abkd_jax.binding import Unit
 
 
 def mass_change(student_logits: Array, log_ratio: Array) -> Array:
@@ -23,10 +24,10 @@ def mass_change(student_logits: Array, log_ratio: Array) -> Array:
         `[..., K]`, of sum 0 over the classes; 0 at a class that is removed.
 
     Raises:
-        ValueError: if the logits are refused, or log_ratio has another shape.
+        AssertionError: if log_ratio has another shape.
     """
-    logits = check_logits("student_logits", student_logits)
-    check_shape("log_ratio", log_ratio, logits)
+    logits = check_values(student_logits, "student_logits")
+    checks.check_array("log_ratio", log_ratio, float, logits.shape, "as student_logits")
     log_q = numerics.log_probabilities(logits)
     # Where q grows past measure, q e^LogR in one piece: e^LogR alone could overflow.
     after = jnp.exp(log_q + jnp.maximum(log_ratio, 1.0)) - jnp.exp(log_q)
@@ -46,15 +47,14 @@ def mass_flow(change: Array, groups: Mapping[str, Array]) -> dict[str, Array]:
         `[...]` for each group, by its name; over groups that part the classes the sum is 0.
 
     Raises:
-        ValueError: if a group is not bool, or its shape does not fit.
+        AssertionError: if a group is not bool, or its shape does not fit.
     """
     for name, group in groups.items():
-        if getattr(group, "dtype", None) != np.bool_ or not _fits(group.shape, change.shape):
-            raise ValueError(
-                f"groups[{name!r}] must be bool over {change.shape[-1]} classes, with leading axes "
-                f"that broadcast with the {list(change.shape[:-1])} of change; found "
-                f"{what_is(group)}."
-            )
+        shape = getattr(group, "shape", ())
+        fits = checks.broadcast_shape(shape, change.shape) and shape[-1:] == change.shape[-1:]
+        expected = f"bool over the {change.shape[-1]} classes, with leading axes that broadcast"
+        is_mask = getattr(group, "dtype", None) == np.bool_
+        checks.require(fits and is_mask, f"groups[{name!r}]", expected, group, AssertionError)
     return {name: jnp.sum(jnp.where(g, change, 0.0), axis=-1) for name, g in groups.items()}
 
 
@@ -72,9 +72,6 @@ def over_and_underestimated(student_logits: Array, teacher_logits: Array) -> dic
 
     Returns:
         `[..., K]` bool: "underestimated" where p > q, "overestimated" where p <= q.
-
-    Raises:
-        ValueError: if the logits are refused by `check_cached`.
     """
     under = numerics.log_ratio(*check_cached(student_logits, teacher_logits)) > 0
     return {"underestimated": under, "overestimated": ~under}
@@ -94,7 +91,7 @@ def target_and_rest(labels: Array, num_classes: int) -> dict[str, Array]:
     return {"target": target, "rest": ~target}
 
 
-def head_and_tail(logits: Array, *, head_mass: float | Array = 0.5) -> dict[str, Array]:
+def head_and_tail(logits: Array, *, head_mass: Unit = 0.5) -> dict[str, Array]:
     """The likeliest classes and the others, by mass, with the head of `adaptive_kl`.
 
     The head is the likeliest class, and those that follow as long as the sum of their
@@ -108,9 +105,9 @@ def head_and_tail(logits: Array, *, head_mass: float | Array = 0.5) -> dict[str,
         `[..., K]` bool: "head" and "tail".
 
     Raises:
-        ValueError: if the logits are refused, or the number does not broadcast.
+        ValueError: if the number does not broadcast.
     """
-    logits = check_logits("logits", logits)
+    logits = check_values(logits)
     ranks = _ranks(logits)
     falling = -jnp.sort(-jnp.exp(numerics.log_probabilities(logits)), axis=-1)
     within = jnp.cumsum(falling, axis=-1) <= numerics.per_row("head_mass", head_mass, logits)
@@ -130,14 +127,12 @@ def by_rank(logits: Array, *, edges: tuple[int, ...]) -> dict[str, Array]:
         `[..., K]` bool for each bucket, by name: "1", "2-5", "6-" for `(1, 5)`.
 
     Raises:
-        ValueError: if the logits are refused, or the edges do not rise from at least 1.
+        ValueError: if the edges do not rise from at least 1.
     """
-    logits = check_logits("logits", logits)
+    logits = check_values(logits)
     counts = isinstance(edges, tuple | list) and all(isinstance(e, int | np.integer) for e in edges)
-    if not counts or not edges or any(b <= a for a, b in itertools.pairwise((0, *edges))):
-        raise ValueError(
-            f"edges must be a tuple of counts of classes that rise from 1; found {edges!r}."
-        )
+    rise = counts and edges and all(a < b for a, b in itertools.pairwise((0, *edges)))
+    checks.require(rise, "edges", "a tuple of counts of classes that rise from 1", edges)
     ranks = _ranks(logits)
     groups = {}
     for start, stop in zip((0, *edges), (*edges, None), strict=True):
@@ -145,15 +140,6 @@ def by_rank(logits: Array, *, edges: tuple[int, ...]) -> dict[str, Array]:
         inside = ranks >= start if stop is None else (ranks >= start) & (ranks < stop)
         groups[str(stop) if stop == start + 1 else name] = inside
     return groups
-
-
-def _fits(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether two shapes have the same last axis, and leading ones that broadcast."""
-    try:
-        jnp.broadcast_shapes(shape, other)
-    except ValueError:
-        return False
-    return shape[-1:] == other[-1:]
 
 
 def _ranks(logits: Array) -> Array:

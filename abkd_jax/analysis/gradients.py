@@ -9,9 +9,10 @@ from flax import struct
 from jax import Array
 from jax import numpy as jnp
 
-from abkd_jax import numerics
+from abkd_jax import checks, numerics
 from abkd_jax.analysis.checks import check_cached
-from abkd_jax.losses import total
+from abkd_jax.binding import Number
+from abkd_jax.losses import mask_of, total
 from abkd_jax.types import Batch, Divergence, Outputs, Term
 
 
@@ -27,11 +28,14 @@ def logit_gradient(
 
     Returns:
         `[..., K]`; 0 at a class that the student has removed, whose logit stays at -inf.
-
-    Raises:
-        ValueError: if the logits are refused by `check_cached`.
     """
-    student_logits, teacher_logits = check_cached(student_logits, teacher_logits)
+    return gradient_of_checked(*check_cached(student_logits, teacher_logits), divergence)
+
+
+def gradient_of_checked(
+    student_logits: Array, teacher_logits: Array, divergence: Divergence
+) -> Array:
+    """`logit_gradient` of logits that are checked."""
     summed = lambda logits: jnp.sum(divergence(logits, teacher_logits))  # noqa: E731
     gradient = jax.grad(summed)(student_logits)
     return jnp.where(jnp.isneginf(student_logits), 0.0, gradient)
@@ -90,7 +94,8 @@ def logit_cosines(
     """
     alone = [{name: term.replace(weight=1.0)} for name, term in terms.items()]
     slopes = [logit_slope(term, student, others, batch) for term in alone]
-    units, masks = _unit(jnp.stack(slopes)), jnp.stack([batch[t.where] for t in terms.values()])
+    units = _unit(jnp.stack(slopes))
+    masks = jnp.stack([mask_of(term, batch) for term in terms.values()])
     cosines = jnp.sum(units[:, None] * units[None], axis=-1)
     both = masks[:, None] & masks[None]
     return _by_names(terms, jax.vmap(jax.vmap(numerics.masked_mean))(cosines, both))
@@ -138,7 +143,7 @@ def term_gradients(
 
     Args:
         terms: by name; the weights are not read, the schedules of their losses are replaced by
-            numbers (`types.at_step`).
+            numbers (`binding.at_step`).
         forward: params, batch -> the outputs of the network that is being trained.
         params: any pytree of floating-point arrays.
         others: the other networks' outputs, by name.
@@ -178,7 +183,7 @@ class GradientNoise:
     noise_scale: Array
 
 
-def gradient_noise(gradients: Any, *, batch_size: float | Array = 1.0) -> GradientNoise:
+def gradient_noise(gradients: Any, *, batch_size: Number = 1.0) -> GradientNoise:
     """The noise of gradients, from those of a few batches at the same parameters.
 
     Args:
@@ -191,7 +196,7 @@ def gradient_noise(gradients: Any, *, batch_size: float | Array = 1.0) -> Gradie
     Raises:
         ValueError: if there are fewer than two batches.
 
-    McCandlish et al., "An empirical model of large-batch training", 2018,
+    Source: McCandlish et al., "An empirical model of large-batch training", 2018,
     https://arxiv.org/abs/1812.06162.
     """
     rows = _rows("gradients", gradients)
@@ -219,7 +224,7 @@ class VarianceReduction:
 
 
 def variance_reduction(
-    distill_gradients: Any, task_gradients: Any, *, weight: float | Array = 1.0
+    distill_gradients: Any, task_gradients: Any, *, weight: Number = 1.0
 ) -> VarianceReduction:
     """The partial variance reduction of (1 - w) task + w distillation against the task alone.
 
@@ -243,8 +248,8 @@ def variance_reduction(
         ValueError: if there are fewer than two batches, or the two pytrees differ in structure or
             shapes.
 
-    Safaryan et al., "Knowledge distillation performs partial variance reduction", NeurIPS 2023,
-    https://arxiv.org/abs/2305.17581.
+    Source: Safaryan et al., "Knowledge distillation performs partial variance reduction", NeurIPS
+    2023, https://arxiv.org/abs/2305.17581.
     """
     distill = _rows("distill_gradients", distill_gradients)
     task = _rows("task_gradients", task_gradients)
@@ -300,28 +305,21 @@ def _rows(name: str, gradients: Any) -> Array:
     """A pytree of `[N, ...]` as `[N, P]`."""
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(gradients)]
     counts = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves}
-    if len(counts) != 1 or min(counts) < 2:
-        raise ValueError(
-            f"{name} must hold the gradients of at least 2 batches, stacked along the first axis "
-            f"of every array; found first axes of {sorted(counts)}."
-        )
+    fits = len(counts) == 1 and min(counts) >= 2
+    expected = "the gradients of at least 2 batches, stacked along the first axis of every array"
+    checks.require(fits, name, expected, sorted(counts))
     return jnp.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=-1)
 
 
 def _check_alike(**trees: Any) -> None:
     """Refuses two pytrees, by their names, whose arrays differ in path or shape."""
     parts = [
-        [(jax.tree_util.keystr(path), list(jnp.shape(leaf))) for path, leaf in leaves]
+        [f"{jax.tree_util.keystr(path)} {list(jnp.shape(leaf))}".strip() for path, leaf in leaves]
         for leaves in map(jax.tree.leaves_with_path, trees.values())
     ]
-    for pair in itertools.zip_longest(*parts):
-        if pair[0] != pair[1]:
-            found = [f"{part[0]} {part[1]}" if part else "nothing" for part in pair]
-            a, b = trees
-            raise ValueError(
-                f"{a} and {b} must have the same structure and shapes; found {found[0].strip()} in "
-                f"{a} where {b} has {found[1].strip()}."
-            )
+    for found in itertools.zip_longest(*parts, fillvalue="nothing"):
+        expected = "of the same structure and shapes"
+        checks.require(found[0] == found[1], " and ".join(trees), expected, found)
 
 
 def _flat(tree: Any) -> Array:

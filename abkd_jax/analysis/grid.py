@@ -7,13 +7,15 @@ from flax import struct
 from jax import Array
 from jax import numpy as jnp
 
-from abkd_jax.analysis.checks import check_cached, check_where, what_is
+from abkd_jax import checks
+from abkd_jax.analysis.checks import check_cached
 from abkd_jax.analysis.effects import tightness, upper_bound
 from abkd_jax.analysis.flow import mass_change, mass_flow, moved_mass, over_and_underestimated
 from abkd_jax.analysis.gradients import cosine, gradient_norm, logit_gradient
 from abkd_jax.analysis.reassignment import log_mass_ratio
+from abkd_jax.binding import Bound, NonNegative, Number
 from abkd_jax.divergences import forward_kl
-from abkd_jax.types import Bound, Divergence
+from abkd_jax.types import Divergence
 
 
 @struct.dataclass
@@ -66,25 +68,24 @@ def over_grid(
         counts, mean and deviation are 0, lowest is inf and highest -inf.
 
     Raises:
-        ValueError: if the logits are refused by `check_cached`, `fn` is not bound, its numbers make
-            no grid, `where` is not bool `[...]`, or `chunk` is no integer of at least 1.
+        AssertionError: if `where` is not bool `[...]`.
+        ValueError: if `fn` is not bound, its numbers make no grid, or `chunk` is no integer of at
+            least 1.
     """
-    if not isinstance(fn, Bound):
-        raise ValueError(f"fn must be bound, bind(function, ...); found {what_is(fn)}.")
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"chunk must be an integer of at least 1; found {chunk!r}.")
+    checks.require(isinstance(fn, Bound), "fn", "bound: bind(function, ...)", fn)
+    is_count = isinstance(chunk, int) and not isinstance(chunk, bool) and chunk >= 1
+    checks.require(is_count, "chunk", "an integer of at least 1", chunk)
     student_logits, teacher_logits = check_cached(student_logits, teacher_logits)
-    check_where(where, student_logits.shape[:-1])
+    where = checks.check_where(where, student_logits.shape[:-1])
     sizes = {leaf.shape for leaf in jax.tree.leaves(fn)} - {()}
-    if len(sizes) != 1 or len(min(sizes)) != 1:
-        found = f"arrays of the shapes {sorted(map(list, sizes))}" if sizes else "scalars alone"
-        raise ValueError(f"the numbers of fn must be scalars and arrays [G]; found {found}.")
+    is_grid = len(sizes) == 1 and len(min(sizes)) == 1
+    expected = "scalars and at least one array, all arrays [G]"
+    checks.require(is_grid, "the numbers of fn", expected, sorted(map(list, sizes)))
     return _over_grid(fn, student_logits, teacher_logits, where, chunk=chunk)
 
 
 @functools.partial(jax.jit, static_argnames="chunk")
 def _over_grid(fn, student_logits, teacher_logits, where, *, chunk):
-    where = jnp.ones(student_logits.shape[:-1], bool) if where is None else where
     axes = jax.tree.map(lambda leaf: 0 if leaf.ndim else None, fn)
     classes = student_logits.shape[-1]
     at_all_points = jax.vmap(lambda f, s, t: f(s, t), in_axes=(axes, None, None))
@@ -134,7 +135,7 @@ def reassignment_summary(
     teacher_logits: Array,
     *,
     divergence: Divergence,
-    learning_rate: float | Array,
+    learning_rate: NonNegative,
 ) -> dict[str, Array]:
     """One step on the logits: what it moves, and where to.
 
@@ -166,9 +167,9 @@ def bound_summary(
     student_logits: Array,
     teacher_logits: Array,
     *,
-    alpha: float | Array,
-    beta: float | Array,
-    learning_rate: float | Array,
+    alpha: Number,
+    beta: Number,
+    learning_rate: NonNegative,
 ) -> dict[str, Array]:
     """How tight the bounds on |LogR| are, as means over the classes that are not removed.
 

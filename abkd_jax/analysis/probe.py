@@ -9,12 +9,13 @@ import optax
 from jax import Array
 from jax import numpy as jnp
 
-from abkd_jax import numerics
+from abkd_jax import checks, numerics
 from abkd_jax.analysis import flow
 from abkd_jax.analysis.gradients import gradient_noise, logit_slope, term_gradients, tree_cosines
 from abkd_jax.analysis.reassignment import of_logit_change
 from abkd_jax.analysis.temperature import effective_temperature
-from abkd_jax.types import Batch, Outputs, Term, nearest
+from abkd_jax.binding import NonNegative, nearest
+from abkd_jax.types import Batch, Outputs, Term
 
 PROBES = (
     "entropy",
@@ -34,7 +35,7 @@ def probe(
     terms: Mapping[str, Term],
     *,
     probes: tuple[str, ...] = PROBES,
-    learning_rate: float | Array = 0.1,
+    learning_rate: NonNegative = 0.1,
 ) -> dict[str, Array]:
     """Measures one learner and its objective on a few batches; nothing is updated.
 
@@ -58,11 +59,11 @@ def probe(
     Args:
         params: the learner's parameters.
         forward: params, batch -> outputs, with whatever the terms' losses need.
-        others: the other networks' outputs, by name: arrays `[N, batch, ...]`, without
-            `unembedding` and `bias`' leading N, which all batches share.
+        others: the other networks' outputs, by name: rows `[N, batch, ...]`, and a `head` that all
+            batches share.
         batches: N batches stacked: each entry is `[N, ...]`, the masks `[N, batch]`. A loss that
             couples a batch sees one of the N.
-        terms: the learner's objective, by name; schedules replaced by numbers (`types.at_step`).
+        terms: the learner's objective, by name; schedules replaced by numbers (`binding.at_step`).
         probes: which, of PROBES.
         learning_rate: of the step on the logits in `mass_flow`.
 
@@ -75,21 +76,21 @@ def probe(
     """
     check_probes(probes)
     count = batches["where"].shape[0]
-    if "gradient_noise" in probes and count < 2:
-        raise ValueError(f"the probe 'gradient_noise' needs at least 2 batches; found {count}.")
+    is_enough = "gradient_noise" not in probes or count >= 2
+    checks.require(is_enough, "batches", "at least 2, for the probe 'gradient_noise'", count)
     of_gradients = any(name.startswith("gradient_") for name in probes)
-    shared = {n: {"unembedding": o.unembedding, "bias": o.bias} for n, o in others.items()}
-    rows = {n: o.replace(unembedding=None, bias=None) for n, o in others.items()}
+    heads = {name: outputs.head for name, outputs in others.items()}
+    rows = {name: outputs.replace(head=None) for name, outputs in others.items()}
 
     def measure(_, part):
         batch, seen = part
-        seen = {name: seen[name].replace(**shared[name]) for name in seen}
+        seen = {name: seen[name].replace(head=heads[name]) for name in seen}
         if of_gradients:
             gradients, outputs = term_gradients(terms, forward, params, seen, batch)
         else:
             gradients, outputs = {}, forward(params, batch)
-        if outputs.logits is None:
-            raise ValueError("probe needs the logits of the network being trained; found None.")
+        shows = outputs.logits is not None
+        checks.require(shows, "the logits of the network being trained", "shown", None)
         slope = logit_slope(terms, outputs, seen, batch) if "mass_flow" in probes else None
         return None, (outputs.logits, slope, gradients)
 
@@ -113,13 +114,11 @@ def probe(
 
 def check_probes(probes: tuple[str, ...]) -> None:
     """Refuses what is no tuple of names in PROBES, in one sentence."""
-    if not isinstance(probes, tuple | list):
-        raise ValueError(f"probes must be a tuple of names; found {probes!r}.")
+    is_tuple = isinstance(probes, tuple | list)
+    checks.require(is_tuple, "probes", "a tuple of names", probes)
     for name in probes:
-        if name not in PROBES:
-            raise ValueError(
-                f"probes must be of {', '.join(PROBES)}; found {name!r}{nearest(name, PROBES)}."
-            )
+        expected = f"of {', '.join(PROBES)}{nearest(name, PROBES)}"
+        checks.require(name in PROBES, "probes", expected, name)
 
 
 def _flows(logits, change, teachers, batches):

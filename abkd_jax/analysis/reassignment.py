@@ -8,9 +8,10 @@ from flax import struct
 from jax import Array
 from jax import numpy as jnp
 
-from abkd_jax import numerics
-from abkd_jax.analysis.checks import check_cached, check_logits, check_shape, check_where
-from abkd_jax.analysis.gradients import logit_gradient
+from abkd_jax import checks, numerics
+from abkd_jax.analysis.checks import check_cached, check_values
+from abkd_jax.analysis.gradients import gradient_of_checked
+from abkd_jax.binding import NonNegative
 from abkd_jax.types import Divergence
 
 _LARGEST_CHANGE = 60.0  # whose exp, times any number of classes, is well within float32
@@ -36,7 +37,7 @@ def log_mass_ratio(
     teacher_logits: Array,
     *,
     divergence: Divergence,
-    learning_rate: float | Array,
+    learning_rate: NonNegative,
 ) -> Reassignment:
     """One step of gradient descent on the logits themselves, f <- f - eta dD/df.
 
@@ -50,14 +51,14 @@ def log_mass_ratio(
         The reassignment, exact for a step of any size; its `target` is -eta dD/df.
 
     Raises:
-        ValueError: if the logits are refused by `check_cached`, or the rate does not broadcast.
+        ValueError: if the rate does not broadcast.
 
-    Wang et al., "ABKD", ICML 2025, https://arxiv.org/abs/2505.04560, equation 5.
+    Source: Wang et al., "ABKD", ICML 2025, https://arxiv.org/abs/2505.04560, equation 5.
     """
     student_logits, teacher_logits = check_cached(student_logits, teacher_logits)
-    gradient = logit_gradient(student_logits, teacher_logits, divergence=divergence)
+    gradient = gradient_of_checked(student_logits, teacher_logits, divergence)
     rate = numerics.per_row("learning_rate", learning_rate, gradient)
-    return of_logit_change(student_logits, -rate * gradient)
+    return of_checked_change(student_logits, -rate * gradient)
 
 
 def of_logit_change(student_logits: Array, change: Array) -> Reassignment:
@@ -77,10 +78,15 @@ def of_logit_change(student_logits: Array, change: Array) -> Reassignment:
         The reassignment; its `target` is the change.
 
     Raises:
-        ValueError: if the logits are refused, or the change has another shape.
+        AssertionError: if the change has another shape.
     """
-    logits = check_logits("student_logits", student_logits)
-    check_shape("change", change, logits)
+    logits = check_values(student_logits, "student_logits")
+    checks.check_array("change", change, float, logits.shape, "as student_logits")
+    return of_checked_change(logits, change)
+
+
+def of_checked_change(logits: Array, change: Array) -> Reassignment:
+    """`of_logit_change` of logits that are checked, and a change of their shape."""
     present = ~jnp.isneginf(logits)
     target = jnp.where(present, jnp.asarray(change, logits.dtype), 0.0)
     # The derivative of log q along the change is d, in the digits of a saturated row too.
@@ -103,7 +109,7 @@ def parameter_log_mass_ratio(
     teacher_logits: Array,
     *,
     divergence: Divergence,
-    learning_rate: float | Array,
+    learning_rate: NonNegative,
     where: Array | None = None,
 ) -> Reassignment:
     """One step of gradient descent on a network's parameters, to first order in the step.
@@ -125,13 +131,13 @@ def parameter_log_mass_ratio(
         The reassignment by the change -eta J J^T g, which is its `target`.
 
     Raises:
-        ValueError: if the logits are refused by `check_cached`, or `where` is not bool `[...]`.
+        AssertionError: if `where` is not bool `[...]`.
 
-    Wang et al., "ABKD", ICML 2025, https://arxiv.org/abs/2505.04560, appendix C.
+    Source: Wang et al., "ABKD", ICML 2025, https://arxiv.org/abs/2505.04560, appendix C.
     """
-    step, logits = _descent(logits_fn, params, teacher_logits, divergence, learning_rate, where)
+    step, _, lifted = _descent(logits_fn, params, teacher_logits, divergence, learning_rate, where)
     _, change = jax.jvp(logits_fn, (params,), (step,))
-    return of_logit_change(logits, change)
+    return of_checked_change(lifted, change)
 
 
 def exact_parameter_log_mass_ratio(
@@ -140,7 +146,7 @@ def exact_parameter_log_mass_ratio(
     teacher_logits: Array,
     *,
     divergence: Divergence,
-    learning_rate: float | Array,
+    learning_rate: NonNegative,
     where: Array | None = None,
 ) -> Reassignment:
     """`parameter_log_mass_ratio` by the network itself, evaluated again after the step.
@@ -160,27 +166,27 @@ def exact_parameter_log_mass_ratio(
         The reassignment.
 
     Raises:
-        ValueError: if the logits are refused by `check_cached`, or `where` is not bool `[...]`.
+        AssertionError: if `where` is not bool `[...]`.
     """
-    step, logits = _descent(logits_fn, params, teacher_logits, divergence, learning_rate, where)
+    step, logits, lifted = _descent(
+        logits_fn, params, teacher_logits, divergence, learning_rate, where
+    )
     after = logits_fn(jax.tree.map(jnp.add, params, step))
-    return of_logit_change(logits, jnp.where(jnp.isneginf(logits), 0.0, after - logits))
+    return of_checked_change(lifted, jnp.where(jnp.isneginf(logits), 0.0, after - logits))
 
 
 def _descent(logits_fn, params, teacher_logits, divergence, learning_rate, where):
-    """The step of the parameters, and the logits before it."""
+    """The step of the parameters, and the logits before it, as they are and lifted to 32 bit."""
     logits, pull = jax.vjp(logits_fn, params)
-    gradient = logit_gradient(logits, teacher_logits, divergence=divergence)
-    if gradient.shape != logits.shape:
-        raise ValueError(
-            f"teacher_logits must broadcast to the shape {list(logits.shape)} of what logits_fn "
-            f"gives; found {list(jnp.shape(teacher_logits))}."
-        )
-    check_where(where, logits.shape[:-1])
-    where = jnp.ones(logits.shape[:-1], bool) if where is None else where
+    lifted, teacher = check_cached(logits, teacher_logits)
+    expected = f"of a shape that broadcasts to {list(logits.shape)}, that of what logits_fn gives"
+    checks.require(lifted.shape == logits.shape, "teacher_logits", expected, teacher_logits)
+    gradient = gradient_of_checked(lifted, teacher, divergence)
+    where = checks.check_where(where, logits.shape[:-1])
     mean = jnp.where(where[..., None], gradient, 0.0) / jnp.maximum(jnp.sum(where), 1)
     (slope,) = pull(mean.astype(logits.dtype))
-    return jax.tree.map(lambda g: -jnp.asarray(learning_rate, g.dtype) * g, slope), logits
+    step = jax.tree.map(lambda g: -jnp.asarray(learning_rate, g.dtype) * g, slope)
+    return step, logits, lifted
 
 
 def _excess(log_q: Array, d: Array) -> Array:

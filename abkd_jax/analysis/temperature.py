@@ -28,9 +28,6 @@ def effective_temperature(student_logits: Array, teacher_logits: Array) -> Array
 
     Returns:
         `[...]` in [1e-3, 1e3].
-
-    Raises:
-        ValueError: if the logits are refused by `check_cached`.
     """
     logits = jax.lax.stop_gradient(check_cached(student_logits, teacher_logits))
     student_logits, teacher_logits = logits

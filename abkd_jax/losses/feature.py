@@ -4,15 +4,14 @@ A student whose features have another width than the teacher's shows its project
 config's `project=dict(hidden=WIDTH)`, see `models.projected`.
 """
 
-import chex
 import jax
 from jax import Array
 from jax import numpy as jnp
 
-from abkd_jax import numerics
-from abkd_jax.combinators import at_temperature
+from abkd_jax import checks, numerics
+from abkd_jax.binding import Number, Positive
 from abkd_jax.divergences import forward_kl
-from abkd_jax.types import Batch, Outputs
+from abkd_jax.types import Batch, Head, Outputs
 
 
 def norm_and_direction(
@@ -41,28 +40,21 @@ def norm_and_direction(
 
     Raises:
         AssertionError: if features, labels and centers do not fit.
-        ValueError: if the widths of the features differ, or the batch has no labels.
+        ValueError: if the widths of the features differ.
 
-    Wang et al., "Improving knowledge distillation via regularizing feature direction and norm",
-    ECCV 2024, https://arxiv.org/abs/2305.17007.
+    Source: Wang et al., "Improving knowledge distillation via regularizing feature direction and
+    norm", ECCV 2024, https://arxiv.org/abs/2305.17007.
     """
-    f_s, f_t = _features(student, teacher)
-    labels = numerics.labels_of("norm_and_direction", batch)
-    numerics.check_labels(labels, f_s.shape, "features")
-    width = f_s.shape[-1]
-    chex.assert_shape(
-        centers,
-        (None, width),
-        custom_message=f"centers must be [K, {width}], one for each class at the width of the "
-        f"other network's features; found {list(jnp.shape(centers))}.",
-        include_default_message=False,
-    )
+    f_s, f_t = aligned(student, teacher)
+    labels = checks.labels_of("norm_and_direction", batch, f_s.shape[:-1], "features")
+    meaning = "one for each class, at the width of the other network's features"
+    checks.check_array("centers", centers, float, ("K", f_s.shape[-1]), meaning)
     centers = jax.lax.stop_gradient(jnp.asarray(centers, f_s.dtype))
-    length = norm(centers)[:, None]
+    length = numerics.norm(centers)[:, None]
     directions = jnp.where(length > 0, centers / jnp.where(length > 0, length, 1.0), 0.0)
     labels, known = numerics.known_labels(labels, len(centers))
     along = jnp.sum(f_s * directions[labels], axis=-1)
-    longer = jnp.maximum(norm(f_s), jax.lax.stop_gradient(norm(f_t)))
+    longer = jnp.maximum(numerics.norm(f_s), jax.lax.stop_gradient(numerics.norm(f_t)))
     value = 1.0 - along / jnp.where(longer > 0, longer, 1.0)
     return jnp.where(known, value, jnp.nan)
 
@@ -76,9 +68,9 @@ def decoupled_features(
     teacher: Outputs,
     batch: Batch,
     *,
-    strong_weight: float | Array,
-    weak_weight: float | Array,
-    temperature: float | Array,
+    strong_weight: Number,
+    weak_weight: Number,
+    temperature: Positive,
 ) -> Array:
     """T^2 (BCD + strong_weight SCD + weak_weight WCD), CAKD on the features before the logits.
 
@@ -101,7 +93,7 @@ def decoupled_features(
     Args:
         student: the network that is being trained; its `hidden` [..., D], or in its place its
             `projected["hidden"]`.
-        teacher: the other one; its `hidden` [..., D] and `unembedding` [D, K].
+        teacher: the other one; its `hidden` [..., D] and `head`.
         batch: its `labels` [...], integers.
         strong_weight: of SCD; a number, or an array that broadcasts to the leading axes.
         weak_weight: of WCD, likewise.
@@ -112,16 +104,15 @@ def decoupled_features(
 
     Raises:
         AssertionError: if features, labels and unembedding do not fit.
-        ValueError: if the widths of the features differ, or the batch has no labels.
+        ValueError: if the widths of the features differ.
 
-    Zhang et al., "CAKD: A correlation-aware knowledge distillation framework based on decoupling
-    Kullback-Leibler divergence", 2024, https://arxiv.org/abs/2410.14741.
+    Source: Zhang et al., "CAKD: A correlation-aware knowledge distillation framework based on
+    decoupling Kullback-Leibler divergence", 2024, https://arxiv.org/abs/2410.14741.
     """
-    f_s, f_t = _features(student, teacher)
-    labels = numerics.labels_of("decoupled_features", batch)
-    numerics.check_labels(labels, f_s.shape, "features")
-    strong, known = _strong_units(f_t, teacher.unembedding, labels)
-    s, t, scale = at_temperature(f_s, f_t, temperature, 2.0)
+    f_s, f_t = aligned(student, teacher)
+    labels = checks.labels_of("decoupled_features", batch, f_s.shape[:-1], "features")
+    strong, known = _strong_units(f_t, teacher.head, labels)
+    s, t, scale = numerics.at_temperature(f_s, f_t, temperature, 2.0)
     strong_weight = numerics.per_row("strong_weight", strong_weight, f_s)
     weak_weight = numerics.per_row("weak_weight", weak_weight, f_s)
     sets = jnp.stack([strong, ~strong], axis=-2)
@@ -133,34 +124,32 @@ def decoupled_features(
 
 
 decoupled_features.needs_labels = True
-decoupled_features.needs = ("hidden", "unembedding")
+decoupled_features.needs = {"own": ("hidden",), "other": ("hidden", "head")}
 
 
-def aligned(student: Outputs, teacher: Outputs) -> Array:
-    """The student's features at the width of the teacher's: projected, if it shows that.
+def aligned(student: Outputs, teacher: Outputs) -> tuple[Array, Array]:
+    """The features of both networks: the student's projected to the teacher's width, if it is.
 
     Args:
         student: its `projected["hidden"]` [..., D], else its `hidden` [..., D].
         teacher: its `hidden` [..., D].
 
     Returns:
-        `[..., D]`.
+        `[..., D]` of each, in one dtype of at least 32 bit.
 
     Raises:
-        ValueError: one sentence, if a network shows no features or the widths differ.
+        AssertionError: if they are not floating point.
+        ValueError: if a network shows no features or the widths differ.
     """
     named = {"hidden": student.hidden, **(student.projected or {})}
-    found = named["hidden"]
-    for name, hidden in {"network being trained": found, "other network": teacher.hidden}.items():
-        if hidden is None:
-            raise ValueError(f"the {name} must show hidden, its features; found None.")
-    width, expected = found.shape[-1], teacher.hidden.shape[-1]
-    if width != expected:
-        raise ValueError(
-            f"the features of the network being trained have the width {width} and those of the "
-            f"other network {expected}; give the former project=dict(hidden={expected})."
-        )
-    return found
+    f_s = checks.check_rows(named["hidden"], "hidden of the network being trained", "D")
+    f_t = checks.check_rows(teacher.hidden, "hidden of the other network", "D")
+    found, width = f_s.shape[-1], f_t.shape[-1]
+    expected = f"{width}, that of the other network: give it project=dict(hidden={width})"
+    field = "the width of the features of the network being trained"
+    checks.require(found == width, field, expected, found)
+    dtype = jnp.result_type(f_s, f_t)
+    return f_s.astype(dtype), f_t.astype(dtype)
 
 
 def class_means(hidden: Array, labels: Array, num_classes: int) -> Array:
@@ -186,47 +175,24 @@ def class_sums(hidden: Array, labels: Array, num_classes: int) -> tuple[Array, A
 
     The arguments are those of `class_means`; over parts of a set the results add up.
     """
-    chex.assert_rank(hidden, 2)
-    numerics.check_labels(labels, hidden.shape, "features")
+    checks.check_array("hidden", hidden, float, ("N", "D"), "the features of N examples")
+    checks.check_labels(labels, hidden.shape[:-1], "features")
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     member = jax.nn.one_hot(labels, num_classes, dtype=dtype)
     sums = jnp.einsum("nk,nd->kd", member, hidden.astype(dtype), precision="highest")
     return sums, jnp.sum(member, axis=0)
 
 
-def norm(x: Array, axes: int | tuple[int, ...] = -1) -> Array:
-    """The Euclidean norm over the axes, with slope 0 at 0, where autodiff's would be NaN."""
-    square = jnp.sum(jnp.square(x), axis=axes)
-    positive = square > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
-
-
-def _features(student: Outputs, teacher: Outputs) -> tuple[Array, Array]:
-    """The aligned features of both, in one dtype of at least 32 bit."""
-    f_s, f_t = aligned(student, teacher), teacher.hidden
-    chex.assert_type(
-        [f_s, f_t],
-        float,
-        custom_message=f"features must be floating point; found {f_s.dtype} and {f_t.dtype}.",
-        include_default_message=False,
-    )
-    dtype = jnp.promote_types(jnp.result_type(f_s, f_t), jnp.float32)
-    return jnp.asarray(f_s, dtype), jnp.asarray(f_t, dtype)
-
-
-def _strong_units(f_t: Array, unembedding: Array, labels: Array) -> tuple[Array, Array]:
+def _strong_units(f_t: Array, head: Head | None, labels: Array) -> tuple[Array, Array]:
     """`[..., D]`, the units whose part in the label's logit is larger than the mean part.
 
     And `[...]`, where the label is one of the classes.
     """
-    chex.assert_shape(
-        unembedding,
-        (f_t.shape[-1], None),
-        custom_message=f"the unembedding of the other network must be [{f_t.shape[-1]}, K]; found "
-        f"{list(jnp.shape(unembedding))}.",
-        include_default_message=False,
-    )
-    labels, known = numerics.known_labels(labels, unembedding.shape[-1])
-    weights = unembedding.astype(f_t.dtype).T[labels]
+    checks.require(head is not None, "the head of the other network", "shown", head)
+    name = "the unembedding of the other network"
+    shape = (f_t.shape[-1], "K")
+    checks.check_array(name, head.unembedding, float, shape, "as wide as its features")
+    labels, known = numerics.known_labels(labels, head.unembedding.shape[-1])
+    weights = head.unembedding.astype(f_t.dtype).T[labels]
     relevance = jnp.abs(jax.lax.stop_gradient(weights * f_t))
     return relevance > jnp.mean(relevance, axis=-1, keepdims=True), known

@@ -1,11 +1,9 @@
 """Losses on how a network's own loss changes with its inputs."""
 
-import chex
 from jax import Array
 from jax import numpy as jnp
 
-from abkd_jax import numerics
-from abkd_jax.losses.feature import norm
+from abkd_jax import checks, numerics
 from abkd_jax.types import Batch, Outputs
 
 
@@ -34,32 +32,15 @@ def input_gradient_alignment(student: Outputs, teacher: Outputs, batch: Batch) -
     Returns:
         `[...]`, non-negative, 0 where the gradients are equal.
 
-    Raises:
-        AssertionError: if the gradients and the labels do not fit.
-        ValueError: if a network shows no gradient, or the batch no labels.
-
-    Shao et al., "How and when adversarial robustness transfers in knowledge distillation?", 2021,
-    https://arxiv.org/abs/2110.12072.
+    Source: Shao et al., "How and when adversarial robustness transfers in knowledge
+    distillation?", 2021, https://arxiv.org/abs/2110.12072.
     """
-    labels = numerics.labels_of("input_gradient_alignment", batch)
-    named = {
-        "network being trained": student.input_gradient,
-        "other network": teacher.input_gradient,
-    }
-    for name, gradient in named.items():
-        if gradient is None:
-            raise ValueError(f"the {name} must show input_gradient; found None.")
-    g_s, g_t = named.values()
-    shapes = f"{list(g_s.shape)} and {list(g_t.shape)}"
-    message = f"the input gradients of both networks must have one shape; found {shapes}."
-    options = dict(custom_message=message, include_default_message=False)
-    chex.assert_equal_shape([g_s, g_t], **options)
-    message = f"labels {list(labels.shape)} must have the leading axes of the gradients {shapes}."
-    options = dict(custom_message=message, include_default_message=False)
-    chex.assert_shape(labels, g_s.shape[: labels.ndim], **options)
-    dtype = jnp.promote_types(jnp.result_type(g_s, g_t), jnp.float32)
-    difference = g_s.astype(dtype) - g_t.astype(dtype)
-    value = norm(difference, tuple(range(labels.ndim, difference.ndim)))
+    g_s = checks.check_rows(student.input_gradient, "input_gradient of the network being trained")
+    g_t = checks.check_rows(teacher.input_gradient, "input_gradient of the other network")
+    checks.check_array("the other input_gradient", g_t, float, g_s.shape, "as the learner's is")
+    leading = g_s.shape[: jnp.ndim(batch.get("labels", 0))]
+    labels = checks.labels_of("input_gradient_alignment", batch, leading, "input gradients")
+    value = numerics.norm(g_s - g_t, tuple(range(labels.ndim, g_s.ndim)))
     return jnp.where(labels < 0, jnp.nan, value)
 
 

@@ -4,8 +4,9 @@ import jax
 from jax import Array
 from jax import numpy as jnp
 
-from abkd_jax import numerics
-from abkd_jax.combinators import tempered
+from abkd_jax import checks
+from abkd_jax.binding import Number, Positive
+from abkd_jax.divergences import tempered
 from abkd_jax.types import Batch, Divergence, Loss, Outputs
 
 
@@ -15,8 +16,8 @@ def on_logits(
     batch: Batch,
     *,
     divergence: Divergence,
-    temperature: float | Array = 1.0,
-    temperature_power: float | Array = 2.0,
+    temperature: Positive = 1.0,
+    temperature_power: Number = 2.0,
 ) -> Array:
     """T^power D(softmax(teacher / T) || softmax(student / T)), the distillation of logits.
 
@@ -26,13 +27,10 @@ def on_logits(
         batch: not read.
         divergence: D.
         temperature: T > 0.
-        temperature_power: 2 for KD (Hinton et al., 2015), DKD and LSKD; 0 for ABKD, TTM and SinKD.
+        temperature_power: 2 for KD, DKD and LSKD; 0 for ABKD, TTM and SinKD.
 
     Returns:
         `[...]`, one value per example.
-
-    Raises:
-        AssertionError: if the logits are not floating point or their shapes do not fit.
     """
     del batch
     return tempered(
@@ -62,15 +60,11 @@ def with_teacher_labels(student: Outputs, teacher: Outputs, batch: Batch, *, los
 
     Returns:
         `[...]`, one value per example.
-
-    Raises:
-        AssertionError: if the logits do not fit.
-        ValueError: if a network shows no logits, or the batch no labels.
     """
-    _, teacher_logits = numerics.check_logits(student.logits, teacher.logits)
-    labels = numerics.labels_of("with_teacher_labels", batch)
+    teacher_logits = checks.check_rows(teacher.logits, "teacher_logits")
+    labels = checks.labels_of("with_teacher_labels", batch, teacher_logits.shape[:-1])
     likeliest = jnp.argmax(jax.lax.stop_gradient(teacher_logits), axis=-1).astype(labels.dtype)
     return loss(student, teacher, {**batch, "labels": jnp.where(labels < 0, likeliest, labels)})
 
 
-with_teacher_labels.needs = ("logits",)
+with_teacher_labels.needs = {"other": ("logits",)}

@@ -1,11 +1,11 @@
 """Losses on relations: how the classes of a row, or the rows of a batch, lie to each other."""
 
-import chex
 import jax
 from jax import Array
 from jax import numpy as jnp
 
-from abkd_jax import numerics
+from abkd_jax import checks, numerics
+from abkd_jax.binding import Number, Positive
 from abkd_jax.types import Batch, Outputs
 
 _DIST_EPSILON = 1e-8  # of DIST's published code
@@ -16,9 +16,9 @@ def dist(
     teacher: Outputs,
     batch: Batch,
     *,
-    row_weight: float | Array = 1.0,
-    column_weight: float | Array = 1.0,
-    temperature: float | Array = 1.0,
+    row_weight: Number = 1.0,
+    column_weight: Number = 1.0,
+    temperature: Positive = 1.0,
 ) -> Array:
     """T^2 (row_weight (1 - rho of the row) + column_weight (1 - mean over classes of their rho)).
 
@@ -44,21 +44,17 @@ def dist(
     Returns:
         `[...]`, one value per example, in [0, 2 T^2 (row_weight + column_weight)].
 
-    Raises:
-        AssertionError: if logits and `where` do not fit.
-        ValueError: if a network shows no logits, or a number does not fit.
-
-    Huang et al., "Knowledge distillation from a stronger teacher", NeurIPS 2022,
+    Source: Huang et al., "Knowledge distillation from a stronger teacher", NeurIPS 2022,
     https://arxiv.org/abs/2205.10536.
     """
     q, p, present = batch_probabilities(student, teacher, batch, temperature)
-    shape = jax.ShapeDtypeStruct((*batch["where"].shape, q.shape[-1]), q.dtype)
     rows = _where_any(present, 1.0 - _correlation(q, p, present, -1, _DIST_EPSILON), -1)
     columns = _where_any(present, 1.0 - _correlation(q, p, present, 0, _DIST_EPSILON), 0)
     shared = numerics.masked_mean(columns, jnp.any(present, axis=0))
+    rows = rows.reshape(batch["where"].shape)
     numbers = {"row_weight": row_weight, "column_weight": column_weight, "temperature": temperature}
-    on_rows, on_columns, t = (_of_examples(*number, shape) for number in numbers.items())
-    return jnp.square(t) * (on_rows * rows.reshape(shape.shape[:-1]) + on_columns * shared)
+    on_rows, on_columns, t = (numerics.per_value(*number, rows) for number in numbers.items())
+    return jnp.square(t) * (on_rows * rows + on_columns * shared)
 
 
 dist.needs = ("logits",)
@@ -70,9 +66,9 @@ def gram(
     teacher: Outputs,
     batch: Batch,
     *,
-    batch_weight: float | Array = 1.0,
-    class_weight: float | Array = 1.0,
-    temperature: float | Array = 4.0,
+    batch_weight: Number = 1.0,
+    class_weight: Number = 1.0,
+    temperature: Positive = 4.0,
 ) -> Array:
     """batch_weight |P P' - Q Q'|^2 / B + class_weight |P'P - Q'Q|^2 / K, in Frobenius norms.
 
@@ -95,20 +91,15 @@ def gram(
     Returns:
         `[...]`, one value per example, non-negative, 0 if the logits are identical.
 
-    Raises:
-        AssertionError: if logits and `where` do not fit.
-        ValueError: if a network shows no logits, or a number does not fit.
-
-    Jin, Wang and Lin, "Multi-level logit distillation", CVPR 2023.
+    Source: Jin, Wang and Lin, "Multi-level logit distillation", CVPR 2023.
     """
     q, p, present = batch_probabilities(student, teacher, batch, temperature)
-    shape = jax.ShapeDtypeStruct((*batch["where"].shape, q.shape[-1]), q.dtype)
     num_classes = jnp.maximum(jnp.sum(jnp.any(present, axis=0)), 1)
-    rows = jnp.sum(jnp.square(_gram(p) - _gram(q)), axis=-1)
+    rows = jnp.sum(jnp.square(_gram(p) - _gram(q)), axis=-1).reshape(batch["where"].shape)
     shared = jnp.sum(jnp.square(_gram(p.T) - _gram(q.T))) / num_classes
-    on_rows = _of_examples("batch_weight", batch_weight, shape)
-    on_classes = _of_examples("class_weight", class_weight, shape)
-    return on_rows * rows.reshape(shape.shape[:-1]) + on_classes * shared
+    on_rows = numerics.per_value("batch_weight", batch_weight, rows)
+    on_classes = numerics.per_value("class_weight", class_weight, rows)
+    return on_rows * rows + on_classes * shared
 
 
 gram.needs = ("logits",)
@@ -120,9 +111,9 @@ def rank_correlation(
     teacher: Outputs,
     batch: Batch,
     *,
-    pearson_weight: float | Array = 1.0,
-    spearman_weight: float | Array = 1.0,
-    regularization: float | Array = 1.0,
+    pearson_weight: Number = 1.0,
+    spearman_weight: Number = 1.0,
+    regularization: Positive = 1.0,
 ) -> Array:
     """pearson_weight (1 - Pearson's correlation) + spearman_weight (1 - a soft Spearman's).
 
@@ -151,23 +142,19 @@ def rank_correlation(
         `[...]`, one value per example, in [0, 2 (pearson_weight + spearman_weight)], 0 if the
         logits are identical. A row that is constant on one side has correlation 0, without slope.
 
-    Raises:
-        AssertionError: if the logits are not floating point or their shapes do not fit.
-        ValueError: if a network shows no logits, or a number does not fit.
-
-    CMKD, arXiv 2410.06561; Blondel et al., "Fast differentiable sorting and ranking", ICML 2020,
-    https://arxiv.org/abs/2002.08871.
+    Source: CMKD, arXiv 2410.06561; Blondel et al., "Fast differentiable sorting and ranking", ICML
+    2020, https://arxiv.org/abs/2002.08871.
     """
     del batch
-    logits = jnp.broadcast_arrays(*numerics.check_logits(student.logits, teacher.logits))
+    logits = jnp.broadcast_arrays(*checks.check_logits(student.logits, teacher.logits))
     present = ~(jnp.isneginf(logits[0]) & jnp.isneginf(logits[1]))
     z_s, z_t = (jnp.maximum(z, -numerics.MAX_LOG_RATIO) for z in logits)
-    strength = numerics.per_row("regularization", regularization, z_s)
+    strength = numerics.positive("regularization", regularization, z_s)
     ranks = (_soft_ranks(z, present, strength) for z in (z_s, z_t))
     pearson = _where_any(present, 1.0 - _correlation(z_s, z_t, present, -1), -1)
     spearman = _where_any(present, 1.0 - _correlation(*ranks, present, -1), -1)
-    on_pearson = _of_examples("pearson_weight", pearson_weight, z_s)
-    on_spearman = _of_examples("spearman_weight", spearman_weight, z_s)
+    on_pearson = numerics.per_value("pearson_weight", pearson_weight, pearson)
+    on_spearman = numerics.per_value("spearman_weight", spearman_weight, spearman)
     return on_pearson * pearson + on_spearman * spearman
 
 
@@ -189,22 +176,10 @@ def batch_probabilities(
         The student's and the teacher's probabilities `[N, K]`, and what of them is `present`
         `[N, K]`: not padding, and not a class with the logit -inf on both sides. The rest is 0, and
         nothing of it, NaN included, gets into values or gradients.
-
-    Raises:
-        AssertionError: if logits and `where` do not fit.
-        ValueError: if a network shows no logits, or the temperature does not fit.
     """
-    logits = jnp.broadcast_arrays(*numerics.check_logits(student.logits, teacher.logits))
-    where, found = batch["where"], list(logits[0].shape)
-    options = dict(
-        custom_message=f"batch['where'] must be bool, with the leading axes of the logits {found}; "
-        f"found {where.dtype}{list(where.shape)}.",
-        include_default_message=False,
-    )
-    chex.assert_type(where, bool, **options)
-    chex.assert_shape(where, logits[0].shape[:-1], **options)
-    divisor = numerics.per_row("temperature", temperature, logits[0])
-    divisor = jnp.where(divisor > 0, divisor, jnp.nan)
+    logits = jnp.broadcast_arrays(*checks.check_logits(student.logits, teacher.logits))
+    where = checks.check_where(batch["where"], logits[0].shape[:-1])
+    divisor = numerics.positive("temperature", temperature, logits[0])
     present = where[..., None] & ~(jnp.isneginf(logits[0]) & jnp.isneginf(logits[1]))
 
     def probabilities(logits):
@@ -213,12 +188,6 @@ def batch_probabilities(
         return probs.reshape(-1, logits.shape[-1])
 
     return *map(probabilities, logits), present.reshape(-1, logits[0].shape[-1])
-
-
-def _of_examples(name: str, number: float | Array, logits: Array | jax.ShapeDtypeStruct) -> Array:
-    """`numerics.per_row` without the axis for the classes."""
-    number = numerics.per_row(name, number, logits)
-    return number[..., 0] if number.ndim else number
 
 
 def _where_any(present: Array, values: Array, axis: int) -> Array:
@@ -233,7 +202,7 @@ def _gram(x: Array) -> Array:
 def _correlation(x: Array, y: Array, present: Array, axis: int, epsilon: float = 0.0) -> Array:
     """Pearson's correlation over what is present; 0, without slope, where one side is constant."""
     x, y = (_centred(values, present, axis) for values in (x, y))
-    scale = _norm(x, axis) * _norm(y, axis) + epsilon
+    scale = numerics.norm(x, axis) * numerics.norm(y, axis) + epsilon
     return jnp.sum(x * y, axis=axis) / jnp.where(scale > 0, scale, 1.0)
 
 
@@ -251,11 +220,6 @@ def _centred(x: Array, present: Array, axis: int) -> Array:
     return jnp.where(present & (high != low), x - mean, 0.0)
 
 
-def _norm(x: Array, axis: int, *, keepdims: bool = False) -> Array:
-    square = jnp.sum(jnp.square(x), axis=axis, keepdims=keepdims)
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
-
-
 def _soft_ranks(values: Array, present: Array, regularization: Array) -> Array:
     """The point of the permutahedron nearest to the standardised values: `[..., K]`, largest last.
 
@@ -264,9 +228,8 @@ def _soft_ranks(values: Array, present: Array, regularization: Array) -> Array:
     """
     count = jnp.maximum(jnp.sum(present, axis=-1, keepdims=True), 1).astype(values.dtype)
     centred = _centred(values, present, -1)
-    norm = _norm(centred, -1, keepdims=True)
-    strength = jnp.where(regularization > 0, regularization, jnp.nan)
-    size = jnp.sqrt(count * (jnp.square(count) - 1.0) / 12.0) / strength  # 1..K has this norm
+    norm = numerics.norm(centred, -1, keepdims=True)
+    size = jnp.sqrt(count * (jnp.square(count) - 1.0) / 12.0) / regularization  # 1..K has this norm
     order = jnp.argsort(jnp.where(present, -values, jnp.inf), axis=-1)
     sort = lambda x: jnp.take_along_axis(x, order, axis=-1)  # noqa: E731
     falling = sort(centred / jnp.where(norm > 0, norm, 1.0)) * size

@@ -4,18 +4,32 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import chex
 import jax
 from jax import Array
 from jax import numpy as jnp
 
-from abkd_jax import numerics
-from abkd_jax.types import Batch, Outputs, Schedule, Term
+from abkd_jax import checks, numerics
+from abkd_jax.binding import Schedule
+from abkd_jax.types import Batch, Outputs, Term
+
+_LEARNER = "the network being trained"
+
+
+def mask_of(term: Term, batch: Batch) -> Array:
+    """The rows over which a term is averaged: its mask, and of these what batch["where"] has.
+
+    Raises:
+        AssertionError: if a mask is not bool, or not of one shape with batch["where"].
+    """
+    leading, meaning = jnp.shape(batch["where"]), "one for each row of the batch"
+    for name in ("where", term.where):
+        checks.check_array(f"batch[{name!r}]", batch[name], bool, leading, meaning)
+    return batch[term.where] & batch["where"]
 
 
 def term_counts(terms: Mapping[str, Term], batch: Batch) -> dict[str, Array]:
     """How many examples each term averages over, by the term's name."""
-    return {name: jnp.sum(batch[term.where]) for name, term in terms.items()}
+    return {name: jnp.sum(mask_of(term, batch)) for name, term in terms.items()}
 
 
 def total(
@@ -29,13 +43,15 @@ def total(
     """The sum over terms of weight x mean of the loss over the examples of the term's mask.
 
     What a mask leaves out may be anything, NaN included, and changes neither the value nor a
-    gradient: a loss sees zeros there, in the networks' outputs and as the label. One that couples
-    the batch also sees what is in batch["where"], whatever its term's mask.
+    gradient: a loss sees zeros there, in the networks' outputs and as the label. Rows outside of
+    batch["where"] are in no term's mask; a loss that couples the batch sees all that are inside,
+    whatever its term's mask.
 
     Args:
-        terms: by name; their schedules replaced by numbers (`types.at_step`).
+        terms: by name; their schedules replaced by numbers (`binding.at_step`).
         student: the network that is being trained.
-        others: the other networks' outputs, by name.
+        others: the other networks' outputs, by name; a loss whose term names none sees an empty
+            `Outputs`.
         batch: with every mask that a term names.
         counts: the divisors of the means, when the batch is a part of a larger one; the parts'
             totals then add up to that of the whole. By default the number of examples in the mask.
@@ -44,24 +60,25 @@ def total(
         The scalar, and the mean of each term, before its weight, by the term's name.
 
     Raises:
-        AssertionError: if a loss does not give one value per example.
+        AssertionError: if a mask is not bool, or a loss does not give one value per example.
+        ValueError: if a part of the outputs or the labels have other rows than batch["where"], or a
+            weight is a schedule.
     """
     means = {}
     for name, term in terms.items():
-        if isinstance(term.weight, Schedule):
-            raise ValueError(f"term {name!r}: its weight is a schedule; call at_step(terms, step).")
-        where = batch[term.where]
-        if where.dtype != bool:
-            raise ValueError(f"batch[{term.where!r}] must be bool; found {where.dtype}.")
-        seen = where | batch["where"] if getattr(term.loss, "couples_batch", False) else where
-        values = term.loss(*_selected((student, others[term.other], batch), seen))
-        chex.assert_shape(
-            values,
-            where.shape,
-            custom_message=f"the loss of term {name!r} must give one value per example, "
-            f"{list(where.shape)}; found {list(values.shape)}.",
-            include_default_message=False,
+        is_number = not isinstance(term.weight, Schedule)
+        expected = "a number: call at_step(terms, step) first"
+        checks.require(is_number, f"the weight of term {name!r}", expected, term.weight)
+        where = mask_of(term, batch)
+        seen = batch["where"] if getattr(term.loss, "couples_batch", False) else where
+        other = Outputs() if term.other is None else others[term.other]
+        values = term.loss(
+            _selected(_LEARNER, student, seen),
+            _selected(term.other, other, seen),
+            _batch_selected(batch, seen),
         )
+        field = f"the loss of term {name!r}"
+        checks.check_array(field, values, float, where.shape, "one value per example")
         count = None if counts is None else counts[name]
         means[name] = numerics.masked_mean(values, where, count)
     return sum(terms[name].weight * mean for name, mean in means.items()), means
@@ -78,10 +95,10 @@ def chunked_total(
 ) -> tuple[Array, dict[str, Array]]:
     """`total` for vocabularies whose logits do not fit: no `[tokens, K]` array ever exists.
 
-    Networks that leave their logits unformed (None) show `hidden` and `unembedding` instead. The
-    tokens are visited in chunks; a chunk's logits are formed once for all terms, and its gradients
-    (in the student's hidden, unembedding, bias or logits, and in all numbers) are taken in the same
-    pass, so that the backward pass has only to scale them. The other networks get no gradient.
+    Networks that leave their logits unformed (None) show `hidden` and `head` instead. The tokens
+    are visited in chunks; a chunk's logits are formed once for all terms, and its gradients (in the
+    student's rows, its head and all numbers) are taken in the same pass, so that the backward pass
+    has only to scale them. The other networks get no gradient.
 
     Args:
         terms: as in `total`, none of which couples the examples of a batch.
@@ -98,43 +115,45 @@ def chunked_total(
         ValueError: if a term couples the batch, or a network shows neither logits nor hidden.
     """
     for name, term in terms.items():
-        if term.loss.couples_batch:
-            raise ValueError(f"term {name!r} couples the examples of a batch: it has no chunks.")
-    for name, outputs in {"the network being trained": student, **others}.items():
-        if outputs.logits is None and (outputs.hidden is None or outputs.unembedding is None):
-            raise ValueError(f"{name} must show logits, or hidden and unembedding; found neither.")
+        is_row_wise, fn = not term.loss.couples_batch, term.loss.fn.__name__
+        expected = "of each row alone, to have chunks; this one couples the examples of a batch"
+        checks.require(is_row_wise, f"the loss of term {name!r}", expected, fn)
+    for name, outputs in {_LEARNER: student, **others}.items():
+        forms = outputs.hidden is not None and outputs.head is not None
+        shows = outputs.logits is not None or forms
+        found = [part for part, x in vars(outputs).items() if x is not None]
+        checks.require(shows, f"what {name} shows", "logits, or hidden and head", found)
     where = batch["where"]
     counts = term_counts(terms, batch) if counts is None else dict(counts)
     split = functools.partial(_chunks, leading=where.ndim, chunk=chunk)
     per_token = {n: x for n, x in batch.items() if getattr(x, "shape", None) == where.shape}
-    rows = {n: Outputs(logits=o.logits, hidden=o.hidden) for n, o in others.items()}
-    heads = {n: (o.unembedding, o.bias) for n, o in others.items()}
-    frozen = jax.lax.stop_gradient((jax.tree.map(split, (rows, per_token)), heads, counts))
-    student_rows = jax.tree.map(split, Outputs(logits=student.logits, hidden=student.hidden))
-    head = (student.unembedding, student.bias)
-    value, means = _over_chunks(student_rows, (head, dict(terms)), frozen)
+    rows = lambda o: Outputs(logits=o.logits, hidden=o.hidden).map_rows(split)  # noqa: E731
+    chunks = {n: rows(o) for n, o in others.items()}, jax.tree.map(split, per_token)
+    heads = {n: o.head for n, o in others.items()}
+    frozen = jax.lax.stop_gradient((chunks, heads, counts))
+    value, means = _over_chunks(rows(student), (student.head, dict(terms)), frozen)
     return value, jax.lax.stop_gradient(means)
 
 
-def _selected(
-    seen_by_loss: tuple[Outputs, Outputs, Batch], where: Array
-) -> tuple[Outputs, Outputs, Batch]:
+def _selected(network: str, outputs: Outputs, where: Array) -> Outputs:
     """What a loss sees, with 0 in the rows outside: to mask its values alone lets NaN slopes in."""
-    student, other, batch = seen_by_loss
-    labels = {"labels": _rows(batch["labels"], where)} if "labels" in batch else {}
-    return _outputs_selected(student, where), _outputs_selected(other, where), {**batch, **labels}
+    return outputs.map_rows(lambda part, x: _rows(f"{network}: {part}", x, where), named=True)
 
 
-def _outputs_selected(outputs: Outputs, where: Array) -> Outputs:
-    select = functools.partial(_rows, where=where)
-    of_network = dict(unembedding=outputs.unembedding, bias=outputs.bias)
-    return jax.tree.map(select, outputs).replace(**of_network)
+def _batch_selected(batch: Batch, where: Array) -> Batch:
+    """The batch with 0 for the labels outside."""
+    if "labels" not in batch:
+        return batch
+    return {**batch, "labels": _rows("the batch: labels", batch["labels"], where)}
 
 
-def _rows(x: Array, where: Array) -> Array:
-    """x with 0 in the rows outside, if it has these rows."""
+def _rows(name: str, x: Array, where: Array) -> Array:
+    """x with 0 in the rows outside."""
     if x.shape[: where.ndim] != where.shape:
-        return x
+        raise ValueError(
+            f"{name} must have one row for each row of the batch's where {list(where.shape)}; "
+            f"found {list(x.shape)}."
+        )
     return jnp.where(jnp.expand_dims(where, range(where.ndim, x.ndim)), x, 0)
 
 
@@ -173,21 +192,17 @@ _over_chunks.defvjp(_over_chunks_forward, _over_chunks_backward)
 def _chunk_total(rows, shared, chunk, heads, counts):
     """`total` of one chunk, its logits formed here and nowhere else."""
     (head, terms), (other_rows, batch) = shared, chunk
-    seen = functools.reduce(jnp.logical_or, (batch[term.where] for term in terms.values()))
-    rows, other_rows = (  # before the head's matrix spreads what they hold
-        _outputs_selected(rows, seen),
-        {name: _outputs_selected(outputs, seen) for name, outputs in other_rows.items()},
-    )
-    student = _with_logits(rows, *head)
-    others = {name: _with_logits(other_rows[name], *heads[name]) for name in other_rows}
+    masks = [mask_of(term, batch) for term in terms.values()]
+    seen = functools.reduce(jnp.logical_or, masks)
+
+    def with_logits(name, rows, head):
+        rows = _selected(name, rows, seen)  # before the head's matrix spreads what they hold
+        logits = head(rows.hidden) if rows.logits is None else rows.logits
+        return rows.replace(logits=logits, head=head)
+
+    student = with_logits(_LEARNER, rows, head)
+    others = {name: with_logits(name, rows, heads[name]) for name, rows in other_rows.items()}
     return total(terms, student, others, batch, counts=counts)
-
-
-def _with_logits(rows: Outputs, unembedding: Array | None, bias: Array | None) -> Outputs:
-    if rows.logits is not None:
-        return rows
-    logits = rows.hidden @ unembedding
-    return rows.replace(logits=logits if bias is None else logits + bias)
 
 
 def _chunks(x: Array, *, leading: int, chunk: int) -> Array:

@@ -4,7 +4,8 @@ import jax
 from jax import Array
 from jax import numpy as jnp
 
-from abkd_jax import numerics
+from abkd_jax import checks, numerics
+from abkd_jax.binding import Positive
 from abkd_jax.losses.relation import batch_probabilities
 from abkd_jax.types import Batch, Outputs
 
@@ -14,8 +15,8 @@ def sinkhorn(
     teacher: Outputs,
     batch: Batch,
     *,
-    temperature: float | Array = 2.0,
-    epsilon: float | Array = 0.1,
+    temperature: Positive = 2.0,
+    epsilon: Positive = 0.1,
     num_iterations: int = 20,
 ) -> Array:
     """The cost of carrying the student's rows to the teacher's, by a plan that entropy blurs.
@@ -44,14 +45,12 @@ def sinkhorn(
         `[...]`, one value per example, non-negative.
 
     Raises:
-        AssertionError: if logits and `where` do not fit.
-        ValueError: if a network shows no logits, or a number does not fit.
+        ValueError: if num_iterations is less than 1.
 
-    Cui et al., "Sinkhorn distance minimization for knowledge distillation", LREC-COLING 2024,
-    https://arxiv.org/abs/2402.17110.
+    Source: Cui et al., "Sinkhorn distance minimization for knowledge distillation", LREC-COLING
+    2024, https://arxiv.org/abs/2402.17110.
     """
-    if num_iterations < 1:
-        raise ValueError(f"sinkhorn: num_iterations must be at least 1; found {num_iterations}.")
+    checks.require(num_iterations >= 1, "sinkhorn.num_iterations", "at least 1", num_iterations)
     q, p, _ = batch_probabilities(student, teacher, batch, temperature)
     leading, where = batch["where"].shape, batch["where"].reshape(-1)
     if not where.size:

@@ -1,12 +1,14 @@
-"""Losses whose parts are weighted example by example."""
+"""Losses whose parts are weighted example by example.
 
-import chex
+A part that does not give one value per example is refused by an AssertionError.
+"""
+
 import jax
 from jax import Array
 from jax import numpy as jnp
 
-from abkd_jax import numerics
-from abkd_jax.combinators import at_temperature
+from abkd_jax import checks, numerics
+from abkd_jax.binding import Number, Positive
 from abkd_jax.losses.task import cross_entropy
 from abkd_jax.types import Batch, Loss, Outputs
 
@@ -18,7 +20,7 @@ def entropy_gated(
     *,
     forward: Loss,
     reverse: Loss,
-    gain: float | Array = 2.0,
+    gain: Number = 2.0,
 ) -> Array:
     """a forward + b reverse, where the part that repairs the student's confidence counts more.
 
@@ -45,37 +47,25 @@ def entropy_gated(
     Returns:
         `[...]`, one value per example.
 
-    Raises:
-        AssertionError: if the logits do not fit, or a part does not give one value per example.
-        ValueError: if a network shows no logits, or gain does not fit.
-
-    Amara et al., "BD-KD: Balancing the divergences for online knowledge distillation",
+    Source: Amara et al., "BD-KD: Balancing the divergences for online knowledge distillation",
     arXiv 2212.12965.
     """
-    logits = jax.lax.stop_gradient(numerics.check_logits(student.logits, teacher.logits))
-    h_student, h_teacher = map(numerics.entropy, logits)
-    shape = jnp.broadcast_shapes(h_student.shape, h_teacher.shape)
-    forward, reverse = (
-        _values(f"the part {name!r} of entropy_gated", part, student, teacher, batch, shape)
-        for name, part in {"forward": forward, "reverse": reverse}.items()
+    logits = jax.lax.stop_gradient(checks.check_logits(student.logits, teacher.logits))
+    h_student, h_teacher = jnp.broadcast_arrays(*map(numerics.entropy, logits))
+    gain = numerics.per_value("gain", gain, h_student)
+    on_forward = jnp.where(h_teacher > h_student, gain, 1.0)
+    on_reverse = jnp.where(h_student > h_teacher, gain, 1.0)
+    seen = student, teacher, batch
+    return _weighted("entropy_gated's forward", forward, on_forward, *seen) + _weighted(
+        "entropy_gated's reverse", reverse, on_reverse, *seen
     )
-    gain = numerics.per_row("gain", gain, jax.ShapeDtypeStruct((*shape, 1), logits[0].dtype))
-    gain = gain[..., 0] if gain.ndim else gain
-    forward_weight = jnp.where(h_teacher > h_student, gain, 1.0)
-    reverse_weight = jnp.where(h_student > h_teacher, gain, 1.0)
-    return _weighted(forward_weight, forward) + _weighted(reverse_weight, reverse)
 
 
 entropy_gated.needs = ("logits",)
 
 
 def entropy_weighted(
-    student: Outputs,
-    teacher: Outputs,
-    batch: Batch,
-    *,
-    loss: Loss,
-    temperature: float | Array,
+    student: Outputs, teacher: Outputs, batch: Batch, *, loss: Loss, temperature: Positive
 ) -> Array:
     """The loss times the entropy of the teacher: examples of which it is unsure count more.
 
@@ -93,28 +83,20 @@ def entropy_weighted(
     Returns:
         `[...]`, one value per example.
 
-    Raises:
-        AssertionError: if the logits do not fit, or the loss does not give one value per example.
-        ValueError: if a network shows no logits, or a number does not broadcast.
-
     Source: "Entropy-reweighted knowledge distillation", https://arxiv.org/abs/2311.13621v1 and
     the code, cpsu00/ER-KD.
     """
-    _, teacher_logits = _detached_at(temperature, student, teacher)
-    weight = numerics.entropy(teacher_logits)
-    return _reweighted("entropy_weighted", loss, weight, student, teacher, batch)
+    teacher_logits = _detached(teacher)
+    divisor = numerics.positive("temperature", temperature, teacher_logits)
+    weight = numerics.entropy(numerics.divided_logits(teacher_logits, divisor))
+    return _weighted("entropy_weighted's loss", loss, weight, student, teacher, batch)
 
 
-entropy_weighted.needs = ("logits",)
+entropy_weighted.needs = {"other": ("logits",)}
 
 
 def entropy_aware(
-    student: Outputs,
-    teacher: Outputs,
-    batch: Batch,
-    *,
-    loss: Loss,
-    temperature: float | Array,
+    student: Outputs, teacher: Outputs, batch: Batch, *, loss: Loss, temperature: Positive
 ) -> Array:
     """The loss times 1/2 H_teacher (1 + H_student / ln K), the entropies at temperature T.
 
@@ -134,32 +116,24 @@ def entropy_aware(
     Returns:
         `[...]`, one value per example.
 
-    Raises:
-        AssertionError: if the logits do not fit, or the loss does not give one value per example.
-        ValueError: if a network shows no logits, or a number does not broadcast.
-
     Source: "EA-KD: Entropy-based adaptive knowledge distillation", ICCV 2025,
     https://arxiv.org/abs/2311.13621 and the code, cpsu00/EA-KD.
     """
-    logits = _detached_at(temperature, student, teacher)
+    logits = jax.lax.stop_gradient(checks.check_logits(student.logits, teacher.logits))
+    *logits, _ = numerics.at_temperature(*logits, temperature, 0.0)
     h_student, h_teacher = map(numerics.entropy, logits)
     removed = jnp.isneginf(logits[0]) & jnp.isneginf(logits[1])
     count = jnp.maximum(jnp.sum(~removed, axis=-1), 2)  # of one class both entropies are 0
     largest = jnp.log(count.astype(h_student.dtype))
     weight = 0.5 * h_teacher * (1.0 + h_student / largest)
-    return _reweighted("entropy_aware", loss, weight, student, teacher, batch)
+    return _weighted("entropy_aware's loss", loss, weight, student, teacher, batch)
 
 
 entropy_aware.needs = ("logits",)
 
 
 def power_weighted(
-    student: Outputs,
-    teacher: Outputs,
-    batch: Batch,
-    *,
-    loss: Loss,
-    teacher_power: float | Array,
+    student: Outputs, teacher: Outputs, batch: Batch, *, loss: Loss, teacher_power: Number
 ) -> Array:
     """The loss times sum_k p_k^g with p the teacher at temperature 1, its power sum.
 
@@ -176,23 +150,18 @@ def power_weighted(
     Returns:
         `[...]`, one value per example.
 
-    Raises:
-        AssertionError: if the logits do not fit, or the loss does not give one value per example.
-        ValueError: if a network shows no logits, or g does not broadcast.
-
     Source: Zheng and Yang, "Knowledge distillation based on transformed teacher matching", ICLR
     2024, https://arxiv.org/abs/2402.11148.
     """
-    _, teacher_logits = _detached_at(1.0, student, teacher)
-    log_p = numerics.log_softmax(teacher_logits)
+    log_p = numerics.log_softmax(_detached(teacher))
     removed = jnp.isneginf(log_p)
     power = numerics.per_row("teacher_power", teacher_power, log_p)
     log_powers = jnp.where(removed, log_p, power * jnp.where(removed, 0.0, log_p))
     weight = jnp.exp(numerics.log_sum_exp(log_powers))
-    return _reweighted("power_weighted", loss, weight, student, teacher, batch)
+    return _weighted("power_weighted's loss", loss, weight, student, teacher, batch)
 
 
-power_weighted.needs = ("logits",)
+power_weighted.needs = {"other": ("logits",)}
 
 
 def difficulty_weighted(student: Outputs, teacher: Outputs, batch: Batch, *, loss: Loss) -> Array:
@@ -214,67 +183,35 @@ def difficulty_weighted(student: Outputs, teacher: Outputs, batch: Batch, *, los
     Returns:
         `[...]`, one value per example.
 
-    Raises:
-        AssertionError: if logits and labels do not fit, or the loss does not give one value per
-            example.
-        ValueError: if a network shows no logits, or the batch no labels.
-
     Source: Zhou et al., "Rethinking soft labels for knowledge distillation: a bias-variance
     tradeoff perspective", ICLR 2021, https://arxiv.org/abs/2102.00650.
     """
-    labels = {"labels": numerics.labels_of("difficulty_weighted", batch)}
+    logits = jax.lax.stop_gradient(checks.check_logits(student.logits, teacher.logits))
     of_student, of_teacher = (
-        jnp.minimum(cross_entropy(Outputs(logits=x), teacher, labels), numerics.MAX_LOG_RATIO)
-        for x in jnp.broadcast_arrays(*_detached_at(1.0, student, teacher))
+        jnp.minimum(cross_entropy(Outputs(logits=x), teacher, batch), numerics.MAX_LOG_RATIO)
+        for x in jnp.broadcast_arrays(*logits)
     )
     weight = -jnp.expm1(-of_student / (of_teacher + 1e-7))
-    return _reweighted("difficulty_weighted", loss, weight, student, teacher, batch)
+    return _weighted("difficulty_weighted's loss", loss, weight, student, teacher, batch)
 
 
 difficulty_weighted.needs_labels = True
 difficulty_weighted.needs = ("logits",)
 
 
-def _detached_at(
-    temperature: float | Array, student: Outputs, teacher: Outputs
-) -> tuple[Array, Array]:
-    """Both logits divided by T, with a gradient in T alone."""
-    logits = numerics.check_logits(student.logits, teacher.logits)
-    student_logits, teacher_logits = jax.lax.stop_gradient(logits)
-    return at_temperature(student_logits, teacher_logits, temperature, 0.0)[:2]
+def _detached(teacher: Outputs) -> Array:
+    return jax.lax.stop_gradient(checks.check_rows(teacher.logits, "teacher_logits"))
 
 
-def _reweighted(
+def _weighted(
     name: str, loss: Loss, weight: Array, student: Outputs, teacher: Outputs, batch: Batch
 ) -> Array:
-    """weight x loss, example by example."""
-    shape = jnp.broadcast_shapes(student.logits.shape, teacher.logits.shape)[:-1]
-    values = _values(f"the loss of {name}", loss, student, teacher, batch, shape)
-    return _weighted(weight, values)
-
-
-def _values(
-    name: str,
-    loss: Loss,
-    student: Outputs,
-    teacher: Outputs,
-    batch: Batch,
-    shape: tuple[int, ...],
-) -> Array:
-    """The loss, whose shape is checked: another one would broadcast against the weights."""
+    """weight x loss, where a NaN of either (a label withheld) stays out of the other's slope."""
     values = loss(student, teacher, batch)
-    chex.assert_shape(
-        values,
-        shape,
-        custom_message=f"{name} must give one value per example, {list(shape)}; found "
-        f"{list(values.shape)}.",
-        include_default_message=False,
-    )
-    return values
-
-
-def _weighted(weight: Array, values: Array) -> Array:
-    """weight x values, where a NaN of either (a label withheld) stays out of the other's slope."""
+    # Values of another shape would broadcast against the weights.
+    fits = checks.broadcast_shape(weight.shape, values.shape) == values.shape
+    expected = f"one value per example, {list(weight.shape)}"
+    checks.require(fits, name, expected, values, AssertionError)
     missing = jnp.isnan(weight) | jnp.isnan(values)
     product = jnp.where(missing, 0.0, weight) * jnp.where(missing, 0.0, values)
     return jnp.where(missing, jnp.nan, product)

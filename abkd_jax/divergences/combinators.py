@@ -2,14 +2,16 @@
 
 Each takes a `divergence` and is one itself, so they nest: the outermost changes the logits first.
 What `abkd_jax.divergences` says of shapes, precision and -inf holds here too, and what a divergence
-promises (its sign, its zeros, its limits) passes to what is made of it, except where noted.
+promises (its sign, its zeros, its limits) passes to what is made of it, except where noted. The
+`divergence` comes with its own numbers bound.
 """
 
 import jax
 from jax import Array
 from jax import numpy as jnp
 
-from abkd_jax import numerics
+from abkd_jax import checks, numerics
+from abkd_jax.binding import Number, Positive
 from abkd_jax.types import Divergence
 
 _FEW_CLASSES = 256  # up to here numerics.falling_prefix is faster than jax.lax.top_k, on CPU
@@ -23,29 +25,23 @@ def tempered(
     teacher_logits: Array,
     *,
     divergence: Divergence,
-    temperature: float | Array,
-    temperature_power: float | Array = 2.0,
+    temperature: Positive,
+    temperature_power: Number = 2.0,
 ) -> Array:
     """T^power D(softmax(teacher / T) || softmax(student / T)).
 
     Args:
-        student_logits: `[..., K]`.
-        teacher_logits: `[..., K]`.
-        divergence: D, its own numbers bound.
+        divergence: D.
         temperature: T > 0, or an array that broadcasts to the leading axes; else NaN results.
         temperature_power: 2 keeps the size of the gradient as T grows (Hinton et al., 2015; KD,
             DKD, LSKD); 0 leaves the divergence as it is (ABKD, TTM, SinKD).
 
     Returns:
         `[...]`, with the sign, the zeros and the limits of the divergence.
-
-    Raises:
-        AssertionError: if the logits are not floating point or their shapes do not fit.
     """
-    student_logits, teacher_logits, scale = at_temperature(
-        student_logits, teacher_logits, temperature, temperature_power
-    )
-    return scale * divergence(student_logits, teacher_logits)
+    logits = checks.check_logits(student_logits, teacher_logits)
+    *logits, scale = numerics.at_temperature(*logits, temperature, temperature_power)
+    return scale * divergence(*logits)
 
 
 def standardized(student_logits: Array, teacher_logits: Array, *, divergence: Divergence) -> Array:
@@ -57,30 +53,18 @@ def standardized(student_logits: Array, teacher_logits: Array, *, divergence: Di
     `standardized` of `tempered`. A row whose logits are all equal has the scores 0 and, 1e-7 being
     all that divides, a slope of 1e7.
 
-    Args:
-        student_logits: `[..., K]`.
-        teacher_logits: `[..., K]`.
-        divergence: D, its own numbers bound.
-
     Returns:
         `[...]`, 0 also where the one row is an increasing affine map of the other.
-
-    Raises:
-        AssertionError: if the logits are not floating point or their shapes do not fit.
 
     Source: Sun et al., "Logit standardization in knowledge distillation", CVPR 2024,
     https://arxiv.org/abs/2403.01427.
     """
-    logits = numerics.check_logits(student_logits, teacher_logits)
+    logits = checks.check_logits(student_logits, teacher_logits)
     return divergence(*map(_z_scores, logits))
 
 
 def powered(
-    student_logits: Array,
-    teacher_logits: Array,
-    *,
-    divergence: Divergence,
-    teacher_power: float | Array,
+    student_logits: Array, teacher_logits: Array, *, divergence: Divergence, teacher_power: Number
 ) -> Array:
     """D of the student and the teacher's probabilities raised to a power and renormalised.
 
@@ -88,22 +72,17 @@ def powered(
     transformed teacher matching, KD with the Renyi entropy of q as a regulariser.
 
     Args:
-        student_logits: `[..., K]`.
-        teacher_logits: `[..., K]`.
-        divergence: D, its own numbers bound.
+        divergence: D.
         teacher_power: g, or an array that broadcasts to the leading axes. In (0, 1) it flattens; at
             0 the teacher is uniform over its classes.
 
     Returns:
         `[...]`, 0 where q = p^g / sum p^g.
 
-    Raises:
-        AssertionError: if the logits are not floating point or their shapes do not fit.
-
     Source: Zheng and Yang, "Knowledge distillation based on transformed teacher matching", ICLR
     2024, https://arxiv.org/abs/2402.11148.
     """
-    student_logits, teacher_logits = numerics.check_logits(student_logits, teacher_logits)
+    student_logits, teacher_logits = checks.check_logits(student_logits, teacher_logits)
     student_logits, teacher_logits = jnp.broadcast_arrays(student_logits, teacher_logits)
     power = numerics.per_row("teacher_power", teacher_power, teacher_logits)
     removed = jnp.isneginf(teacher_logits)
@@ -123,9 +102,7 @@ def prior_shifted(
     `tempered`, it is T log w.
 
     Args:
-        student_logits: `[..., K]`.
-        teacher_logits: `[..., K]`.
-        divergence: D, its own numbers bound.
+        divergence: D.
         log_prior: `[K]`, or a number for classes that are equally frequent; a constant added to
             all of it changes nothing.
 
@@ -133,19 +110,15 @@ def prior_shifted(
         `[...]`, 0 where q is proportional to p times the prior.
 
     Raises:
-        AssertionError: if the logits are not floating point or their shapes do not fit.
         ValueError: if log_prior has not one entry per class.
 
     Source: Zhang et al., "Balanced knowledge distillation for long-tailed learning",
     Neurocomputing 2023, https://arxiv.org/abs/2104.10510.
     """
-    student_logits, teacher_logits = numerics.check_logits(student_logits, teacher_logits)
+    student_logits, teacher_logits = checks.check_logits(student_logits, teacher_logits)
     log_prior, classes = jnp.asarray(log_prior, teacher_logits.dtype), teacher_logits.shape[-1:]
-    if log_prior.shape not in (classes, ()):
-        raise ValueError(
-            f"log_prior must have one entry per class, the shape {list(classes)}; found the shape "
-            f"{list(log_prior.shape)}."
-        )
+    fits = log_prior.shape in (classes, ())
+    checks.require(fits, "log_prior", f"an array {list(classes)}, one entry per class", log_prior)
     log_prior = jnp.broadcast_to(log_prior, teacher_logits.shape)
     return divergence(student_logits, teacher_logits + log_prior)
 
@@ -158,9 +131,7 @@ def top_k(student_logits: Array, teacher_logits: Array, *, divergence: Divergenc
     classes apart. TRL's `loss_add_tail` is this with forward KL.
 
     Args:
-        student_logits: `[..., K]`.
-        teacher_logits: `[..., K]`.
-        divergence: D, its own numbers bound.
+        divergence: D.
         k: at least 1. Of classes with equal logits the first are taken. From the number of classes
             on it is the divergence itself.
 
@@ -168,7 +139,6 @@ def top_k(student_logits: Array, teacher_logits: Array, *, divergence: Divergenc
         `[...]`, 0 where the k + 1 masses agree, and so where p = q.
 
     Raises:
-        AssertionError: if the logits are not floating point or their shapes do not fit.
         ValueError: if k is less than 1.
     """
     logits = _broadcast_logits("top_k", student_logits, teacher_logits, k)
@@ -199,16 +169,13 @@ def top_k_renormalised(
     it top-k.
 
     Args:
-        student_logits: `[..., K]`.
-        teacher_logits: `[..., K]`.
-        divergence: D, its own numbers bound.
+        divergence: D.
         k: as in `top_k`.
 
     Returns:
         `[...]`, 0 where the two agree on the k classes up to a factor.
 
     Raises:
-        AssertionError: if the logits are not floating point or their shapes do not fit.
         ValueError: if k is less than 1.
     """
     logits = _broadcast_logits("top_k_renormalised", student_logits, teacher_logits, k)
@@ -228,16 +195,13 @@ def top_k_dropped(
     not, such as reverse KL, saturates. EasyDeL's sparse distillation is this with forward KL.
 
     Args:
-        student_logits: `[..., K]`.
-        teacher_logits: `[..., K]`.
-        divergence: D, its own numbers bound.
+        divergence: D.
         k: as in `top_k`.
 
     Returns:
         `[...]`, 0 where q is the teacher so cut.
 
     Raises:
-        AssertionError: if the logits are not floating point or their shapes do not fit.
         ValueError: if k is less than 1.
     """
     logits = _broadcast_logits("top_k_dropped", student_logits, teacher_logits, k)
@@ -246,41 +210,6 @@ def top_k_dropped(
     in_head = _is_in_head(_order(*logits), k)
     student_logits, teacher_logits = logits
     return divergence(student_logits, jnp.where(in_head, teacher_logits, -jnp.inf))
-
-
-def at_temperature(
-    student_logits: Array,
-    teacher_logits: Array,
-    temperature: float | Array,
-    temperature_power: float | Array,
-) -> tuple[Array, Array, Array]:
-    """Both logits divided by T, checked and lifted to 32 bit, and T^power.
-
-    Args:
-        student_logits: `[..., K]`.
-        teacher_logits: `[..., K]`.
-        temperature: T > 0, or an array that broadcasts to the leading axes.
-        temperature_power: likewise, any number.
-
-    Returns:
-        `[..., K]`, `[..., K]`, and `[...]` or a scalar; the logits are NaN where T is not positive.
-
-    Raises:
-        AssertionError: if the logits are not floating point or their shapes do not fit.
-        ValueError: naming the number, if it does not broadcast.
-    """
-    student_logits, teacher_logits = numerics.check_logits(student_logits, teacher_logits)
-    leading = jnp.broadcast_shapes(student_logits.shape, teacher_logits.shape)
-    logits = jax.ShapeDtypeStruct(leading, student_logits.dtype)
-    divisor = numerics.per_row("temperature", temperature, logits)
-    divisor = jnp.where(divisor > 0, divisor, jnp.nan)
-    power = numerics.per_row("temperature_power", temperature_power, logits)
-    scale = divisor**power
-    return (
-        numerics.divided_logits(student_logits, divisor),
-        numerics.divided_logits(teacher_logits, divisor),
-        scale[..., 0] if scale.ndim else scale,
-    )
 
 
 def _z_scores(logits: Array) -> Array:
@@ -309,9 +238,8 @@ def _broadcast_logits(
     name: str, student_logits: Array, teacher_logits: Array, k: int
 ) -> tuple[Array, Array]:
     """Both logits with the same leading axes, k checked on the way."""
-    if k < 1:
-        raise ValueError(f"{name}.k must be at least 1; found {k}.")
-    return tuple(jnp.broadcast_arrays(*numerics.check_logits(student_logits, teacher_logits)))
+    checks.require(k >= 1, f"{name}.k", "at least 1", k)
+    return tuple(jnp.broadcast_arrays(*checks.check_logits(student_logits, teacher_logits)))
 
 
 def _order(student_logits: Array, teacher_logits: Array) -> Array:
