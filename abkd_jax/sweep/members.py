@@ -4,10 +4,11 @@ Students are stacked and advanced by one compiled step, by vmap and over the loc
 (`parallel.spread`). They share the batches, and the forward passes of the networks that teach them.
 """
 
+import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -92,6 +93,31 @@ def sweep(
         FloatingPointError: one sentence, if a teacher's training is not finite.
         SystemExit: with code 0, if a signal asked to stop, after saving.
     """
+    handed = {"networks": networks, "data": data}
+    with opened(config, workdir, over=over, init_seeds=init_seeds, chunk=chunk, **handed) as found:
+        rows = found.rows()
+        folder = found.run.workdir
+        write_csv(folder / TABLE, [row["last"] for row in rows])
+        write_csv(folder / HISTORY, [line for row in rows for line in row["history"]])
+        return [row["last"] for row in rows]
+
+
+@contextlib.contextmanager
+def opened(
+    config: ml_collections.ConfigDict | Mapping[str, Any],
+    workdir: str | os.PathLike,
+    *,
+    over: Mapping[str, Sequence[float]],
+    init_seeds: int = 1,
+    chunk: int = 0,
+    networks: Mapping[str, tuple[Callable, Any]] | None = None,
+    data: datasets.DataSet | None = None,
+) -> Iterator["Program"]:
+    """A sweep, for arguments as of `sweep`, that is alone in its workdir until the context ends.
+
+    Yields:
+        Its program, the phases before it trained.
+    """
     check_integer("init_seeds", init_seeds, least=1)
     check_integer("chunk", chunk, least=0)
     plan = resolve(needed(plain(config)), networks=networks, data=data)
@@ -105,69 +131,84 @@ def sweep(
         for part in before:
             results[part.name] = run_phase(run, part, states, results)
             states |= results[part.name].last
-        program = _Program(run, phase, states, members)
-        path, count = run.workdir / "chunk.json", len(members.points)
-        size = memory.remembered(path, lambda: chunk or min(count, program.fitting()))
-        rows = []
-        for start in range(0, count, size):
-            rows += program.chunk(slice(start, min(start + size, count)))
-        write_csv(run.workdir / TABLE, [row["last"] for row in rows])
-        write_csv(run.workdir / HISTORY, [line for row in rows for line in row["history"]])
-        return [row["last"] for row in rows]
+        yield Program(run, phase, states, members, chunk)
 
 
-class _Program:
-    """The compiled steps of a sweep, and its chunks."""
+class Program:
+    """The compiled steps of a sweep, and its chunks.
 
-    def __init__(self, run: Run, phase: Phase, states: Mapping[str, Any], members: Members):
-        self._run, self._phase, self._members = run, phase, members
-        self._states, config = states, run.plan.config
-        self._frozen = parallel.everywhere(phases.frozen_of(phase, states))
-        self._means = functools.cache(lambda name: phases.class_means(run, self._frozen[name]))
+        carry, objectives = program.stacked(slice(0, 4))
+        args = program.programs, carry, program.frozen, objectives, program.feed
+        carry = run_steps(*args, data_seed=0, end=100, after=look)
+
+    Attributes:
+        run: to which it belongs.
+        phase: in which the members learn.
+        members: all of them.
+        programs: over stacked members, see `train.Programs`.
+        frozen: the networks that they see.
+        feed: of their examples, see `data.Feed`.
+    """
+
+    def __init__(
+        self, run: Run, phase: Phase, states: Mapping[str, Any], members: Members, chunk: int
+    ):
+        self.run, self.phase, self.members = run, phase, members
+        self._states, self._chunk, config = states, chunk, run.plan.config
+        self.frozen = parallel.everywhere(phases.frozen_of(phase, states))
+        self._means = functools.cache(lambda name: phases.class_means(run, self.frozen[name]))
         split, size = phases.examples(run, phase)
         if _cacheable(run, phase, split):
-            names = ", ".join(self._frozen)
+            names = ", ".join(self.frozen)
             print(f"outputs of {names}: computed once for all steps", file=sys.stderr)
-            forward = functools.partial(_row_outputs, self._frozen)
+            forward = functools.partial(_row_outputs, self.frozen)
             split = with_outputs(split, forward, run.data.preprocess, min(_EVALUATED, len(split)))
         split = parallel.everywhere(split) if isinstance(split, datasets.Split) else split
         seed = config["data_seed"]
-        self._feed = datasets.Feed(split, run.data.preprocess, data_seed=seed, size=size)
+        self.feed = datasets.Feed(split, run.data.preprocess, data_seed=seed, size=size)
         self._size, self._static = size, Static(config["micro_batches"], config["log_every"])
-        self._programs = Programs(phase.source, self._static, members=True)
+        self.programs = Programs(phase.source, self._static, members=True)
 
-    def fitting(self) -> int:
+    def rows(self) -> list[dict[str, Any]]:
+        """Trains all members, or goes on with them: {"last": a row, "history": rows} of each."""
+        path, count, rows = self.run.workdir / "chunk.json", len(self.members.points), []
+        size = memory.remembered(path, lambda: self._chunk or min(count, self._fitting()))
+        for start in range(0, count, size):
+            rows += self._trained(slice(start, min(start + size, count)))
+        return rows
+
+    def _fitting(self) -> int:
         """How many members memory holds at once."""
-        stacked = jax.tree.map(lambda x: x[0], self._stacked(slice(0, 1)))
-        step = functools.partial(advance, count=1, static=self._static, source=self._phase.source)
+        stacked = jax.tree.map(lambda x: x[0], self.stacked(slice(0, 1)))
+        step = functools.partial(advance, count=1, static=self._static, source=self.phase.source)
         carry, objectives = stacked
-        shared = {"examples": self._feed(0)[0], "data_seed": 0, "step": 0}
-        call = lambda carry, objectives: step(carry, self._frozen, objectives, **shared)  # noqa: E731
+        shared = {"examples": self.feed(0)[0], "data_seed": 0, "step": 0}
+        call = lambda carry, objectives: step(carry, self.frozen, objectives, **shared)  # noqa: E731
         return memory.fitting(call, carry, objectives)
 
-    def chunk(self, part: slice) -> list[dict[str, Any]]:
+    def _trained(self, part: slice) -> list[dict[str, Any]]:
         """Trains some of the members from where their folder stands; their rows."""
-        folder = self._run.workdir / f"members_{part.start:05}"
+        folder = self.run.workdir / f"members_{part.start:05}"
         done, count = folder / "rows.json", part.stop - part.start
         if len(rows := read_rows(done)) == count:
             return rows
         folder.mkdir(exist_ok=True)
-        carry, objectives = self._stacked(part)
+        carry, objectives = self.stacked(part)
         with Checkpoints(folder / FOLDER) as checkpoints:
-            recorder = _Recorder(self._run, self._phase, self._frozen, checkpoints, count)
+            recorder = _Recorder(self.run, self.phase, self.frozen, checkpoints, count)
             kept = {"carry": carry, "history": recorder.history}
             step, kept = checkpoints.restore(kept) or (0, kept)
             recorder.history = kept["history"]
             carry = self._train(kept["carry"], objectives, step, recorder, part)
-        rows = recorder.rows(carry, self._members.points[part])
+        rows = recorder.rows(carry, self.members.points[part])
         folders.write_json(done, rows)
         return read_rows(done)
 
     def _train(self, carry, objectives, step: int, recorder: "_Recorder", part: slice) -> Carry:
         """From a step to the last."""
-        label = f"students {part.start + 1} to {part.stop} of {len(self._members.points)}"
+        label = f"students {part.start + 1} to {part.stop} of {len(self.members.points)}"
         per_step = self._size * (part.stop - part.start)
-        score, steps = self._run.plan.task.score_column, self._phase.num_steps
+        score, steps = self.run.plan.task.score_column, self.phase.num_steps
         with Progress(label, steps, start=step, examples_per_step=per_step, score=score) as shown:
             recorder.progress = shown
             # On a device from the first step on, as results are: one placement, one compilation.
@@ -175,21 +216,21 @@ class _Program:
             carry, objectives = jax.device_put((carry, objectives), place)
             training = Fit(
                 label=label,
-                programs=self._programs,
-                frozen=self._frozen,
+                programs=self.programs,
+                frozen=self.frozen,
                 objectives=objectives,
-                feed=self._feed,
-                config=self._run.plan.config,
+                feed=self.feed,
+                config=self.run.plan.config,
                 num_steps=steps,
-                interruption=self._run.interruption,
+                interruption=self.run.interruption,
                 recorder=recorder,
             )
             return fit(training, carry, step, shown)
 
-    def _stacked(self, part: slice) -> tuple[Carry, Objectives]:
+    def stacked(self, part: slice) -> tuple[Carry, Objectives]:
         """The members at step 0, and their objectives."""
         count = part.stop - part.start
-        learners = map_numbers(lambda x: x[part], self._members.learners)
+        learners = map_numbers(lambda x: x[part], self.members.learners)
         objectives = with_statistics(
             {name: learner.terms for name, learner in learners.items()},
             lambda _, term: jnp.broadcast_to(
@@ -197,13 +238,13 @@ class _Program:
             ),
         )
         new = {name: self._new(name, learners[name], part) for name in learners}
-        one = begin({}, objectives, self._phase.source)
+        one = begin({}, objectives, self.phase.source)
         stack = lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x)))  # noqa: E731
         return jax.tree.map(stack, one).replace(learners=new), objectives
 
     def _new(self, name: str, learner: Any, part: slice) -> Any:
         """The states of a network at step 0, one for each member."""
-        network, before = self._run.plan.networks[name], self._states.get(name)
+        network, before = self.run.plan.networks[name], self._states.get(name)
 
         def new(seed, optimizer, ema_decay):
             options = {"optimizer": optimizer, "ema_decay": ema_decay}
@@ -213,8 +254,8 @@ class _Program:
                 return adopt(*before, **options)
             return create(network.module, inputs, init_seed=seed, **options)
 
-        batches = datasets.evaluation_batches(self._run.data.test, 1, self._run.data.preprocess)
-        inputs, seeds = next(batches)["inputs"], jnp.asarray(self._members.seeds[name][part])
+        batches = datasets.evaluation_batches(self.run.data.test, 1, self.run.data.preprocess)
+        inputs, seeds = next(batches)["inputs"], jnp.asarray(self.members.seeds[name][part])
         return jax.vmap(new)(seeds, learner.optimizer, learner.ema_decay)
 
 

@@ -63,6 +63,20 @@ def averaged(rows: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
     return table
 
 
+def spread(row: Mapping[str, float], key: str, factor: float = 1, digits: int = 3) -> str:
+    """A score of an averaged row as text, "95.3 +- 0.6": mean and deviation if there is one.
+
+    Args:
+        row: as `averaged` and `best` give them.
+        key: of the score.
+        factor: of both, 100 for per cent.
+        digits: after the point.
+    """
+    deviation = row[f"{key}_std"]
+    shown = "" if math.isnan(deviation) else f" +- {factor * deviation:.{digits}f}"
+    return f"{factor * row[key]:.{digits}f}{shown}"
+
+
 def column(phase: Phase, split: str, key: str) -> str:
     """The column of a score: `validation_accuracy`, `test_agreement`; with names if not clear.
 
