@@ -4,6 +4,7 @@ Each function takes plain arrays and returns a matplotlib Figure, ready to be sh
 """
 
 import math
+import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -254,7 +255,8 @@ def say(axes: Axes, text: str) -> None:
 
 
 def save(figure: Figure, path: Any) -> None:
-    """Writes the figure as a PNG file, whose bytes depend on the picture alone."""
+    """Writes a PNG file, whose bytes depend on the picture alone, and makes its folder."""
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI, metadata={"Software": None})  # no version of matplotlib
 
 

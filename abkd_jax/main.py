@@ -21,24 +21,15 @@ _PROFILE = flags.DEFINE_bool("profile", False, "Trace a few steps to workdir/pro
 parse = functools.partial(command.parse, known=("config", "workdir", "evaluate", "profile"))
 
 
-def main(argv: list[str]) -> None:
+@command.entry
+def main() -> None:
     """Runs a config in a workdir, and prints where the report is."""
-    if argv[1:]:
-        sys.exit(f"unknown arguments: {' '.join(argv[1:])}; every option starts with --.")
     if not _CONFIG.value:
         sys.exit("--config is missing; give a config file: --config=configs/digits.py.")
     if not _WORKDIR.value:
         sys.exit("--workdir is missing; give the folder of the run: --workdir=runs/digits.")
-    command.silence()
-    try:
-        result = loop.train_and_evaluate(
-            _CONFIG.value,
-            _WORKDIR.value,
-            evaluate_only=_EVALUATE.value,
-            profile=_PROFILE.value,
-        )
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"{error}")
+    how = {"evaluate_only": _EVALUATE.value, "profile": _PROFILE.value}
+    result = loop.train_and_evaluate(_CONFIG.value, _WORKDIR.value, **how)
     for name, network in result["networks"].items():
         print(f"{name}: {result['score']} {network['last'][result['score']]:.4f} on the test set")
     print(f"report: {pathlib.Path(_WORKDIR.value) / 'report.md'}")

@@ -1,12 +1,13 @@
 """The flag `--config` of every command, refused in one sentence where it cannot be read."""
 
+import functools
 import logging
 import pathlib
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from absl import flags
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from abkd_jax.binding import nearest
@@ -42,13 +43,38 @@ def parse(argv: list[str], *, known: Sequence[str]) -> list[str]:
     overrides = [part for part in argv if _OVERRIDE.match(part)]
     _ARGV[:] = [part for part in argv if part not in overrides]
     rest = _parsed(_ARGV, known)  # the config as it is in its file, to check overrides against
-    if not flags.FLAGS.config or not overrides:
+    if not overrides or not flags.FLAGS.config:
         return rest
     for part in overrides:
         _check_override(part, flags.FLAGS.config)
     _ARGV[:] = argv
     flags.FLAGS.unparse_flags()  # or the values of a flag that may be given twice would double
     return _parsed(argv, known)
+
+
+def entry(main: Callable[[], None]) -> Callable[[list[str]], None]:
+    """The function of a command, called with what is left of its arguments, which is to be nothing.
+
+    What the library refuses, and what fails, leaves by SystemExit with its sentence.
+    """
+
+    @functools.wraps(main)
+    def called(argv: list[str]) -> None:
+        if argv[1:]:
+            sys.exit(f"unknown arguments: {' '.join(argv[1:])}; every option starts with --.")
+        silence()
+        try:
+            main()
+        except (ValueError, OSError, FloatingPointError) as error:
+            sys.exit(f"{error}")
+
+    return called
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs the `main` of a script: see `parse`, with the flags that it defines, and `entry`."""
+    known = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]
+    app.run(entry(main), flags_parser=functools.partial(parse, known=known))
 
 
 def silence() -> None:
@@ -69,7 +95,8 @@ def _parsed(argv: list[str], known: Sequence[str]) -> list[str]:
     except flags.UnrecognizedFlagError as error:
         sys.exit(
             f"unknown flag --{error.flagname}{nearest(error.flagname, known)}; the flags are "
-            f"{', '.join(f'--{name}' for name in known)}, and --config.KEY=VALUE."
+            f"{', '.join(f'--{name}' for name in known)}"
+            f"{', and --config.KEY=VALUE' if 'config' in known else ''}."
         )
     except Exception as error:  # a config file is a program, which may raise anything
         *above, line = f"{error}".strip().splitlines() or [""]
@@ -80,6 +107,8 @@ def _parsed(argv: list[str], known: Sequence[str]) -> list[str]:
         if kind == "ValueError":  # a sentence of this library
             sys.exit(f"--config: {reason}")
         sys.exit(f"--config: the file raises {kind} ({reason}); mend it.")
+    if "config" not in flags.FLAGS:
+        return rest
     given = flags.FLAGS["config"]
     path = given.config_filename.partition(":")[0] if given.present else None
     if path is not None and not pathlib.Path(path).is_file():
