@@ -11,7 +11,8 @@ from abkd_jax import optimizers
 from abkd_jax.binding import Bound, Statistic, bind
 from abkd_jax.config.plan import Learner, Network, Phase, Plan
 from abkd_jax.data import Description
-from abkd_jax.train import TrainState, adopt, create, frozen, train_step
+from abkd_jax.sources import Source
+from abkd_jax.train import Static, TrainState, adopt, advance, begin, create, frozen
 from abkd_jax.types import Outputs, Term
 
 _ROWS = 2  # of the batch on which networks are tried
@@ -40,14 +41,23 @@ def dry_run(plan: Plan, phase: Phase) -> None:
     def width(statistic: Statistic, term: Term) -> Any:
         return jnp.zeros((description.num_classes, outputs[term.other].hidden.shape[-1]))
 
-    def step(networks, batch):
+    source, static = Source(batch=_as_it_is), Static(plan.config["micro_batches"])
+
+    def step(states, batch):
+        learners = {name: states.pop(name) for name in phase.learners}
         objectives = with_statistics(phase.objectives, width)
-        return train_step(networks, batch, objectives, micro_batches=plan.config["micro_batches"])
+        carry = begin(learners, objectives, source)
+        return advance(carry, states, objectives, source, batch, 0, 0, count=1, static=static)
 
     try:
         jax.eval_shape(step, states, _batch(description, size))
     except AssertionError as error:  # a check of a loss
         raise ValueError(f"{' and '.join(phase.learners)}: {error}") from error
+
+
+def _as_it_is(state: Any, examples: Any, data_seed: int, step: int) -> Any:
+    """The batch of a source that is handed one."""
+    return examples
 
 
 def hidden_width(name: str, network: Network, description: Description) -> int | None:
