@@ -227,9 +227,10 @@ class Program:
             )
             return fit(training, carry, step, shown)
 
-    def stacked(self, part: slice) -> tuple[Carry, Objectives]:
-        """The members at step 0, and their objectives."""
-        count = part.stop - part.start
+    def stacked(self, part: slice | Sequence[int]) -> tuple[Carry, Objectives]:
+        """Some of the members at step 0, and their objectives."""
+        part = np.arange(len(self.members.points))[part]
+        count = len(part)
         learners = map_numbers(lambda x: x[part], self.members.learners)
         objectives = with_statistics(
             {name: learner.terms for name, learner in learners.items()},
@@ -242,7 +243,7 @@ class Program:
         stack = lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x)))  # noqa: E731
         return jax.tree.map(stack, one).replace(learners=new), objectives
 
-    def _new(self, name: str, learner: Any, part: slice) -> Any:
+    def _new(self, name: str, learner: Any, part: np.ndarray) -> Any:
         """The states of a network at step 0, one for each member."""
         network, before = self.run.plan.networks[name], self._states.get(name)
 
