@@ -8,121 +8,79 @@ of the validation set, on which no network is trained: of those to which the tea
 classes at most (95 % of the mass), the one whose second class has the most.
 """
 
-import functools
 import pathlib
+import tempfile
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from jax import Array
 from jax import numpy as jnp
 from matplotlib.figure import Figure
 
-from abkd_jax import data, figures, schema, train
-from abkd_jax import flags as config_flags
+from abkd_jax import data, eval_outputs, figures
+from abkd_jax.config import command
+from abkd_jax.sweep import Program, opened
+from abkd_jax.train import run_steps
 
 _DEFAULT = pathlib.Path(__file__).parents[1] / "configs" / "digits.py"
-_CONFIG = config_flags.define_config(str(_DEFAULT))
+_CONFIG = command.define_config(str(_DEFAULT))
 _OUT = flags.DEFINE_string(
     "out", "experiments/figures/mass_over_training.png", "Where the figure goes."
 )
 _SEEDS = flags.DEFINE_integer("seeds", 10, "How many init seeds.", lower_bound=2)
+_NUMBERS = tuple(f"student.terms.distill.divergence.{name}" for name in ("alpha", "beta"))
 _VISIBLE = 0.02  # of the teacher's mass, for a class to be shown
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Trains teacher and students, prints the table, and draws the masses over the steps."""
-    del argv
-    logging.set_verbosity(logging.ERROR)
-    config = _CONFIG.value.to_dict()
-    dataset = data.from_config(config["data"], data_seed=config["data_seed"])
-    inputs, labels = dataset.validation.inputs, dataset.validation.labels
-    stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)  # noqa: E731
-
-    terms = stack([_terms(config, "teacher", config["teacher"], ["teacher"])])
-    seeds = jnp.asarray([config["init_seed"]])
-    states, _ = trained(config, "teacher", terms, seeds, {}, dataset.teacher, inputs[:1])
-    teacher = train.frozen(jax.tree.map(lambda x: x[0], states))
-    taught = jax.nn.softmax(teacher.forward(teacher.params, inputs, train=False)[0].logits)
-    falling = -jnp.sort(-taught, axis=-1)
-    image = int(jnp.argmax(jnp.where(falling[:, :3].sum(axis=-1) > 0.95, falling[:, 1], 0.0)))
-
-    named = _groups(config)
-    pairs = ["student", "teacher"]
-    terms = [_terms(config, "student", group, pairs) for group in named.values()]
-    terms = stack([one for one in terms for _ in range(_SEEDS.value)])
-    seeds = jnp.tile(config["init_seed"] + jnp.arange(_SEEDS.value), len(named))
-    others = {"teacher": teacher}
-    shown = inputs[image : image + 1]
-    _, masses = trained(config, "student", terms, seeds, others, dataset.train, shown)
-    masses = np.asarray(masses).reshape(-1, len(named), _SEEDS.value, dataset.num_classes)
-    masses = dict(zip(named, np.moveaxis(masses, 1, 0), strict=True))  # [steps, seeds, K] each
-
-    print(f"validation image {image}, label {labels[image]}; {config['num_steps']} steps")
-    _print_table(np.asarray(taught[image]), masses)
-    out = pathlib.Path(_OUT.value)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figures.save(draw(np.asarray(taught[image]), masses), out)
-    print(out)
-
-
-def _groups(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The student's group at three points of the alpha-beta-divergence."""
-    own = config["student"]["terms"]["distill"]
-    alpha, beta = own["divergence"]["alpha"], own["divergence"]["beta"]
+    config = _CONFIG.value
+    own = config.student.terms.distill.divergence
     points = {
         "forward KL (1, 0)": (1.0, 0.0),
         "reverse KL (0, 1)": (0.0, 1.0),
-        f"alpha-beta ({alpha:g}, {beta:g})": (alpha, beta),
+        f"alpha-beta ({own.alpha:g}, {own.beta:g})": (own.alpha, own.beta),
     }
-    groups = {}
-    for name, (a, b) in points.items():
-        distill = own | {"divergence": {"fn": "alpha_beta", "alpha": a, "beta": b}}
-        groups[name] = config["student"] | {"terms": {"distill": distill}}
-    return groups
+    with tempfile.TemporaryDirectory() as folder:
+        values = (list(dict.fromkeys(numbers)) for numbers in zip(*points.values(), strict=True))
+        over = dict(zip(_NUMBERS, values, strict=True))
+        with opened(config, folder, over=over, init_seeds=_SEEDS.value) as program:
+            validation = program.run.data.validation
+            inputs = data.normalized(validation.inputs, program.run.data.preprocess)
+            taught = jax.nn.softmax(
+                eval_outputs(program.frozen, {"inputs": inputs})["teacher"].logits
+            )
+            falling = -jnp.sort(-taught, axis=-1)
+            unsure = jnp.where(falling[:, :3].sum(axis=-1) > 0.95, falling[:, 1], 0.0)
+            image = int(jnp.argmax(unsure))
+            masses = seen(program, list(points.values()), inputs[image : image + 1])
+    masses = dict(zip(points, np.moveaxis(masses, 1, 0), strict=True))  # [steps, seeds, K] each
+
+    print(f"validation image {image}, label {validation.labels[image]}; {config.num_steps} steps")
+    _print_table(np.asarray(taught[image]), masses)
+    figures.save(draw(np.asarray(taught[image]), masses), _OUT.value)
+    print(_OUT.value)
 
 
-def _terms(config: Mapping[str, Any], learner: str, group: Mapping[str, Any], present: list) -> Any:
-    config = {**config, learner: group}
-    return schema.objectives(config, learners=[learner], present=present)[learner]
+def seen(program: Program, points: list[tuple[float, float]], image: Array) -> np.ndarray:
+    """The students' probabilities for the image before each step, `[steps, points, seeds, K]`."""
+    members = [tuple(member[path] for path in _NUMBERS) for member in program.members.points]
+    chosen = [i for point in points for i, member in enumerate(members) if member == point]
+    carry, objectives = program.stacked(chosen)
+    of_member = lambda state: eval_outputs({"it": state}, {"inputs": image})["it"].logits[0]  # noqa: E731
+    of_all = jax.jit(jax.vmap(lambda state: jax.nn.softmax(of_member(state))))
+    masses = [of_all(carry.learners["student"])]
 
+    def look(carry, step):
+        masses.append(of_all(carry.learners["student"]))
+        return carry
 
-def trained(
-    config: Mapping[str, Any],
-    learner: str,
-    terms: Any,
-    seeds: Array,
-    others: Mapping[str, train.TrainState],
-    split: data.Split,
-    image: Array,
-) -> tuple[train.TrainState, Array]:
-    """Networks with stacked terms and seeds: their states, and the image's q before each step."""
-    built = schema.network(config, learner, num_classes=10)
-    create = functools.partial(
-        train.create, built.module, split.inputs[:1], optimizer=built.optimizer
-    )
-    size, seed = config["batch_size"], config["data_seed"]
-
-    @jax.jit
-    def run(states, terms, split, others):
-        def step(states, index):
-            order = data.epoch_order(seed, index // (len(split) // size), len(split))
-            batch = data.batch_at(split, order, seed, index, size)
-
-            def member(state, objective):
-                outputs, _ = state.forward(state.params, image, train=False)
-                networks = {learner: state, **others}
-                networks, _ = train.train_step(networks, batch, {learner: objective})
-                return networks[learner], jax.nn.softmax(outputs.logits[0])
-
-            return jax.vmap(member)(states, terms)
-
-        return jax.lax.scan(step, states, jnp.arange(config["num_steps"]))
-
-    states = jax.vmap(lambda init_seed: create(init_seed=init_seed))(seeds)
-    return run(states, terms, split, others)
+    config, feed = program.run.plan.config, program.feed
+    args = program.programs, carry, program.frozen, objectives, feed
+    run_steps(*args, data_seed=config["data_seed"], end=program.phase.num_steps, after=look)
+    return np.asarray(masses[:-1]).reshape(-1, len(points), _SEEDS.value, masses[0].shape[-1])
 
 
 def _print_table(teacher: np.ndarray, masses: Mapping[str, np.ndarray]) -> None:
@@ -175,5 +133,4 @@ def _band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 if __name__ == "__main__":
-    parse = functools.partial(config_flags.parse, known=("config", "out", "seeds"))
-    app.run(main, flags_parser=parse)
+    command.run(main)
