@@ -60,25 +60,28 @@ class Kind(NamedTuple):
     fixed: tuple[str, ...] = ()
 
 
-def _returns(kind: type, takes: str | None = None) -> Callable[[Any], bool]:
+def _returns(kind: type, *, takes: str | None = None, positional: str = "") -> Callable:
+    """Whether a function is annotated to return such a thing.
+
+    Args:
+        kind: of what is returned.
+        takes: a keyword that it has.
+        positional: the name of its only parameter that is no keyword; "" for none.
+    """
+
     def matches(fn: Any) -> bool:
+        if not inspect.isfunction(fn):
+            return False
         try:
             signature = inspect.signature(fn, eval_str=True)
-        except (TypeError, ValueError, NameError):
+        except Exception:  # annotations are expressions, which may raise anything
             return False
-        found, fits = signature.return_annotation, takes in (None, *signature.parameters)
-        return (
-            inspect.isfunction(fn) and isinstance(found, type) and issubclass(found, kind) and fits
-        )
+        found, parameters = signature.return_annotation, signature.parameters
+        others = [name for name, p in parameters.items() if p.kind is not p.KEYWORD_ONLY]
+        fits = others == positional.split() and takes in (None, *parameters)
+        return fits and isinstance(found, type) and issubclass(found, kind)
 
     return matches
-
-
-def _is_schedule(fn: Any) -> bool:
-    if not inspect.isfunction(fn):
-        return False
-    signature = inspect.signature(fn)
-    return next(iter(signature.parameters), None) == "step" and kind_of(fn) is None
 
 
 KINDS = {
@@ -92,11 +95,13 @@ KINDS = {
         "(Array, Array, *, numbers) -> Array",
         lambda fn: kind_of(fn) == Divergence,
     ),
-    "schedule": Kind("abkd_jax.schedules", "(step, *, numbers) -> Array", _is_schedule),
+    "schedule": Kind(
+        "abkd_jax.schedules", "(step, *, numbers) -> Array", _returns(Array, positional="step")
+    ),
     "model": Kind(
         "abkd_jax.models",
         "(*, num_classes, ...) -> flax.linen.Module",
-        _returns(Module, "num_classes"),
+        _returns(Module, takes="num_classes"),
         ("num_classes",),
     ),
     "optimizer": Kind(
@@ -107,7 +112,7 @@ KINDS = {
     "data": Kind(
         "abkd_jax.data",
         "(*, data_seed, ...) -> DataSet",
-        _returns(DataSet, "data_seed"),
+        _returns(DataSet, takes="data_seed"),
         ("data_seed",),
     ),
     "source": Kind("abkd_jax.sources", "(*, ...) -> Source", _returns(Source)),
@@ -268,6 +273,9 @@ class Builder:
             return importlib.import_module(module)
         except ModuleNotFoundError as error:
             raise ValueError(f"{field}: cannot import {module!r}: {error}.") from None
+        except Exception as error:  # a plugin is a program, which may raise anything
+            reason = f"{type(error).__name__} ({error})"
+            raise ValueError(f"{field}: cannot import {module!r}: {reason}.") from error
 
     def _value(self, value: Any, annotation: Any, field: str) -> Any:
         """A keyword's value as `bound` takes it."""

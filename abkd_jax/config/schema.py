@@ -19,7 +19,7 @@ from abkd_jax.config.build import Builder
 from abkd_jax.config.dry_run import dry_run, hidden_width
 from abkd_jax.config.plan import SPLITS, Learner, Network, Phase, Plan
 from abkd_jax.models import projected
-from abkd_jax.train.checkpoint import digest
+from abkd_jax.train.checkpoint import FOLDER, digest
 from abkd_jax.train.state import Decay
 from abkd_jax.types import Term
 
@@ -43,6 +43,7 @@ _LEARNING = ("optimizer", "terms", "ema_decay")  # of a network, or of a phase i
 _NETWORK = ("model", "weights", "init_seed", "project", *_LEARNING)
 _PHASE = ("learn", "see", "split", "num_steps", "source", "start", "select")
 _STARTS = ("last", "best")
+_FOLDERS = (FOLDER, "figures", "nonfinite", "profile")  # which a workdir has besides its phases'
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -54,20 +55,26 @@ def plain(config: Any) -> dict[str, Any]:
     """The config as plain dicts, defaults filled in, phases in the order in which they stand."""
     kinds = ml_collections.ConfigDict | Mapping
     require(isinstance(config, kinds), "config", "a ConfigDict or a mapping", config)
-    if not isinstance(config, ml_collections.ConfigDict):
-        return DEFAULTS | dict(config)
-    values = DEFAULTS | config.to_dict()
-    if isinstance(config.get("phases"), ml_collections.ConfigDict):
-        values["phases"] = {name: values["phases"][name] for name in ordered(config.phases)}
-    return values
+    frozen = isinstance(config, ml_collections.FrozenConfigDict)
+    expected = "a ConfigDict that is not frozen, for freezing sorts the phases"
+    require(not frozen, "config", expected, type(config).__name__)
+    return DEFAULTS | _as_dicts(config)
 
 
-def ordered(phases: ml_collections.ConfigDict) -> list[str]:
-    """The names of a config's phases in the order in which they were written.
+def _as_dicts(value: Any) -> Any:
+    if isinstance(value, ml_collections.ConfigDict):
+        return {key: _as_dicts(value[key]) for key in ordered(value)}
+    if isinstance(value, Mapping):
+        return {key: _as_dicts(part) for key, part in value.items()}
+    return value
+
+
+def ordered(group: ml_collections.ConfigDict) -> list[str]:
+    """The keys of a group, such as the phases, in the order in which they were written.
 
     A ConfigDict shows its keys sorted; in the order of writing they stand in `_fields` alone.
     """
-    return list(vars(phases).get("_fields", phases))
+    return list(vars(group).get("_fields", group))
 
 
 def resolve(
@@ -89,6 +96,8 @@ def resolve(
     Raises:
         ValueError: one sentence that names the field, what was found and what was expected.
     """
+    expected = "a mapping {name: (apply_fn, variables)}"
+    require(isinstance(networks, Mapping | None), "networks", expected, networks)
     config, given = plain(config), dict(networks or {})
     found = {
         name: group
@@ -262,6 +271,9 @@ def _phases(
     phases, ready = [], {name for name, x in networks.items() if x.weights or x.given}
     last = list(config["phases"])[-1]
     for name, group in config["phases"].items():
+        folder = isinstance(name, str) and name.isidentifier() and name not in _FOLDERS
+        expected = f"an identifier, for the phase's folder, and none of {', '.join(_FOLDERS)}"
+        require(folder, "a phase's name", expected, name)
         _check_keys(group, (*_PHASE, *networks), f"phases.{name}")
         phase = _phase(name, group, config, networks, builder, description)
         for other in phase.see:
@@ -295,9 +307,9 @@ def _phase(
             f"{at}.learn must name at least one network that {at}.see does not; found {learn!r}."
         )
     split, start = group.get("split", "train"), group.get("start", "last")
-    require(split in SPLITS, f"{at}.split", f"one of {', '.join(SPLITS)}", split)
+    require(split in list(SPLITS), f"{at}.split", f"one of {', '.join(SPLITS)}", split)
     require(start in _STARTS, f"{at}.start", f"one of {', '.join(_STARTS)}", start)
-    num_steps = group.get("num_steps") or config["num_steps"]
+    num_steps = group.get("num_steps", config["num_steps"])
     check_integer(f"{at}.num_steps", num_steps, least=1)
     select = group.get("select", learn[0] if len(learn) == 1 else None)
     require(select in (None, *learn), f"{at}.select", f"one of {', '.join(learn)}", select)
@@ -321,7 +333,7 @@ def _phase(
 def _names(group: Mapping[str, Any], key: str, at: str, known: Iterable[str]) -> tuple[str, ...]:
     """A phase's list of networks."""
     names, expected = group.get(key, ()), f"a list of networks, of {', '.join(known)}"
-    fits = isinstance(names, tuple | list) and all(name in known for name in names)
+    fits = isinstance(names, tuple | list) and all(name in list(known) for name in names)
     require(fits and len(set(names)) == len(names), f"{at}.{key}", expected, names)
     return tuple(names)
 
