@@ -235,7 +235,7 @@ def kind_of(fn: Any) -> Any:
     """`Divergence`, `Loss`, or None for anything that is not annotated as one of them."""
     try:
         signature = inspect.signature(fn.fn if isinstance(fn, Bound) else fn, eval_str=True)
-    except (TypeError, ValueError, NameError):
+    except Exception:  # annotations are expressions, which may raise anything
         return None
     parameters = signature.parameters.values()
     positional = [p.annotation for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
