@@ -77,7 +77,7 @@ def apply(
         ValueError: naming the key, what was found and what the term takes.
     """
     values, by_method = dict(values), "method" in values
-    builder = Builder(tuple(config.get("plugins", ())), config.num_steps)
+    builder = Builder(config.get("plugins", ()), config.num_steps)
     with config.unlocked(), config.ignore_type():
         for name in [key for key, x in values.items() if isinstance(x, str) and key in config]:
             _from_run(config, name, values.pop(name))
@@ -207,7 +207,7 @@ def method_terms(
         )
     if not config.data.get("labelled"):
         return known[name]
-    builder = Builder(tuple(config.get("plugins", ())), config.num_steps)
+    builder = Builder(config.get("plugins", ()), config.num_steps)
     return {term: _for_withheld_labels(group, builder) for term, group in known[name].items()}
 
 

@@ -133,6 +133,10 @@ class Builder:
     plugins: tuple[str, ...] = ()
     num_steps: int = 1
 
+    def __post_init__(self):
+        fits = isinstance(self.plugins, tuple | list)
+        require(fits, "plugins", "a list of packages", self.plugins)
+
     def bound(self, group: Any, kind: str, field: str) -> Bound:
         """The function that a group stands for, bound.
 
@@ -148,9 +152,8 @@ class Builder:
             ValueError: one sentence that names the field, what was found and what was expected.
         """
         if not isinstance(group, Mapping) or "fn" not in group:
-            raise ValueError(
-                f"{field} must be a group dict(fn=NAME, ...) that names a {kind}; found {group!r}."
-            )
+            named = f"a group dict(fn=NAME, ...) that names {_a(kind)}"
+            raise ValueError(f"{field} must be {named}; found {group!r}.")
         fn = self.lookup(group["fn"], kind, f"{field}.fn")
         known = {key: p.annotation for key, p in hyperparameters(fn).items()}
         hypers = {key: value for key, value in group.items() if key != "fn"}
@@ -224,10 +227,10 @@ class Builder:
         }
 
     def _term(self, group: Any, at: str, others: list[str], masks: tuple[str, ...]) -> Term:
-        if not isinstance(group, Mapping) or "weight" not in group:
-            raise ValueError(
-                f"{at} must be a group dict(fn=LOSS, weight=NUMBER, ...); found {group!r}."
-            )
+        expected = "a group dict(fn=LOSS, weight=NUMBER, ...)"
+        require(isinstance(group, Mapping), at, expected, group)
+        if "weight" not in group:
+            raise ValueError(f"{at}.weight is missing; give the term's factor, such as 1.0.")
         where = group.get("where", "where")
         require(where in masks, f"{at}.where", f"one of {', '.join(masks)}", where)
         loss = {key: value for key, value in group.items() if key not in _TERM_FIELDS}
@@ -242,21 +245,22 @@ class Builder:
             ValueError: naming the field, if there is no such function, or it is not annotated as
                 one of its kind.
         """
-        require(isinstance(name, str), field, f"the name of a {kind}", name)
+        require(isinstance(name, str), field, f"the name of {_a(kind)}", name)
         package, signature, matches, _ = KINDS[kind]
         module, _, short = name.rpartition(".")
         fn = self._imported(module, name, field) if module else importlib.import_module(package)
         fn = vars(fn).get(short)
         if matches(fn):
             return fn
-        wrong = next((other for other, found in KINDS.items() if found.matches(fn)), None)
+        is_of = lambda kind: KINDS[kind].matches(fn) if module else name in names(kind)  # noqa: E731
+        wrong = next(filter(is_of, KINDS), None)
         if wrong:
             hint = f"; write dict(fn='on_logits', divergence=dict(fn={name!r}, ...))"
             hint = hint if (wrong, kind) == ("divergence", "loss") else ""
-            raise ValueError(f"{field} must name a {kind}; {name} is a {wrong}{hint}.")
-        if fn is not None:
-            raise ValueError(f"{field} must name a {kind}; {name} is not annotated {signature}.")
-        known = sorted(n for n, f in names(kind).items())
+            raise ValueError(f"{field} must name {_a(kind)}; {name} is {_a(wrong)}{hint}.")
+        if module and fn is not None:
+            raise ValueError(f"{field} must name {_a(kind)}; {name} is not annotated {signature}.")
+        known = sorted(names(kind))
         raise ValueError(
             f"{field}: there is no {kind} {name!r}{nearest(name, known)}; known are "
             f"{', '.join(known)}."
@@ -288,6 +292,12 @@ class Builder:
         return value if domain is None else self.number(value, field, domain)
 
 
+def _a(kind: str) -> str:
+    """The kind with its article."""
+    others = {"optimizer": "an optimizer", "data": "a data set", "weights": "a set of weights"}
+    return others.get(kind, f"a {kind}")
+
+
 def names(kind: str) -> dict[str, Callable]:
     """The library's own functions of a kind, by name."""
     package, _, matches, _ = KINDS[kind]
@@ -297,7 +307,11 @@ def names(kind: str) -> dict[str, Callable]:
 
 def _other(group: Mapping[str, Any], loss: Bound, at: str, others: list[str]) -> str | None:
     """The network that a term's loss takes as its second argument."""
-    known = ", ".join(others) or "none, for it learns alone"
+    known = ", ".join(others)
+    if not others and ("other" in group or loss.needs.other):
+        raise ValueError(
+            f"{at} reads another network, and none takes part; let the phase `see` one."
+        )
     if "other" in group:
         require(group["other"] in others, f"{at}.other", f"one of {known}", group["other"])
         return group["other"]

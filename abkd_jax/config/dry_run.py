@@ -36,7 +36,10 @@ def dry_run(plan: Plan, phase: Phase) -> None:
         states[name] = _state(name, plan.networks[name], learner, description)
         outputs[name] = _outputs(name, states[name], description, train=learner is not None)
         plan.task.check(name, outputs[name], description)
-    _check_needs(phase.objectives, outputs)
+    for name, terms in phase.objectives.items():
+        own = "terms" in plan.config["phases"][phase.name].get(name, ())
+        at = f"phases.{phase.name}.{name}.terms" if own else f"{name}.terms"
+        _check_needs(at, name, terms, outputs)
 
     def width(statistic: Statistic, term: Term) -> Any:
         return jnp.zeros((description.num_classes, outputs[term.other].hidden.shape[-1]))
@@ -134,21 +137,19 @@ def _batch(description: Description, size: int) -> dict[str, Any]:
 
 
 def _check_needs(
-    objectives: Mapping[str, Mapping[str, Term]], outputs: Mapping[str, Outputs]
+    at: str, learner: str, terms: Mapping[str, Term], outputs: Mapping[str, Outputs]
 ) -> None:
     """Refuses a loss that reads what a network does not show."""
-    for learner, terms in objectives.items():
-        for name, term in terms.items():
-            loss: Bound = term.loss
-            for network, parts in zip((learner, term.other), loss.needs, strict=True):
-                for part in sorted(parts.difference(_OF_THE_STEP)):
-                    if part not in Outputs.__dataclass_fields__:
-                        raise ValueError(
-                            f"{learner}.terms.{name} needs {part!r}, which is no part of Outputs; "
-                            f"these are {', '.join(Outputs.__dataclass_fields__)}."
-                        )
-                    if getattr(outputs[network], part) is None:
-                        raise ValueError(
-                            f"{learner}.terms.{name} needs {part!r} of {network!r}, which its "
-                            "model does not give."
-                        )
+    for name, term in terms.items():
+        loss: Bound = term.loss
+        for network, parts in zip((learner, term.other), loss.needs, strict=True):
+            for part in sorted(parts.difference(_OF_THE_STEP)):
+                if part not in Outputs.__dataclass_fields__:
+                    raise ValueError(
+                        f"{at}.{name} needs {part!r}, which is no part of Outputs; these are "
+                        f"{', '.join(Outputs.__dataclass_fields__)}."
+                    )
+                if getattr(outputs[network], part) is None:
+                    raise ValueError(
+                        f"{at}.{name} needs {part!r} of {network!r}, which its model does not give."
+                    )

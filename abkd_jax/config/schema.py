@@ -109,7 +109,7 @@ def resolve(
         require(isinstance(data, datasets.DataSet), "data", expected, data)
         config["data"] = GIVEN | {"sha256": digest(data)}
     _check(config, found)
-    builder = Builder(tuple(config["plugins"]), config["num_steps"])
+    builder = Builder(config["plugins"], config["num_steps"])
     read, description = _data(config, builder, data)
     task = builder.bound(config["task"], "task", "task")()
     built = _networks(config, found, given, builder, description)
@@ -123,9 +123,9 @@ def resolve(
 def _check(config: Mapping[str, Any], networks: Mapping[str, Any]) -> None:
     """Refuses unknown keys, and numbers of the run that are none."""
     known = (*GROUPS, *DEFAULTS)
-    for key in GROUPS:
-        if not isinstance(config.get(key), Mapping) or not config[key]:
-            raise ValueError(f"{key} must be a group; found {config.get(key)!r}.")
+    phases = config.get("phases")
+    expected = "a group of phases by name, in order, such as dict(distill=dict(learn=('student',)))"
+    require(isinstance(phases, Mapping) and phases, "phases", expected, phases)
     for key, value in config.items():
         if key not in known and key not in networks:
             what = "group without a model" if isinstance(value, Mapping) else "key"
@@ -139,8 +139,6 @@ def _check(config: Mapping[str, Any], networks: Mapping[str, Any]) -> None:
     batch_size, parts = config["batch_size"], config["micro_batches"]
     expected = f"a multiple of micro_batches, {parts}"
     require(batch_size % parts == 0, "batch_size", expected, batch_size)
-    plugins = config["plugins"]
-    require(isinstance(plugins, tuple | list), "plugins", "a list of packages", plugins)
     try:
         check_probes(config["analysis"])
     except ValueError as error:
@@ -176,9 +174,10 @@ def _data(
     """What reads the data, and what is known before."""
     if given is not None:
         return lambda: given, datasets.describe(given)
-    if config["data"].get("fn") == GIVEN["fn"]:
+    group, seed = config.get("data"), config["data_seed"]
+    if isinstance(group, Mapping) and group.get("fn") == GIVEN["fn"]:
         raise ValueError("data.fn is 'given', but no data are handed over; pass data=.")
-    function, seed = builder.bound(config["data"], "data", "data"), config["data_seed"]
+    function = builder.bound(group, "data", "data")
     if hasattr(function.fn, "describe"):
         description = function.replace(fn=function.fn.describe)(data_seed=seed)
         return lambda: function(data_seed=seed), description
@@ -302,17 +301,17 @@ def _phase(
 ) -> Phase:
     at = f"phases.{name}"
     learn, see = _names(group, "learn", at, networks), _names(group, "see", at, networks)
-    if not learn or set(learn) & set(see):
-        raise ValueError(
-            f"{at}.learn must name at least one network that {at}.see does not; found {learn!r}."
-        )
+    require(learn, f"{at}.learn", f"at least one network, of {', '.join(networks)}", learn)
+    both = [other for other in see if other in learn]
+    require(not both, f"{at}.see", "networks that do not learn in this phase", both)
     split, start = group.get("split", "train"), group.get("start", "last")
     require(split in list(SPLITS), f"{at}.split", f"one of {', '.join(SPLITS)}", split)
     require(start in _STARTS, f"{at}.start", f"one of {', '.join(_STARTS)}", start)
     num_steps = group.get("num_steps", config["num_steps"])
     check_integer(f"{at}.num_steps", num_steps, least=1)
     select = group.get("select", learn[0] if len(learn) == 1 else None)
-    require(select in (None, *learn), f"{at}.select", f"one of {', '.join(learn)}", select)
+    expected = f"one of {', '.join(learn)}, which learn here"
+    require(select in (None, *learn), f"{at}.select", expected, select)
     source = builder.bound(group.get("source", {"fn": "dataset"}), "source", f"{at}.source")()
     builder = Builder(builder.plugins, num_steps)
     learners = {}
@@ -332,7 +331,7 @@ def _phase(
 
 def _names(group: Mapping[str, Any], key: str, at: str, known: Iterable[str]) -> tuple[str, ...]:
     """A phase's list of networks."""
-    names, expected = group.get(key, ()), f"a list of networks, of {', '.join(known)}"
+    names, expected = group.get(key, ()), f"a list of networks, each once, of {', '.join(known)}"
     fits = isinstance(names, tuple | list) and all(name in list(known) for name in names)
     require(fits and len(set(names)) == len(names), f"{at}.{key}", expected, names)
     return tuple(names)
