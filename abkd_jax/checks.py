@@ -35,7 +35,7 @@ def require(
     """
     if not condition:
         is_array = isinstance(found, Array | np.ndarray)
-        what = f"{found.dtype}{list(found.shape)}" if is_array else f"{found!r:.80}"
+        what = f"{found.dtype}{list(found.shape)}" if is_array else f"{found!r:.80}".replace("\n", " ")
         raise error(f"{field} must be {expected}; found {what}.")
 
 
