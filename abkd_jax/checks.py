@@ -35,7 +35,9 @@ def require(
     """
     if not condition:
         is_array = isinstance(found, Array | np.ndarray)
-        what = f"{found.dtype}{list(found.shape)}" if is_array else f"{found!r:.80}".replace("\n", " ")
+        what = (
+            f"{found.dtype}{list(found.shape)}" if is_array else f"{found!r:.80}".replace("\n", " ")
+        )
         raise error(f"{field} must be {expected}; found {what}.")
 
 

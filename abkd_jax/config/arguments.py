@@ -20,16 +20,20 @@ from typing import Any
 import ml_collections
 
 from abkd_jax.binding import Bound, hyperparameters, nearest
-from abkd_jax.config.build import Builder, names
+from abkd_jax.checks import require
+from abkd_jax.config.build import Builder
 from abkd_jax.config.schema import ordered
+from abkd_jax.types import Divergence, Loss
 
 _LEARNER, _TERM = "student", "distill"
 _LONGEST = 2000
-_POSITIONAL = "positional"  # of a call, before its keywords are known
+_POSITIONAL = "*"  # the key of those values of a call whose keywords are not known yet
 
 
 def parse(argument: str) -> dict[str, Any]:
     """The values by key; a flag is True, and a function a group `dict(fn=NAME, ...)`.
+
+    What stands in a call without a keyword is a tuple under "*", until `apply` knows the function.
 
     Args:
         argument: "runlocal,divergence=reverse_kl", "alpha=linear(1,.3)", ...; may be empty.
@@ -79,8 +83,10 @@ def apply(
     values, by_method = dict(values), "method" in values
     builder = Builder(config.get("plugins", ()), config.num_steps)
     with config.unlocked(), config.ignore_type():
-        for name in [key for key, x in values.items() if isinstance(x, str) and key in config]:
-            _from_run(config, name, values.pop(name))
+        groups = {key: group for key, group in config.items() if key in values}
+        for name, group in groups.items():
+            if isinstance(group, ml_collections.ConfigDict) and "model" in group:
+                _from_run(config, name, values.pop(name))
         if by_method:
             name = values.pop("method")
             name = name.get("fn") if isinstance(name, Mapping) else name
@@ -90,17 +96,20 @@ def apply(
         if "divergence" in values:
             _put_divergence(config, values.pop("divergence"), builder)
         if values or by_method:
-            _put_numbers(config, values, builder)
+            with config.ignore_type():  # of groups that have just been put there, too
+                _put_numbers(config, values, builder)
         if by_method and any("hidden" in t.needs.own for t in _losses(config, builder).values()):
             config.student.project = ml_collections.ConfigDict({"hidden": "teacher"})
     return config.lock()
 
 
-def _from_run(config: ml_collections.ConfigDict, name: str, workdir: str) -> None:
+def _from_run(config: ml_collections.ConfigDict, name: str, workdir: Any) -> None:
     """Takes a network from a run, in place of the phase in which it alone learns."""
+    if not isinstance(workdir, str):
+        raise _refused(f"gives {name} no folder of a run; write {name}='runs/digits/{name}'")
     config[name].weights = ml_collections.ConfigDict({"fn": "run", "workdir": workdir})
     for phase, group in list(config.phases.items()):
-        if tuple(group.learn) == (name,):
+        if tuple(group.get("learn", ())) == (name,):
             del config.phases[phase]
 
 
@@ -109,7 +118,9 @@ def _put_divergence(config: ml_collections.ConfigDict, group: Any, builder: Buil
     term, field = config[_LEARNER].terms[_TERM], f"{_LEARNER}.terms.{_TERM}"
     if "divergence" not in term:
         raise ValueError(f"{field} takes no divergence; its loss is {term.fn!r}.")
-    group = _named(group, builder)
+    expected = "a function, such as forward_kl"
+    require(isinstance(group, Mapping), f"{field}.divergence", expected, group)
+    group = _named(group, "divergence", f"{field}.divergence", builder)
     bound = builder.bound(group, "divergence", f"{field}.divergence")
     term.divergence = ml_collections.ConfigDict(_with_floats(group, bound))
 
@@ -133,8 +144,9 @@ def _put_numbers(
             raise _refused(f"gives {key} no number; write {key}=1.0")
         *path, name = places[key]
         if isinstance(value, Mapping):
-            value = _named(value, builder)
-            schedule = builder.bound(value, "schedule", f"{field}.{'.'.join(places[key])}")
+            at = ".".join((field, *places[key]))
+            value = _named(value, "schedule", at, builder)
+            schedule = builder.bound(value, "schedule", at)
             value = ml_collections.ConfigDict(_with_floats(value, schedule))
         elif isinstance(value, int):
             value = float(value)
@@ -145,12 +157,16 @@ def _put_numbers(
 def _losses(config: ml_collections.ConfigDict, builder: Builder) -> dict[str, Bound]:
     """The losses of the student's terms, in the last phase in which it learns."""
     phases = [config.phases[name] for name in ordered(config.phases)]
-    phases = [phase for phase in phases if _LEARNER in phase.learn]
+    phases = [phase for phase in phases if _LEARNER in phase.get("learn", ())]
+    if not phases:
+        raise _refused(f"leaves no phase in which {_LEARNER} learns")
+    terms = config[_LEARNER].terms.to_dict()
     terms = builder.objective(
-        config[_LEARNER].terms.to_dict(),
+        terms,
         field=f"{_LEARNER}.terms",
         learner=_LEARNER,
         networks=(*phases[-1].learn, *phases[-1].get("see", ())),
+        masks={term.get("where", "where") for term in terms.values()},  # `resolve` knows them
     )
     return {name: term.loss for name, term in terms.items()}
 
@@ -275,7 +291,7 @@ def _value(node: ast.expr) -> Any:
         return {"fn": ast.unparse(node)}
     if isinstance(node, ast.Call):
         return _group(node)
-    raise _refused(f"has {ast.unparse(node)!r}, which is no number, name, or function of numbers")
+    raise _refused(f"has {ast.unparse(node)!r}, which is no number, name, function or quoted text")
 
 
 def _group(node: ast.Call) -> dict[str, Any]:
@@ -292,27 +308,26 @@ def _group(node: ast.Call) -> dict[str, Any]:
     return group
 
 
-def _named(group: Any, builder: Builder) -> Any:
-    """The group with positional numbers under their keywords, groups in it included."""
-    if not isinstance(group, Mapping) or "fn" not in group:
-        raise _refused(f"has {group!r}, where a function is expected, such as forward_kl")
-    name, values = group["fn"], {key: x for key, x in group.items() if key != _POSITIONAL}
-    positional = group.get(_POSITIONAL, ())
-    if positional:
-        kind = next((kind for kind in ("schedule", "divergence") if name in names(kind)), "loss")
-        kind = "divergence" if "." in name else kind
-        order = list(hyperparameters(builder.lookup(name, kind, "the config's argument")))
-        if len(positional) > len(order):
-            raise _refused(
-                f"gives {name} {len(positional)} numbers without names; it takes "
-                f"{', '.join(order) or 'none'}"
-            )
-        for key, value in zip(order, positional, strict=False):
-            if key in values:
-                raise _refused(f"gives {name}'s {key!r} twice")
-            values[key] = value
-    inner = (dict, Mapping)
-    return {key: _named(x, builder) if isinstance(x, inner) else x for key, x in values.items()}
+def _named(group: Mapping[str, Any], kind: str, field: str, builder: Builder) -> dict[str, Any]:
+    """The group with positional values under their keywords, groups in it included."""
+    fn = builder.lookup(group["fn"], kind, f"{field}.fn")
+    values = {key: x for key, x in group.items() if key != _POSITIONAL}
+    positional, known = group.get(_POSITIONAL, ()), hyperparameters(fn)
+    if len(positional) > len(known):
+        raise _refused(
+            f"gives {group['fn']} {len(positional)} numbers without names; it takes "
+            f"{', '.join(known) or 'none'}"
+        )
+    for key, value in zip(known, positional, strict=False):
+        if key in values:
+            raise _refused(f"gives {group['fn']}'s {key!r} twice")
+        values[key] = value
+    kinds = {Divergence: "divergence", Loss: "loss"}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and key in known:
+            inner = kinds.get(known[key].annotation, "schedule")
+            values[key] = _named(value, inner, f"{field}.{key}", builder)
+    return values
 
 
 def _refused(what: str) -> ValueError:
