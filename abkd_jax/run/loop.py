@@ -17,7 +17,7 @@ from abkd_jax.run import workdir as folders
 from abkd_jax.run.evaluation import Rows, evaluate
 from abkd_jax.run.phases import Result, Run
 from abkd_jax.run.recorder import selecting, train_phase
-from abkd_jax.train import Networks, TrainState, adopt, frozen
+from abkd_jax.train import Networks, frozen
 from abkd_jax.train.checkpoint import digest
 
 _EXAMPLES = 8  # test examples that the report shows
@@ -70,7 +70,7 @@ def train_and_evaluate(
 def run_phase(
     run: Run,
     phase: Phase,
-    states: Mapping[str, Any],
+    states: Networks,
     results: Mapping[str, Result],
     *,
     trains: bool = True,
@@ -99,17 +99,17 @@ def run_phase(
         if not trains and step == 0:
             raise ValueError(f"{folder} has no checkpoint to evaluate; train first.")
         if trains and step < phase.num_steps:
-            seen = phases.frozen_of(phase, states)
+            seen = {name: frozen(states[name]) for name in phase.see}
             carry = train_phase(run, phase, seen, folder, checkpoints, step, carry)
             step = phase.num_steps
         return phases.result(checkpoints, carry, step)
 
 
-def _conclude(run: Run, states: Mapping[str, Any], results: Mapping[str, Result]) -> dict[str, Any]:
+def _conclude(run: Run, states: Networks, results: Mapping[str, Result]) -> dict[str, Any]:
     """Evaluates every network on the test set and writes result.json and the report."""
     from abkd_jax import report  # matplotlib takes a second, which `import abkd_jax` saves
 
-    networks = {name: _as_evaluated(states[name]) for name in run.plan.networks}
+    networks = {name: frozen(states[name]) for name in run.plan.networks}
     last, chosen, rows = _scored(run, networks)
     found = {
         name: {
@@ -159,11 +159,6 @@ def _conclude(run: Run, states: Mapping[str, Any], results: Mapping[str, Result]
     _write_examples(run, rows)
     report.write(run.workdir, run.plan.task)
     return value
-
-
-def _as_evaluated(state: Any) -> TrainState:
-    """A network without its optimiser."""
-    return frozen(state) if isinstance(state, TrainState) else adopt(*state)
 
 
 def _scored(run: Run, networks: Networks) -> tuple[dict[str, Any], dict[str, Any], Rows]:

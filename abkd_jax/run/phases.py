@@ -26,7 +26,7 @@ from abkd_jax.config.weights import Weights
 from abkd_jax.losses import feature
 from abkd_jax.run import workdir as folders
 from abkd_jax.run.interruption import Interruption
-from abkd_jax.train import Carry, Networks, Objectives, TrainState, adopt, begin, create, frozen
+from abkd_jax.train import Carry, Networks, Objectives, TrainState, adopt, begin, create
 from abkd_jax.train.checkpoint import FOLDER, Checkpoints
 from abkd_jax.types import Batch
 
@@ -103,11 +103,8 @@ def identity(run: Run, phase: Phase) -> dict[str, Any]:
     }
 
 
-def ready(run: Run) -> dict[str, Any]:
+def ready(run: Run) -> Networks:
     """The networks that are there before any phase: given by the caller, or from weights.
-
-    Returns:
-        {name: (apply_fn, variables)}.
 
     Raises:
         ValueError: one sentence, if weights cannot be read or do not fit.
@@ -115,13 +112,13 @@ def ready(run: Run) -> dict[str, Any]:
     found = {}
     for name, network in run.plan.networks.items():
         if network.given:
-            found[name] = network.given
+            found[name] = adopt(*network.given)
         elif network.weights:
             try:
                 weights = network.weights()
             except ValueError as error:
                 raise ValueError(f"{name}.weights: {error}") from None
-            found[name] = network.module.apply, _fitting(run, name, weights)
+            found[name] = adopt(network.module.apply, _fitting(run, name, weights))
     return found
 
 
@@ -148,14 +145,13 @@ def _shapes(variables: Any) -> dict[str, tuple[int, ...]]:
     return {name(path): x.shape for path, x in jax.tree.leaves_with_path(variables)}
 
 
-def learners_of(run: Run, phase: Phase, states: Mapping[str, Any]) -> Networks:
+def learners_of(run: Run, phase: Phase, states: Networks) -> Networks:
     """The networks that learn in a phase, at its step 0.
 
     Args:
         run: to which the phase belongs.
         phase: that begins.
-        states: what is known of networks so far: a `TrainState` of one that learned in an earlier
-            phase, (apply_fn, variables) of one that was ready.
+        states: of the networks that were ready, or that learned in an earlier phase.
 
     Returns:
         Their states: parameters and batch statistics go on, optimisers and averages are new.
@@ -163,21 +159,13 @@ def learners_of(run: Run, phase: Phase, states: Mapping[str, Any]) -> Networks:
     found = {}
     for name, learner in phase.learners.items():
         options = {"optimizer": learner.optimizer, "ema_decay": learner.ema_decay}
-        before, network = states.get(name), run.plan.networks[name]
-        if isinstance(before, TrainState):
-            found[name] = before.restarted(**options)
-        elif before is not None:
-            found[name] = adopt(*before, **options)
+        if name in states:
+            found[name] = states[name].restarted(**options)
         else:
-            inputs = _sample(run)
-            found[name] = create(network.module, inputs, init_seed=network.init_seed, **options)
+            network = run.plan.networks[name]
+            inputs, seed = _sample(run), network.init_seed
+            found[name] = create(network.module, inputs, init_seed=seed, **options)
     return found
-
-
-def frozen_of(phase: Phase, states: Mapping[str, Any]) -> Networks:
-    """The networks that a phase sees, without optimisers; `states` as in `learners_of`."""
-    as_frozen = lambda x: frozen(x) if isinstance(x, TrainState) else adopt(*x)  # noqa: E731
-    return {name: as_frozen(states[name]) for name in phase.see}
 
 
 def objectives_of(run: Run, phase: Phase, networks: Networks) -> Objectives:
@@ -237,7 +225,7 @@ def examples(run: Run, phase: Phase) -> tuple[datasets.Split | datasets.Stream, 
 
 
 def restored(
-    run: Run, phase: Phase, states: Mapping[str, Any]
+    run: Run, phase: Phase, states: Networks
 ) -> tuple[pathlib.Path, Checkpoints, int, Carry]:
     """A phase where its folder stands: the folder, its checkpoints, the step and the carry."""
     folder = run.workdir / phase.folder

@@ -40,11 +40,11 @@ from abkd_jax.train import (
     Objectives,
     Programs,
     Static,
-    adopt,
     advance,
     begin,
     create,
     eval_outputs,
+    frozen,
 )
 from abkd_jax.train.checkpoint import FOLDER, Checkpoints
 from abkd_jax.types import Outputs
@@ -150,12 +150,10 @@ class Program:
         feed: of their examples, see `data.Feed`.
     """
 
-    def __init__(
-        self, run: Run, phase: Phase, states: Mapping[str, Any], members: Members, chunk: int
-    ):
+    def __init__(self, run: Run, phase: Phase, states: Networks, members: Members, chunk: int):
         self.run, self.phase, self.members = run, phase, members
         self._states, self._chunk, config = states, chunk, run.plan.config
-        self.frozen = parallel.everywhere(phases.frozen_of(phase, states))
+        self.frozen = parallel.everywhere({name: frozen(states[name]) for name in phase.see})
         self._means = functools.cache(lambda name: phases.class_means(run, self.frozen[name]))
         split, size = phases.examples(run, phase)
         if _cacheable(run, phase, split):
@@ -249,10 +247,8 @@ class Program:
 
         def new(seed, optimizer, ema_decay):
             options = {"optimizer": optimizer, "ema_decay": ema_decay}
-            if hasattr(before, "restarted"):
-                return before.restarted(**options)
             if before is not None:
-                return adopt(*before, **options)
+                return before.restarted(**options)
             return create(network.module, inputs, init_seed=seed, **options)
 
         batches = datasets.evaluation_batches(self.run.data.test, 1, self.run.data.preprocess)
