@@ -2,16 +2,17 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import numpy as jnp
+from jax.tree_util import GetAttrKey, KeyPath, keystr
 
 from abkd_jax.binding import (
     Bound,
-    Domain,
+    Number,
     Schedule,
     Statistic,
     as_number,
@@ -22,7 +23,6 @@ from abkd_jax.binding import (
 from abkd_jax.checks import require
 from abkd_jax.config.plan import Learner, Network, Phase
 from abkd_jax.train.state import Decay
-from abkd_jax.types import Term
 
 _EXAMPLE = "student.terms.distill.divergence.alpha"
 
@@ -70,37 +70,43 @@ def planned(
             f"over must be a mapping {{path: values}} of at least one number to sweep, such as "
             f"{_EXAMPLE!r}; found {over!r:.80}."
         )
-    over = {path: _checked(path, values) for path, values in over.items()}
+    over = {path: _listed(path, values) for path, values in over.items()}
     own = {name: networks[name].init_seed for name in phase.learners}
     expected = "as many as leave every init seed below 2**31"
     require(max(own.values()) + init_seeds <= 2**31, "init_seeds", expected, init_seeds)
     grid = list(itertools.product(*over.values(), range(init_seeds)))
-    learners: Any = dict(phase.learners)
-    for column, (path, values) in enumerate(over.items()):
-        leaf = jnp.asarray([row[column] for row in grid], float)
-        learners = _put(path, learners, path.split("."), leaf, values, None, phase.num_steps)
-    stack = lambda new, old: jnp.broadcast_to(new, (len(grid), *old.shape)) if new is old else new  # noqa: E731
-    stacked = map_numbers(stack, learners, dict(phase.learners))
+    swept = {
+        path: jnp.asarray([row[column] for row in grid], float) for column, path in enumerate(over)
+    }
+    own_learners = dict(phase.learners)
+    for path, values in over.items():
+        _check(path, values, own_learners, phase.num_steps)
+
+    def stacked(path: KeyPath, leaf: Any) -> Any:
+        if isinstance(leaf, Statistic):
+            return leaf
+        return swept.get(_name(path), jnp.broadcast_to(leaf, (len(grid), *leaf.shape)))
+
     points = [
         dict(zip(over, map(float, numbers), strict=True)) | {"init_seed": init_seed + offset}
         for *numbers, offset in grid
     ]
     offsets = np.asarray([row[-1] for row in grid])
-    return Members(points, over, stacked, {name: seed + offsets for name, seed in own.items()})
+    seeds = {name: seed + offsets for name, seed in own.items()}
+    return Members(points, over, jax.tree.map_with_path(stacked, own_learners), seeds)
 
 
-def map_numbers(f: Callable, learners: Any, *others: Any) -> Any:
+def map_numbers(f: Callable, learners: Any) -> Any:
     """`jax.tree.map` that leaves each `Statistic` as it is."""
-    call = lambda x, *rest: x if isinstance(x, Statistic) else f(x, *rest)  # noqa: E731
-    return jax.tree.map(call, learners, *others)
+    return jax.tree.map(lambda x: x if isinstance(x, Statistic) else f(x), learners)
 
 
-def _checked(path: str, values: Any) -> list[float]:
+def _listed(path: str, values: Any) -> list[float]:
     """Values as a plain list of different numbers, so that arrays of any library do."""
     listed = values.tolist() if hasattr(values, "tolist") else values
     fits = isinstance(listed, Sequence) and not isinstance(listed, str) and len(listed) > 0
     fits = fits and all(map(_is_number, listed)) and len(set(listed)) == len(listed)
-    require(fits, f"over {path}", "a list of different numbers", values)
+    require(fits, f"over {path}", "a list of different numbers to sweep", values)
     return list(listed)
 
 
@@ -109,74 +115,45 @@ def _is_number(value: Any) -> bool:
     return number and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _put(
-    path: str,
-    node: Any,
-    keys: list[str],
-    leaf: Any,
-    values: list[float],
-    domain: Domain | None,
-    num_steps: int,
-) -> Any:
-    """The node with the leaf in the place of a number; the values are judged by its domain."""
-    if not keys:
-        if node is None or isinstance(node, Mapping | Term | Bound | Learner):
-            raise ValueError(f"over {path}: there must be one number; found a {_kind(node)}.")
-        try:
-            as_number(values, f"over {path}", domain)
-        except TypeError as error:
-            raise ValueError(f"{error}") from None
-        return leaf
-    key, *rest = keys
-    known = dict(_children(node))
-    if key == "init_seed":
-        raise ValueError(f"over {path}: seeds are swept by init_seeds.")
-    if isinstance(node, Bound) and key in dict(node.static):
-        raise ValueError(f"over {path}: this changes the program; sweep numbers alone.")
-    if key not in known:
-        at = path.removesuffix(".".join(keys)).rstrip(".") or "a sweep"
-        raise ValueError(
-            f"over {path}: {at} has no {key!r}{nearest(key, known)}; it has "
-            f"{', '.join(known) or 'nothing below it'}."
-        )
-    child, inner = known[key]
-    new = _put(path, child, rest, leaf, values, inner, num_steps)
-    if isinstance(child, Schedule) and inner is not None:
-        visited = [new(num_steps * part // 8) for part in range(9)]
-        if not all(map(inner.has, visited)):
-            raise ValueError(f"over {path}: the schedule must stay {inner}; found {values!r}.")
-    return _with_child(node, key, new)
+def _name(path: KeyPath) -> str:
+    """A leaf's path as people write it: "student.terms.distill.divergence.alpha"."""
+    inner = (GetAttrKey("loss"), GetAttrKey("numbers"))
+    return keystr([key for key in path if key not in inner], simple=True, separator=".")
 
 
-def _children(node: Any) -> Iterator[tuple[str, tuple[Any, Domain | None]]]:
-    """(name, (part, its domain if it is a number)) of what a path can go through."""
-    if isinstance(node, Learner):
-        yield "terms", (node.terms, None)
-        yield "optimizer", (node.optimizer, None)
-        yield "ema_decay", (node.ema_decay, domain_of(Decay))
-    elif isinstance(node, Term):
-        yield "weight", (node.weight, Domain())
-        yield from _children(node.loss)
-    elif isinstance(node, Bound):
-        known = hyperparameters(node.fn)
-        for name, part in node.numbers.items():
-            yield name, (part, domain_of(known[name].annotation))
-    elif isinstance(node, Mapping):
-        for name, part in node.items():
-            yield name, (part, None)
+def _check(path: str, values: list[float], learners: Mapping[str, Learner], num_steps: int) -> None:
+    """Refuses a path at which there is no number, and values outside of its domain."""
+    leaves = jax.tree.leaves_with_path(learners)
+    known = {_name(found): found for found, x in leaves if not isinstance(x, Statistic)}
+    if path not in known:
+        raise ValueError(f"over {path}: {_missing(path.split('.'), known)}.")
+    node, owner, domain, schedule = learners, None, domain_of(Number), None
+    for key in known[path]:
+        name = getattr(key, "key", getattr(key, "name", None))
+        if isinstance(owner, Bound):  # and this is one of its numbers
+            domain = domain_of(hyperparameters(owner.fn)[name].annotation)
+        elif isinstance(node, Learner) and name == "ema_decay":
+            domain = domain_of(Decay)
+        owner, node = node, node[name] if isinstance(node, Mapping) else getattr(node, name)
+        schedule = (node, domain) if isinstance(node, Schedule) else schedule
+    as_number(values, f"over {path}", domain)
+    if schedule is not None:
+        built, whole = schedule
+        built = built.replace(numbers={**built.numbers, name: jnp.asarray(values, float)})
+        stays = all(whole.has(built(num_steps * part // 8)) for part in range(9))
+        require(stays, f"over {path}", f"such that the schedule stays {whole}", values)
 
 
-def _with_child(node: Any, key: str, child: Any) -> Any:
-    if isinstance(node, Learner):
-        return node._replace(**{key: child})
-    if isinstance(node, Term):
-        if key == "weight":
-            return node.replace(weight=child)
-        return node.replace(loss=_with_child(node.loss, key, child))
-    if isinstance(node, Bound):
-        return node.replace(numbers={**node.numbers, key: child})
-    return {**node, key: child}
-
-
-def _kind(node: Any) -> str:
-    return "group" if isinstance(node, Mapping | Learner) else type(node).__name__.lower()
+def _missing(keys: list[str], known: Iterable[str]) -> str:
+    """Where a path leaves the known ones, and what is there."""
+    if keys[-1] == "init_seed":
+        return "seeds are swept by init_seeds"
+    for depth, key in enumerate(keys):
+        above = ".".join(keys[:depth])
+        inside = [name.split(".") for name in known]
+        inside = [parts for parts in inside if parts[:depth] == keys[:depth]]
+        below = list(dict.fromkeys(parts[depth] for parts in inside if len(parts) > depth))
+        if key not in below:
+            has = f"it has {', '.join(below)}" if below else "it is a number"
+            return f"{above or 'a sweep'} has no {key!r} to sweep{nearest(key, below)}; {has}"
+    return "there must be a number, not a group of some"
