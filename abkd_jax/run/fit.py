@@ -2,32 +2,13 @@
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 
 from abkd_jax.run.interruption import Interruption
 from abkd_jax.run.log.progress import Progress
 from abkd_jax.train import Carry, Networks, Objectives, Programs, run_steps
-
-
-class Recorder(Protocol):
-    """What is told and kept of a training, besides its steps: of a run, or of a sweep's members."""
-
-    def check(self, carry: Carry, step: int) -> None:
-        """Looks at a carry before anything is told or kept of it; it may end the training."""
-
-    def log(self, carry: Carry, step: int) -> None:
-        """Tells the metrics of the last steps."""
-
-    def evaluate(self, carry: Carry, step: int) -> tuple[Any, float | None]:
-        """Evaluates and tells it; the summary by network, and the score that selects."""
-
-    def save(self, carry: Carry, step: int, score: float | None) -> None:
-        """Keeps the carry, in the background."""
-
-    def wait(self) -> None:
-        """Returns when all that is to be kept is."""
 
 
 class Fit(NamedTuple):
@@ -42,7 +23,12 @@ class Fit(NamedTuple):
         config: of the run, for its intervals and seeds.
         num_steps: of the training.
         interruption: the wish to stop.
-        recorder: see `Recorder`.
+        recorder: what is told and kept besides the steps, of a run or of a sweep's members, by its
+            methods: `check(carry, step)` before anything is told or kept, which may end the
+            training; `log(carry, step)` tells the metrics of the last steps; `evaluate(carry,
+            step)` tells the scores and returns the summary by network and the score that selects
+            (or None); `save(carry, step, score)` keeps the carry in the background; `wait()`
+            returns when all is kept.
     """
 
     label: str
@@ -53,7 +39,7 @@ class Fit(NamedTuple):
     config: Mapping[str, Any]
     num_steps: int
     interruption: Interruption
-    recorder: Recorder
+    recorder: Any
 
 
 def fit(training: Fit, carry: Carry, step: int, progress: Progress) -> Carry:

@@ -1,6 +1,7 @@
 """What a run tells and keeps of a phase: rows, scores on the way, checkpoints, a bad batch."""
 
 import contextlib
+import dataclasses
 import functools
 import pathlib
 import time
@@ -82,53 +83,48 @@ def train_phase(
         return fit(training, owned, step, progress)
 
 
+@dataclasses.dataclass
 class _Recorder:
-    """See `fit.Recorder`.
+    """See `fit.Fit`; `step` is how many steps were done when the last row was written.
 
     With `config.analysis`, each row of training metrics has those of `analysis.probe` beside them,
     and the seconds that they took.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        phase: Phase,
-        frozen: Networks,
-        objectives: Objectives,
-        feed: datasets.Feed,
-        size: int,
-        folder: pathlib.Path,
-        checkpoints: Checkpoints,
-        writer: Writer,
-        progress: Progress,
-        step: int,
-    ):
-        self._run, self._phase, self._frozen, self._objectives = run, phase, frozen, objectives
-        self._feed, self._size, self._folder = feed, size, folder
-        self._checkpoints, self._writer, self._progress = checkpoints, writer, progress
-        self._step, self._time = step, time.monotonic()
-        self._config, self._task = run.plan.config, run.plan.task
-        self._split_name, split = selecting(run.data)
+    run: Run
+    phase: Phase
+    frozen: Networks
+    objectives: Objectives
+    feed: datasets.Feed
+    size: int
+    folder: pathlib.Path
+    checkpoints: Checkpoints
+    writer: Writer
+    progress: Progress
+    step: int
+
+    def __post_init__(self):
+        self.time, self.config = time.monotonic(), self.run.plan.config
+        self.split_name, split = selecting(self.run.data)
         resident = isinstance(split, datasets.Split)
-        self._split = parallel.replicated(split, run.mesh) if resident else split
-        self._probes = tuple(self._config["analysis"])
-        if self._probes:
+        self.split = parallel.replicated(split, self.run.mesh) if resident else split
+        if self.config["analysis"]:
             batches = probing.probe_batches(
-                examples(run, phase)[0],
-                run.data.preprocess,
-                data_seed=self._config["data_seed"],
-                size=size // self._config["micro_batches"],
+                examples(self.run, self.phase)[0],
+                self.run.data.preprocess,
+                data_seed=self.config["data_seed"],
+                size=self.size // self.config["micro_batches"],
             )
-            self._batches = parallel.replicated(batches, run.mesh)
+            self.batches = parallel.replicated(batches, self.run.mesh)
 
     def check(self, carry: Carry, step: int) -> None:
         """Saves the batch of a step that was not finite, and the state before it, and says so."""
         bad_step = int(carry.bad_step)
         if bad_step < 0:
             return
-        folder, data_seed = self._folder / "nonfinite", self._config["data_seed"]
-        fed, _ = self._feed(bad_step)
-        batch = self._phase.source.batch(carry.source, fed, data_seed, bad_step)
+        folder, data_seed = self.folder / "nonfinite", self.config["data_seed"]
+        taken, _ = self.feed(bad_step)
+        batch = self.phase.source.batch(carry.source, taken, data_seed, bad_step)
         folder.mkdir(exist_ok=True)
         arrays = {name: x for name, x in batch.items() if name not in ("key", "outputs")}
         named = jax.tree.leaves_with_path(arrays)
@@ -142,71 +138,75 @@ class _Recorder:
         bad = [f"{name} {float(x)}" for name, x in carry.bad.items() if not np.isfinite(x)]
         found = ", ".join(bad) or "the parameters after its update"
         raise FloatingPointError(
-            f"step {bad_step} of {' and '.join(self._phase.learners)} is not finite: {found}. Its "
+            f"step {bad_step} of {' and '.join(self.phase.learners)} is not finite: {found}. Its "
             f"batch and the state are in {folder}; no checkpoint has a later state. Lower the "
             "learning rate, clip the gradient (optimizer.clip_norm), or mend the data."
         )
 
     def log(self, carry: Carry, step: int) -> None:
         """The means of the metrics since the last multiple of log_every."""
-        count = (step - 1) % self._config["log_every"] + 1
+        count = (step - 1) % self.config["log_every"] + 1
         row = {name: float(x) / count for name, x in jax.device_get(carry.sums).items()}
         for name, state in carry.learners.items():
             rate = state.opt_state.hyperparams.get("learning_rate")
             row |= {} if rate is None else {f"{name}/learning_rate": float(rate)}
-        done, self._step = step - self._step, step
-        if self._probes:
+        done, self.step = step - self.step, step
+        if self.config["analysis"]:
             row |= self._analysis(carry)
-        self._write(step, row, examples=done * self._size)
+        self._write(step, row, examples=done * self.size)
 
     def evaluate(self, carry: Carry, step: int) -> tuple[Any, float | None]:
         """The metrics on the data that select, and the score that decides which step is best."""
         found, _ = evaluate(
             carry.learners,
-            self._split,
-            self._task,
-            size=self._config["batch_size"],
-            preprocess=self._run.data.preprocess,
-            mesh=self._run.mesh,
+            self.split,
+            self.run.plan.task,
+            size=self.config["batch_size"],
+            preprocess=self.run.data.preprocess,
+            mesh=self.run.mesh,
         )
         self._write(
             step,
             {
-                f"{self._split_name}/{name}/{metric}": float(values[metric])
+                f"{self.split_name}/{name}/{metric}": float(values[metric])
                 for name, values in found.items()
-                for metric in self._task.logged
+                for metric in self.run.plan.task.logged
             },
         )
-        return found, selected(self._phase, self._task.score, found)
+        return found, selected(self.phase, self.run.plan.task.score, found)
 
     def save(self, carry: Carry, step: int, score: float | None) -> None:
         """A checkpoint, after all rows."""
-        self._writer.sync()
-        self._checkpoints.save(step, carry, score=score)
+        self.writer.sync()
+        self.checkpoints.save(step, carry, score=score)
 
     def wait(self) -> None:
         """Returns when the last checkpoint is complete."""
-        self._checkpoints.wait()
+        self.checkpoints.wait()
 
     def _analysis(self, carry: Carry) -> dict[str, float]:
         """The probes, and what they cost beside the steps."""
         jax.block_until_ready(carry)
         begun = time.monotonic()
         found = probing.probed(
-            carry.learners, self._frozen, self._batches, self._objectives, probes=self._probes
+            carry.learners,
+            self.frozen,
+            self.batches,
+            self.objectives,
+            probes=tuple(self.config["analysis"]),
         )
         row = {name: float(value) for name, value in jax.device_get(found).items()}
         return row | {"time/analysis_seconds": time.monotonic() - begun}
 
     def _write(self, step: int, row: dict[str, float], examples: int | None = None) -> None:
         now = time.monotonic()
-        seconds, self._time = now - self._time, now
+        seconds, self.time = now - self.time, now
         row["time/seconds"] = seconds
         if examples is not None:
             stepping = seconds - row.get("time/analysis_seconds", 0.0)
             row["time/examples_per_second"] = examples / stepping
-        self._writer.write(step, row)
-        self._progress.log(step, row)
+        self.writer.write(step, row)
+        self.progress.log(step, row)
 
 
 def selecting(data: datasets.DataSet) -> tuple[str, datasets.Split | datasets.Stream]:

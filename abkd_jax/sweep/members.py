@@ -257,7 +257,7 @@ class Program:
 
 
 class _Recorder:
-    """See `run.fit.Recorder`: what is told and kept of the members of a chunk.
+    """See `run.fit.Fit`: what is told and kept of the members of a chunk.
 
     Attributes:
         history: {metric: [members, evaluations]}, NaN for those to come.
