@@ -29,8 +29,19 @@ def cross_entropy(
     vision", CVPR 2016.
     """
     del teacher
-    log_q = numerics.log_softmax(checks.check_rows(student.logits, "student_logits"))
-    labels = checks.labels_of("cross_entropy", batch, log_q.shape[:-1])
+    logits = checks.check_rows(student.logits, "student_logits")
+    return cost_of_labels("cross_entropy", logits, batch, label_smoothing)
+
+
+cross_entropy.needs = {"own": ("logits",)}
+
+
+def cost_of_labels(
+    loss: str, logits: Array, batch: Batch, label_smoothing: float | Array = 0.0
+) -> Array:
+    """`cross_entropy` of logits that are checked, for the loss of this name."""
+    labels = checks.labels_of(loss, batch, logits.shape[:-1])
+    log_q = numerics.log_softmax(logits)
     present = ~jnp.isneginf(log_q)
     labels, known = numerics.known_labels(labels, log_q.shape[-1])
     at_label = jnp.take_along_axis(log_q, labels[..., None], axis=-1)[..., 0]
@@ -39,6 +50,3 @@ def cross_entropy(
     smoothing = jnp.asarray(label_smoothing, log_q.dtype)
     value = -(1.0 - smoothing) * at_label - smoothing * uniform
     return jnp.where(known, value, jnp.nan)
-
-
-cross_entropy.needs = {"own": ("logits",)}

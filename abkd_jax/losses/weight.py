@@ -9,7 +9,7 @@ from jax import numpy as jnp
 
 from abkd_jax import checks, numerics
 from abkd_jax.binding import Number, Positive
-from abkd_jax.losses.task import cross_entropy
+from abkd_jax.losses.task import cost_of_labels
 from abkd_jax.types import Batch, Loss, Outputs
 
 
@@ -188,7 +188,7 @@ def difficulty_weighted(student: Outputs, teacher: Outputs, batch: Batch, *, los
     """
     logits = jax.lax.stop_gradient(checks.check_logits(student.logits, teacher.logits))
     of_student, of_teacher = (
-        jnp.minimum(cross_entropy(Outputs(logits=x), teacher, batch), numerics.MAX_LOG_RATIO)
+        jnp.minimum(cost_of_labels("difficulty_weighted", x, batch), numerics.MAX_LOG_RATIO)
         for x in jnp.broadcast_arrays(*logits)
     )
     weight = -jnp.expm1(-of_student / (of_teacher + 1e-7))
