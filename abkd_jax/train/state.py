@@ -138,7 +138,8 @@ def _learner(apply_fn, params, batch_stats, *, optimizer, ema_decay) -> TrainSta
             "optimizer must be a function of abkd_jax.optimizers, bound, such as "
             f"bind(sgd, learning_rate=0.1); found {optimizer!r}."
         )
-    tx = optimizers.of(optimizer)
+    tx, numbers = optimizers.of(optimizer), at_step(dict(optimizer.numbers), 0)
+    inner = optimizer.replace(numbers=numbers)().init(params)  # some start from their numbers
     if not (ema_decay is None or isinstance(ema_decay, Schedule)):
         ema_decay = as_number(ema_decay, "ema_decay", domain_of(Decay))
     return TrainState(
@@ -146,7 +147,7 @@ def _learner(apply_fn, params, batch_stats, *, optimizer, ema_decay) -> TrainSta
         apply_fn=apply_fn,
         params=params,
         tx=tx,
-        opt_state=tx.init(params)._replace(hyperparams=at_step(dict(optimizer.numbers), 0)),
+        opt_state=tx.init(params)._replace(hyperparams=numbers, inner_state=inner),
         batch_stats=batch_stats,
         hyperparams=dict(optimizer.numbers),
         ema_decay=ema_decay,
