@@ -62,7 +62,8 @@ def train_phase(
     objectives, label = objectives_of(run, phase, frozen), " and ".join(phase.learners)
     score = run.plan.task.score_column
     progress = Progress(label, phase.num_steps, start=step, examples_per_step=size, score=score)
-    with Writer(folder, step) as writer, progress, _profiled(feed, run, phase) as profiled:
+    kept = step or -1  # of a run that begins anew not even the evaluation at step 0
+    with Writer(folder, kept) as writer, progress, _profiled(feed, run, phase) as profiled:
         recorder = _Recorder(
             run, phase, frozen, objectives, feed, size, folder, checkpoints, writer, progress, step
         )

@@ -143,10 +143,10 @@ def confirmed(carry: Carry, step: Array) -> Carry:
 def refilled(
     carry: Carry, frozen: Networks, examples: Any, data_seed: Array, step: Array, *, source: Source
 ) -> Carry:
-    """The carry with its source refilled, before the step."""
+    """The carry with its source refilled, before the step; after a bad one it stays, to be shown."""
     networks = carry.learners | frozen
     state = source.refill(carry.source, networks, examples, data_seed, step)
-    return carry.replace(source=state)
+    return carry.replace(source=_where(carry.bad_step < 0, state, carry.source))
 
 
 def evaluated(carry_and_summary: tuple[Carry, Any], *, source: Source) -> Carry:

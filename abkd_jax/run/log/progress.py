@@ -40,7 +40,7 @@ class Progress:
             examples_per_step: examples in one step.
             score: the metric that is shown besides losses, and how.
         """
-        self._label, self._total, self._step = label, total, start
+        self._label, self._total, self._start, self._step = label, total, start, start
         self._examples_per_step, self._score = examples_per_step, score
         self._shown: dict[str, float] = {}
         self._clock: tuple[int, float] | None = None  # the first step seen, and when
@@ -58,7 +58,7 @@ class Progress:
                 are read when they are drawn.
         """
         self._step, self._latest = step, time.monotonic()
-        if self._clock is None:
+        if self._clock is None and step > self._start:
             self._clock = (step, self._latest)
         if shown:
             self._shown |= {name.replace("_", " "): value for name, value in shown.items()}

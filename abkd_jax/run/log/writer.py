@@ -21,7 +21,7 @@ class Writer:
 
         Args:
             directory: made if it is missing.
-            step: the last step whose rows are kept; 0 for a new run.
+            step: the last step whose rows are kept; -1 for a new run.
 
         Raises:
             ValueError: if a row of the file, other than a torn last one, is no row.
