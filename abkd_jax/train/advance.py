@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from abkd_jax import parallel
 from abkd_jax.sources import Source
-from abkd_jax.train.step import Networks, Objectives, train_step
+from abkd_jax.train.step import Networks, Objectives, all_finite, train_step
 
 _RUN_AHEAD = 2  # calls in flight: enough to hide the host's work, few enough to stop at once
 
@@ -110,17 +110,15 @@ def advance(
         batch = source.batch(carry.source, examples, data_seed, step)
         if static.mesh is not None:
             batch = parallel.split(batch, static.mesh)
-        networks, metrics = train_step(
-            carry.learners | frozen, batch, objectives, micro_batches=static.micro_batches
-        )
-        # Of the metrics alone, gradient norms among them: to look at the parameters after the
+        # By the metrics alone, gradient norms among them: to look at the parameters after the
         # update would keep those before it alive beside them.
-        finite = jnp.all(jnp.isfinite(jnp.stack(list(metrics.values()))))
-        good, first_bad = finite & (carry.bad_step < 0), ~finite & (carry.bad_step < 0)
-        new = {name: networks[name] for name in carry.learners}
+        good = carry.bad_step < 0
+        options = {"micro_batches": static.micro_batches, "guard": good}
+        networks, metrics = train_step(carry.learners | frozen, batch, objectives, **options)
+        first_bad = good & ~all_finite(metrics)
         fresh = step % static.log_every == 0
         return Carry(
-            learners=_where(good, new, carry.learners),
+            learners={name: networks[name] for name in carry.learners},
             source=carry.source,
             sums={n: jnp.where(fresh, 0, x) + metrics[n] for n, x in carry.sums.items()},
             bad_step=jnp.where(first_bad, step, carry.bad_step).astype(jnp.int32),
@@ -143,7 +141,7 @@ def confirmed(carry: Carry, step: Array) -> Carry:
 def refilled(
     carry: Carry, frozen: Networks, examples: Any, data_seed: Array, step: Array, *, source: Source
 ) -> Carry:
-    """The carry with its source refilled, before the step; after a bad one it stays, to be shown."""
+    """The carry with its source refilled, before the step; not after a bad one, to be shown."""
     networks = carry.learners | frozen
     state = source.refill(carry.source, networks, examples, data_seed, step)
     return carry.replace(source=_where(carry.bad_step < 0, state, carry.source))

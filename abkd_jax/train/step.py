@@ -21,7 +21,12 @@ Objectives = Mapping[str, Mapping[str, Term]]
 
 @functools.partial(jax.jit, static_argnames="micro_batches")
 def train_step(
-    networks: Networks, batch: Batch, objectives: Objectives, *, micro_batches: int = 1
+    networks: Networks,
+    batch: Batch,
+    objectives: Objectives,
+    *,
+    micro_batches: int = 1,
+    guard: Array | None = None,
 ) -> tuple[Networks, dict[str, Array]]:
     """One step of every network that has an objective; the others are frozen.
 
@@ -37,6 +42,8 @@ def train_step(
         objectives: {name of a learner: {name: Term}}.
         micro_batches: into how many parts of equal size to split the batch, one after the other;
             the gradient is that of the whole batch, whatever the masks (batch norm sees the parts).
+        guard: a boolean: the learners stay as they are unless it is true and every metric is
+            finite. None updates them in any case.
 
     Returns:
         The networks after the step, and the metrics: for each learner `name/term`, `name/loss` and
@@ -54,10 +61,23 @@ def train_step(
         grads, (stats, metrics) = learn({n: networks[n].batch_stats for n in terms}, batch)
     else:
         grads, (stats, metrics) = _accumulated(learn, networks, terms, batch, micro_batches)
-    updated = {n: networks[n].replace(batch_stats=stats[n]) for n in terms}
-    updated = {n: state.apply_gradients(grads=grads[n]) for n, state in updated.items()}
-    norms = {f"{name}/gradient_norm": optax.tree.norm(grads[name]) for name in terms}
-    return networks | updated, metrics | norms
+    metrics |= {f"{name}/gradient_norm": optax.tree.norm(grads[name]) for name in terms}
+
+    def update(states: Networks) -> Networks:
+        states = {n: state.replace(batch_stats=stats[n]) for n, state in states.items()}
+        return {n: state.apply_gradients(grads=grads[n]) for n, state in states.items()}
+
+    states = {name: networks[name] for name in terms}
+    if guard is None:
+        return networks | update(states), metrics
+    # A branch, since a choice between all arrays of before and after keeps both alive.
+    good = guard & all_finite(metrics)
+    return networks | jax.lax.cond(good, update, lambda states: states, states), metrics
+
+
+def all_finite(metrics: Mapping[str, Array]) -> Array:
+    """Whether every metric of a step is finite, gradient norms among them."""
+    return jnp.all(jnp.isfinite(jnp.stack(list(metrics.values()))))
 
 
 def eval_outputs(networks: Networks, batch: Batch) -> dict[str, Outputs]:
