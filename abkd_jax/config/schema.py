@@ -246,7 +246,7 @@ def _projected_width(
     width = project.get("hidden") if isinstance(project, Mapping) and len(project) == 1 else None
     if type(width) is int and width >= 1:
         return width
-    if width not in networks or width == name:
+    if not isinstance(width, str) or width not in networks or width == name:
         raise ValueError(
             f"{name}.project must be dict(hidden=WIDTH), with the width of the other network's "
             f"features, or dict(hidden=NAME), with its name; found {project!r}."
