@@ -3,6 +3,7 @@
 import ast
 import builtins
 import importlib.util
+import json
 import os
 import pathlib
 import sys
@@ -14,9 +15,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ml_collections import config_flags
 
-from abkd_jax import arguments
-from abkd_jax.objective import objective
-from abkd_jax.types import at_step
+from abkd_jax.binding import at_step
+from abkd_jax.config import arguments, resolve
+from abkd_jax.config.build import names
 
 _PATH = pathlib.Path(__file__).parents[1] / "configs" / "digits.py"
 _SPEC = importlib.util.spec_from_file_location("config_of_digits", _PATH)
@@ -26,7 +27,8 @@ get_config = _MODULE.get_config
 
 DEFAULT = get_config().to_dict()
 TERM = DEFAULT["student"]["terms"]["distill"]
-NUMBERS = "alpha, beta, weight, temperature, temperature_power"
+NUMBERS = "alpha, beta, temperature, temperature_power, weight"
+SCHEDULES = "known are constant, cosine, linear, piecewise, warmup, warmup_cosine."
 
 
 def distill(argument):
@@ -59,27 +61,29 @@ def refusal(argument, call=get_config):
         ),
         (
             "divergence=alpha_beta(.5, beta=2)",
-            {"divergence": {"fn": "alpha_beta", "alpha": 0.5, "beta": 2}},
+            {"divergence": {"fn": "alpha_beta", "*": (0.5,), "beta": 2}},
         ),
-        ("alpha=linear(1,.3)", {"alpha": {"fn": "linear", "start": 1, "end": 0.3}}),
+        ("alpha=linear(1,.3)", {"alpha": {"fn": "linear", "*": (1, 0.3)}}),
         (
             "alpha=linear(1,.3,steps=7),beta=-1e-2,",
-            {"alpha": {"fn": "linear", "start": 1, "end": 0.3, "steps": 7}, "beta": -0.01},
+            {"alpha": {"fn": "linear", "*": (1, 0.3), "steps": 7}, "beta": -0.01},
         ),
         (
             "weight=piecewise(1, .1, (3, 6))",
-            {"weight": {"fn": "piecewise", "start": 1, "factor": 0.1, "boundaries": (3, 6)}},
+            {"weight": {"fn": "piecewise", "*": (1, 0.1, (3, 6))}},
         ),
         (
             "divergence=tempered(forward_kl, temperature=linear(4., 1.))",
             {
                 "divergence": {
                     "fn": "tempered",
-                    "divergence": {"fn": "forward_kl"},
-                    "temperature": {"fn": "linear", "start": 4.0, "end": 1.0},
+                    "*": ({"fn": "forward_kl"},),
+                    "temperature": {"fn": "linear", "*": (4.0, 1.0)},
                 }
             },
         ),
+        ("teacher='runs/digits/teacher'", {"teacher": "runs/digits/teacher"}),
+        ("divergence=my.own.kl(.5)", {"divergence": {"fn": "my.own.kl", "*": (0.5,)}}),
         ("divergence=my.own.kl(a=1)", {"divergence": {"fn": "my.own.kl", "a": 1}}),
         ("divergence=my.own.kl", {"divergence": {"fn": "my.own.kl"}}),
         ("a=+1,b='x',c=(1,-2.5),d=None", {"a": 1, "b": "x", "c": (1, -2.5), "d": None}),
@@ -111,6 +115,8 @@ def test_no_argument_changes_nothing():
             {"divergence": TERM["divergence"] | {"alpha": dict(fn="linear", start=1, end=0.3)}},
         ),
         ("alpha=.25", {"divergence": TERM["divergence"] | {"alpha": 0.25}}),
+        ("weight=piecewise(1,.1,(3,6))",
+         {"weight": dict(fn="piecewise", start=1.0, factor=0.1, boundaries=(3, 6))}),
         ("temperature=4.,weight=cosine(1., 0.)",
          {"temperature": 4.0, "weight": dict(fn="cosine", start=1.0, end=0.0)}),
         ("divergence=jensen_shannon(.5),teacher_weight=.1,temperature_power=0.",
@@ -118,6 +124,9 @@ def test_no_argument_changes_nothing():
         # The divergence is replaced first, wherever it stands.
         ("teacher_weight=.1,divergence=jensen_shannon(.5)",
          {"divergence": dict(fn="jensen_shannon", teacher_weight=0.1)}),
+        ("divergence=alpha_beta(.5,.5),alpha=linear(1,.3)",
+         {"divergence": dict(
+             fn="alpha_beta", alpha=dict(fn="linear", start=1.0, end=0.3), beta=0.5)}),
         # Of two numbers with one name, the outermost is meant.
         ("divergence=tempered(alpha_beta(.5,.5), temperature=3.),temperature=2.,alpha=.1",
          {"temperature": 2.0, "divergence": dict(
@@ -142,13 +151,7 @@ def test_runlocal_shrinks_the_run_alone():
 
 def test_everything_at_once_and_its_objective():
     config = get_config("runlocal,divergence=alpha_beta(linear(1,.3),.5),temperature=3.,weight=2.")
-    (term,) = objective(
-        config.student.terms.to_dict(),
-        field="student.terms",
-        learner="student",
-        networks=("student", "teacher"),
-        num_steps=config.num_steps,
-    ).values()
+    (term,) = resolve(config).phases[-1].objectives["student"].values()
     term = at_step(term, config.num_steps // 2)
     assert term.weight == 2.0 and term.loss.numbers["temperature"] == 3.0
     numbers = term.loss.numbers["divergence"].numbers
@@ -168,6 +171,7 @@ def test_two_configs_share_nothing():
 # --- refusals -----------------------------------------------------------------------------------
 
 HAS = "the config's argument has "
+GIVES = "the config's argument gives"
 TERM_AT = "student.terms.distill"
 REFUSED = [
     ("alpha=", HAS + "'', which cannot be read."),
@@ -194,19 +198,35 @@ REFUSED = [
     ("divergence=reverse_kl(1)",
      "the config's argument gives reverse_kl 1 numbers without names; it takes none."),
     ("divergence=alpha_bet(1,2)",
-     HAS + "'alpha_bet', which is no schedule, divergence or loss (did you mean 'alpha_beta'?)."),
-    ("alpha=exp(1)", HAS + "'exp', which is no schedule, divergence or loss."),
-    ("alpha=1+1", HAS + "'1 + 1', which is no number, name, or function with numbers."),
-    ("alpha=not 1", HAS + "'not 1', which is no number, name, or function with numbers."),
-    ("alpha=linear(1,2**3)", HAS + "'2 ** 3', which is no number, name, or function with numbers."),
+     f"{TERM_AT}.divergence.fn: there is no divergence 'alpha_bet' (did you mean 'alpha_beta'?); "
+     f"known are {', '.join(sorted(names('divergence')))}."),
+    ("divergence=tempered(foward_kl)",
+     f"{TERM_AT}.divergence.divergence.fn: there is no divergence 'foward_kl' (did you mean "
+     f"'forward_kl'?); known are {', '.join(sorted(names('divergence')))}."),
+    ("alpha=exp(1)", f"{TERM_AT}.divergence.alpha.fn: there is no schedule 'exp'; {SCHEDULES}"),
+    ("alpha=linnear(1,.3)",
+     f"{TERM_AT}.divergence.alpha.fn: there is no schedule 'linnear' (did you mean 'linear'?); "
+     f"{SCHEDULES}"),
+    ("alpha=1+1", HAS + "'1 + 1', which is no number, name, function or quoted text."),
+    ("alpha=not 1", HAS + "'not 1', which is no number, name, function or quoted text."),
+    ("alpha=linear(1,2**3)", HAS + "'2 ** 3', which is no number, name, function or quoted text."),
+    ("teacher=runs/digits",
+     HAS + "'runs / digits', which is no number, name, function or quoted text."),
     ("divergence=alpha_beta(alpha=1.)",
-     f"{TERM_AT}.divergence: alpha_beta needs the hyperparameter 'beta'; it takes alpha, beta."),
+     f"{TERM_AT}.divergence.beta is missing; alpha_beta takes alpha, beta."),
     ("divergence=alpha_beta(alpha=1.,beta=0.,gama=1.)",
-     f"{TERM_AT}.divergence: alpha_beta has no hyperparameter 'gama'; it takes alpha, beta."),
+     f"{TERM_AT}.divergence.gama is unknown; alpha_beta takes alpha, beta."),
+    ("divergence=alpha_beta(positional=3)",
+     f"{TERM_AT}.divergence.positional is unknown; alpha_beta takes alpha, beta."),
     ("divergence=cross_entropy",
-     f"{TERM_AT}.divergence.fn: cross_entropy is a loss, where a divergence is expected."),
+     f"{TERM_AT}.divergence.fn must name a divergence; cross_entropy is a loss."),
+    ("divergence=cross_entropy(.1)",
+     f"{TERM_AT}.divergence.fn must name a divergence; cross_entropy is a loss."),
     ("divergence=os.system",
-     f"{TERM_AT}.divergence.fn: 'os.system' lies outside of 'abkd_jax'; list its package under "
+     f"{TERM_AT}.divergence.fn: 'os.system' lies outside of abkd_jax; list its package under "
+     "`plugins`."),
+    ("divergence=my_package.f(.5)",
+     f"{TERM_AT}.divergence.fn: 'my_package.f' lies outside of abkd_jax; list its package under "
      "`plugins`."),
     ("divergence=3",
      f"{TERM_AT}.divergence must be a function, such as forward_kl; found 3."),
@@ -222,17 +242,27 @@ REFUSED = [
     ("quick", HAS + f"'quick', which is no number of {TERM_AT}; it takes divergence, {NUMBERS}."),
     ("divergence=reverse_kl,alpha=1.",
      HAS + f"'alpha', which is no number of {TERM_AT}; "
-     "it takes divergence, weight, temperature, temperature_power."),
+     "it takes divergence, temperature, temperature_power, weight."),
     ("alpha='x'", f"{TERM_AT}.divergence.alpha must be a number; found 'x'."),
     ("alpha=None", f"{TERM_AT}.divergence.alpha must be a number; found None."),
     ("alpha=1j", f"{TERM_AT}.divergence.alpha must be a number; found 1j."),
     ("temperature=0.", f"{TERM_AT}.temperature must be greater than 0 and finite; found 0.0."),
     ("temperature=-1.", f"{TERM_AT}.temperature must be greater than 0 and finite; found -1.0."),
     ("alpha=linear(1.)",
-     f"{TERM_AT}.divergence.alpha: linear needs the hyperparameter 'end'; "
-     "it takes start, end, steps, begin."),
+     f"{TERM_AT}.divergence.alpha.end is missing; linear takes start, end, steps, begin."),
     ("alpha=linear(1.,2.,3.)",
-     f"{TERM_AT}.divergence.alpha: linear.steps must be of type int; found 3.0."),
+     f"{TERM_AT}.divergence.alpha.steps must be of type int; found 3.0."),
+    ("teacher=3",
+     f"{GIVES} teacher no folder of a run; write teacher='runs/digits/teacher'."),
+    ("teacher",
+     f"{GIVES} teacher no folder of a run; write teacher='runs/digits/teacher'."),
+    ("student='runs/digits',alpha=.5",
+     "the config's argument leaves no phase in which student learns."),
+    ("num_steps='x'",
+     HAS + f"'num_steps', which is no number of {TERM_AT}; it takes divergence, {NUMBERS}."),
+    ("data='x'", HAS + f"'data', which is no number of {TERM_AT}; it takes divergence, {NUMBERS}."),
+    ("phases='x'",
+     HAS + f"'phases', which is no number of {TERM_AT}; it takes divergence, {NUMBERS}."),
 ]  # fmt: skip
 
 
@@ -242,11 +272,15 @@ def test_refusals(argument, message):
 
 
 def test_a_name_that_is_no_schedule_is_answered_with_the_known_ones():
-    for name in ("linnear", "forward_kl", "nan", "pi", "os.system"):
-        message = refusal(f"alpha={name}")
-        start = f"{TERM_AT}.divergence.alpha.fn must name a schedule, one of 'constant' or 'linear'"
+    at = f"{TERM_AT}.divergence.alpha.fn"
+    for name in ("linnear", "nan", "pi", "jax"):
         hint = " (did you mean 'linear'?)" if name == "linnear" else ""
-        assert message.startswith(start) and message.endswith(f"; found {name!r}{hint}.")
+        expected = f"{at}: there is no schedule {name!r}{hint}; {SCHEDULES}"
+        assert refusal(f"alpha={name}") == expected
+    assert refusal("alpha=forward_kl") == f"{at} must name a schedule; forward_kl is a divergence."
+    assert refusal("alpha=os.system") == (
+        f"{at}: 'os.system' lies outside of abkd_jax; list its package under `plugins`."
+    )
 
 
 def test_a_loss_without_a_divergence_takes_none():
@@ -261,33 +295,131 @@ def test_a_loss_without_a_divergence_takes_none():
 
 
 @pytest.mark.parametrize(
-    "argument,fault",
+    "argument",
     [
-        pytest.param("**{'alpha': 1.}", "nothing is given twice", id="double star"),
-        pytest.param(
-            "divergence=alpha_beta(1.,**{})", "nothing is given twice", id="nested double star"
-        ),
-        pytest.param("alpha=Callable(1)", "an import of the module", id="imported name"),
-        pytest.param("alpha=jax(1)", "did you mean 'jax'", id="module"),
-        pytest.param("alpha={[]}", "TypeError of literal_eval", id="unhashable"),
-        pytest.param("alpha={[1]: 2}", "TypeError of literal_eval", id="unhashable key"),
-        pytest.param("alpha={'fn': []}", "TypeError of a dict", id="unhashable name"),
-        pytest.param("alpha=(1, (2, 3))", "numpy's own ValueError", id="ragged"),
-        pytest.param("divergence={'a.b': 1}", "ml_collections' own ValueError", id="dotted key"),
-        pytest.param("alpha", "silently alpha=1.0", id="number as a flag"),
-        pytest.param("alpha=True", "silently alpha=1.0", id="bool for number"),
-        pytest.param("temperature=True", "silently temperature=1.0", id="bool for temperature"),
-        pytest.param("alpha=linear(linear(1., 2.), 3.)", "accepted", id="schedule of schedules"),
-        pytest.param("temperature=linear(4., 0.)", "accepted", id="temperature to 0"),
-        pytest.param("temperature=1e999", "accepted", id="infinite temperature"),
+        pytest.param("**{'alpha': 1.}", id="double star"),
+        pytest.param("divergence=alpha_beta(1.,**{})", id="nested double star"),
+        pytest.param("alpha=Callable(1)", id="imported name"),
+        pytest.param("alpha=jax(1)", id="module"),
+        pytest.param("alpha={[]}", id="unhashable"),
+        pytest.param("alpha={[1]: 2}", id="unhashable key"),
+        pytest.param("alpha={'fn': []}", id="unhashable name"),
+        pytest.param("alpha=(1, (2, 3))", id="ragged"),
+        pytest.param("divergence={'a.b': 1}", id="dotted key"),
+        pytest.param("alpha", id="number as a flag"),
+        pytest.param("alpha=True", id="bool for number"),
+        pytest.param("temperature=True", id="bool for temperature"),
+        pytest.param("alpha=linear(linear(1., 2.), 3.)", id="schedule of schedules"),
+        pytest.param("alpha=linear(forward_kl, 3.)", id="schedule of a divergence"),
+        pytest.param("temperature=linear(4., 0.)", id="temperature to 0"),
+        pytest.param("temperature=1e999", id="infinite temperature"),
     ],
 )
-def test_also_refused_by_name(argument, fault):
-    del fault
+def test_also_refused_by_name(argument):
     message = refusal(argument)
     assert message.startswith(("the config's argument ", "student.terms.distill"))
     assert "twice" not in message and "must be a list of key=value" not in message
     assert "did you mean 'jax'" not in message and "Callable 1 numbers" not in message
+
+
+# --- a network of another run -------------------------------------------------------------------
+
+
+def test_a_network_is_taken_from_another_run_in_place_of_its_phase():
+    config = get_config("teacher='runs/digits/teacher',alpha=.25")
+    assert config.teacher.weights.to_dict() == dict(fn="run", workdir="runs/digits/teacher")
+    assert config.student.terms.distill.divergence.alpha == 0.25
+    plan = resolve(config)
+    assert [phase.name for phase in plan.phases] == ["baseline", "distill"]
+    assert plan.phases[-1].see == ("teacher",)
+    weights = plan.networks["teacher"].weights
+    assert dict(weights.static) == dict(workdir="runs/digits/teacher", network="", best=False)
+    without = get_config().to_dict()
+    del without["phases"]["teacher"]
+    without["teacher"]["weights"] = config.teacher.weights.to_dict()
+    without["student"]["terms"]["distill"]["divergence"]["alpha"] = 0.25
+    assert config.to_dict() == without  # and nothing else
+
+
+def test_a_network_that_learns_with_others_keeps_its_phase():
+    config = get_config()
+    with config.unlocked():
+        config.phases = dict(together=dict(learn=("teacher", "student")))
+        del config.baseline
+    config = arguments.apply(config, {"teacher": "runs/digits/teacher"})
+    (phase,) = resolve(config).phases
+    assert list(phase.learners) == ["teacher", "student"]  # it goes on from there
+
+
+def test_a_network_without_its_phase_that_none_sees_is_refused():
+    with pytest.raises(ValueError) as error:
+        resolve(get_config("student='runs/digits'"))
+    assert str(error.value) == (
+        "no phase names the network student; leave it out, or let it learn."
+    )
+
+
+# --- plugins ------------------------------------------------------------------------------------
+
+PLUGIN = """
+from jax import Array
+from jax import numpy as jnp
+
+from abkd_jax import Number
+
+
+def distance(student_logits: Array, teacher_logits: Array, *, power: Number) -> Array:
+    return jnp.sum(jnp.abs(student_logits - teacher_logits) ** power, axis=-1)
+
+
+def halved(step: int | Array, *, start: Number) -> Array:
+    return start * 0.5**step
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """The name of a module on the path, forgotten again after the test."""
+    name = "abkd_arguments_of_a_user"
+    (tmp_path / f"{name}.py").write_text(PLUGIN)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield name
+    sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    "argument,numbers",
+    [
+        ("divergence={}.distance(.5)", dict(power=0.5)),
+        ("divergence={}.distance(power=2)", dict(power=2.0)),
+        ("divergence={}.distance(2),power=3", dict(power=3.0)),
+        ("divergence={0}.distance({0}.halved(1))", dict(power=dict(fn="{}.halved", start=1.0))),
+        ("divergence={0}.distance(1.),power={0}.halved(2)",
+         dict(power=dict(fn="{}.halved", start=2.0))),
+    ],
+)  # fmt: skip
+def test_a_plugins_functions_in_the_argument(plugin, argument, numbers):
+    config = get_config()
+    with config.unlocked():
+        config.plugins = (plugin,)
+    values = arguments.parse(argument.format(plugin))
+    divergence = arguments.apply(config, values).student.terms.distill.divergence.to_dict()
+    numbers = json.loads(json.dumps(numbers).replace("{}", plugin))
+    assert divergence == dict(fn=f"{plugin}.distance") | numbers
+    term = resolve(config).phases[-1].objectives["student"]["distill"]
+    assert term.loss.numbers["divergence"].fn.__name__ == "distance"
+
+
+def test_a_mask_of_the_data_stays_as_it_is():
+    config = get_config()
+    with config.unlocked():
+        config.student.terms.distill.where = "rare"
+    config = arguments.apply(config, {"alpha": 0.5})
+    assert config.student.terms.distill.where == "rare"  # `resolve` knows the data's masks
+    with pytest.raises(
+        ValueError, match=r"^student\.terms\.distill\.where must be one of labelled, "
+    ):
+        resolve(config)
 
 
 # --- nothing is evaluated -----------------------------------------------------------------------
@@ -301,7 +433,7 @@ EVIL = [
     "open('x', 'w')",
     "print(1)",
     "getattr(alpha, 'x')",
-    "abkd_jax.objective.importlib.import_module('os')",
+    "abkd_jax.config.build.importlib.import_module('os')",
     "(lambda: 1)()",
     "lambda: 1",
     "().__class__.__bases__[0].__subclasses__()",
@@ -435,6 +567,7 @@ def from_flags(monkeypatch, argument, *overrides):
     return values.config.student.terms.distill
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
 @pytest.mark.parametrize(
     "argument,override,expected",
     [

@@ -5,11 +5,16 @@ import json
 import pathlib
 import signal
 
+import ml_collections
+import numpy as np
 import pytest
 
-from abkd_jax import schema
-from abkd_jax.train.loop import train_and_evaluate
-from abkd_jax.train.progress import Progress
+from abkd_jax import config as configs
+from abkd_jax import data
+from abkd_jax.config.schema import DEFAULTS
+from abkd_jax.run import recorder
+from abkd_jax.run.log.progress import Progress
+from abkd_jax.run.loop import train_and_evaluate
 
 _CONFIGS = {
     path.stem: path
@@ -22,7 +27,6 @@ _MORE = {
     "online_fashion_mnist": ["method=bdkd", "method=dml", "method=independent"],
 }
 _ARGUMENTS = [(name, more) for name in _CONFIGS for more in ("", *_MORE.get(name, ()))]
-_QUICK = [("digits", "")]  # the rest is compiled for long
 
 
 def module(name):
@@ -36,13 +40,38 @@ def test_there_are_configs():
     assert "digits" in _CONFIGS and set(_MORE) <= set(_CONFIGS)
 
 
+def stand_in(group):
+    """A set like that of a config, or None where the config's own is embedded."""
+    like = {"fashion_mnist": ((28, 28, 1), 10), "cifar100": ((32, 32, 3), 100)}
+    if group.fn == "digits":
+        return None
+    shape, num_classes = like[group.name]
+    examples = np.zeros((100, *shape), np.uint8), np.arange(100) % num_classes
+    return data.from_arrays(train=examples, validation=None, test=examples, num_classes=num_classes)
+
+
 @pytest.mark.parametrize("name,argument", _ARGUMENTS)
 def test_the_full_config_is_one(name, argument):
     config = module(name).get_config(argument)
-    schema.check(config.to_dict())
+    plan = configs.resolve(config, data=stand_in(config.data))
     assert config.is_locked
-    missing = set(schema.DEFAULTS) - set(config)
+    missing = set(DEFAULTS) - set(config)
     assert not missing  # for the command line overrides only what is there
+    assert {phase.num_steps for phase in plan.phases} == {config.num_steps}
+    assert set(plan.networks) == {name for phase in plan.phases for name in phase.learners}
+
+
+@pytest.mark.parametrize("runlocal", ["", "runlocal"])
+@pytest.mark.parametrize("name,argument", _ARGUMENTS)
+def test_a_config_gives_what_differs_from_the_defaults(monkeypatch, name, argument, runlocal):
+    monkeypatch.setattr(configs, "defaults", ml_collections.ConfigDict)  # none
+    config = module(name).get_config(",".join(filter(None, [runlocal, argument]))).to_dict()
+    assert config["data"] and config["phases"]
+    assert not [key for key, value in config.items() if DEFAULTS.get(key, ...) == value]
+    usual = {"see": (), "split": "train", "start": "last", "source": {"fn": "dataset"}}
+    usual["num_steps"] = config["num_steps"]
+    for phase in config["phases"].values():
+        assert not [key for key, value in phase.items() if usual.get(key, ...) == value]
 
 
 @pytest.mark.parametrize("name", _CONFIGS)
@@ -54,17 +83,23 @@ def test_the_docstring_has_the_command(name):
     assert "--workdir=" in command
 
 
-def stop(monkeypatch, label):
-    """Sends a signal to this process when the phase of that label is more than half done."""
-    update, sent = Progress.update, []
+def stop(monkeypatch, learners):
+    """Sends a signal to this process when the phase of these learners is more than half done."""
+    sent = []
 
-    def updated(self, step, **shown):
-        update(self, step, **shown)
-        if self._label == label and self._total / 2 < step < self._total and not sent:
-            sent.append(step)
-            signal.raise_signal(signal.SIGTERM)
+    class Stopping(Progress):
+        def __init__(self, label, total, *args, **options):
+            super().__init__(label, total, *args, **options)
+            self.stops_between = (total / 2, total) if label == learners else (0, 0)
 
-    monkeypatch.setattr(Progress, "update", updated)
+        def update(self, step, **shown):
+            super().update(step, **shown)
+            least, most = self.stops_between
+            if least < step < most and not sent:
+                sent.append(step)
+                signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(recorder, "Progress", Stopping)
     return sent
 
 
@@ -77,10 +112,11 @@ def rows(folder):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name,argument",
     [
-        pytest.param(name, more, marks=[] if (name, more) in _QUICK else [pytest.mark.slow])
+        (name, more)
         for name, more in _ARGUMENTS
         if more or len(_MORE.get(name, ())) < 2  # method=bdkd is what there is without it
     ],
@@ -92,9 +128,9 @@ def test_runlocal_runs_stops_and_goes_on(tmp_path, monkeypatch, name, argument):
         config.devices = 1
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train_and_evaluate(config, whole)
-    last = schema.phases(config.to_dict())[-1]
+    phases = configs.resolve(config).phases
     with monkeypatch.context() as patched:
-        sent = stop(patched, " and ".join(last.learners))
+        sent = stop(patched, " and ".join(phases[-1].learners))
         with pytest.raises(SystemExit) as stopped:
             train_and_evaluate(config, parts)
     assert stopped.value.code == 0 and len(sent) == 1
@@ -102,11 +138,11 @@ def test_runlocal_runs_stops_and_goes_on(tmp_path, monkeypatch, name, argument):
     assert rows(parts)[-1]["step"] <= sent[0] < config.num_steps
     train_and_evaluate(config, parts)
     assert (parts / "result.json").read_bytes() == (whole / "result.json").read_bytes()
-    folders = [whole / phase.name for phase in schema.phases(config.to_dict())]
+    folders = [whole / phase.folder for phase in phases]
     assert len(folders) == len(list(whole.rglob("metrics.jsonl")))
     for folder in folders:
         assert rows(parts / folder.relative_to(whole)) == rows(folder)
     result = json.loads((whole / "result.json").read_text())
-    assert set(result["networks"]) == set(schema.networks(config.to_dict()))
+    assert set(result["networks"]) == {name for phase in phases for name in phase.learners}
     for found in result["networks"].values():
         assert found["steps"] == config.num_steps and found["last"]["count"] == 500

@@ -1,6 +1,7 @@
 """Optimisers against torch, and the training state that carries their numbers."""
 
 import re
+import sys
 
 import jax
 import numpy as np
@@ -8,25 +9,17 @@ import optax
 import pytest
 from jax import numpy as jnp
 
-from abkd_jax import models, train
+from abkd_jax import models, optimizers, train
+from abkd_jax.binding import bind, schedule
+from abkd_jax.config.build import Builder
 from abkd_jax.schedules import linear
-from abkd_jax.train import optimizer
-from abkd_jax.types import bind, schedule
 
 STEPS = 6
 
 
 def run(rule, params, gradients):
     """The parameters after each step, by the state's own update."""
-    tx = optimizer.of(rule)
-    state = train.TrainState(
-        step=jnp.zeros((), int),
-        apply_fn=None,
-        params=params,
-        tx=tx,
-        opt_state=tx.init(params),
-        hyperparams=dict(rule.numbers),
-    )
+    state = train.adopt(lambda variables, inputs: inputs, params, optimizer=rule)
     for gradient in gradients:
         state = state.apply_gradients(grads=gradient)
         yield state.params
@@ -55,7 +48,7 @@ def test_optimisers_are_torchs(case):
     ours, theirs, options = TORCH[case]
     rng = np.random.default_rng(0)
     start, gradients = rng.normal(size=4), rng.normal(size=(STEPS, 4))
-    rule = bind(getattr(optimizer, case.split()[0]), learning_rate=0.1, **ours)
+    rule = bind(getattr(optimizers, case.split()[0]), learning_rate=0.1, **ours)
     leaf = torch.nn.Parameter(torch.tensor(start, dtype=torch.float32))
     reference = getattr(torch.optim, theirs)([leaf], lr=0.1, **options)
     found = run(rule, jnp.asarray(start, jnp.float32), jnp.asarray(gradients, jnp.float32))
@@ -68,8 +61,8 @@ def test_optimisers_are_torchs(case):
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
 def test_clipping_scales_the_gradient_to_the_norm(name):
     extra = {"weight_decay": 0.0} if name == "adamw" else {}
-    clipped = bind(getattr(optimizer, name), learning_rate=0.1, clip_norm=0.5, **extra)
-    free = bind(getattr(optimizer, name), learning_rate=0.1, **extra)
+    clipped = bind(getattr(optimizers, name), learning_rate=0.1, clip_norm=0.5, **extra)
+    free = bind(getattr(optimizers, name), learning_rate=0.1, **extra)
     gradients = [jnp.array([3.0, 4.0]), jnp.array([0.1, 0.2])]
     scaled = [gradients[0] / 10.0, gradients[1]]
     for found, expected in zip(
@@ -81,14 +74,14 @@ def test_clipping_scales_the_gradient_to_the_norm(name):
 def test_learning_rate_follows_its_schedule():
     rate = schedule(linear, start=1.0, end=0.0, steps=4)
     gradients = [jnp.ones(1)] * STEPS
-    found = run(bind(optimizer.sgd, learning_rate=rate), jnp.zeros(1), gradients)
+    found = run(bind(optimizers.sgd, learning_rate=rate), jnp.zeros(1), gradients)
     rates = optax.linear_schedule(1.0, 0.0, 4)(np.arange(STEPS))
     np.testing.assert_allclose(np.ravel(list(found)), -np.cumsum(rates), rtol=1e-6)
 
 
 def create(**kwargs):
-    module = models.from_config("mlp", {"widths": (4,)}, num_classes=3, field="student")
-    rule = bind(optimizer.sgd, learning_rate=kwargs.pop("learning_rate", 0.1))
+    module = models.mlp(widths=(4,), num_classes=3)
+    rule = bind(optimizers.sgd, learning_rate=kwargs.pop("learning_rate", 0.1))
     return train.create(module, jnp.ones((1, 5)), optimizer=rule, init_seed=0, **kwargs)
 
 
@@ -123,26 +116,108 @@ def test_a_frozen_network_keeps_what_evaluation_uses():
     ("group", "message"),
     [
         (
-            {"name": "adm", "learning_rate": 0.1},
-            "student.optimizer.name must be one of sgd, adam, adamw; found 'adm' (did you mean "
-            "'adam'?).",
+            {"fn": "adm", "learning_rate": 0.1},
+            "student.optimizer.fn: there is no optimizer 'adm' (did you mean 'adam'?); known are "
+            "adam, adamw, sgd.",
+        ),
+        (
+            {"fn": "of", "learning_rate": 0.1},
+            "student.optimizer.fn: there is no optimizer 'of'; known are adam, adamw, sgd.",
         ),
         (
             {"learning_rate": 0.1},
-            "student.optimizer.name must be one of sgd, adam, adamw; found None.",
+            "student.optimizer must be a group dict(fn=NAME, ...) that names an optimizer; found "
+            "{'learning_rate': 0.1}.",
         ),
         (
-            {"name": "sgd"},
-            "student.optimizer: sgd needs the hyperparameter 'learning_rate'; it takes "
-            "learning_rate, momentum, weight_decay, clip_norm, nesterov.",
+            {"fn": "sgd"},
+            "student.optimizer.learning_rate is missing; sgd takes learning_rate, momentum, "
+            "weight_decay, clip_norm, nesterov.",
         ),
         (
-            {"name": "adam", "learning_rate": 0.1, "beta": 0.1},
-            "student.optimizer: adam has no hyperparameter 'beta'; it takes learning_rate, b1, "
-            "b2, eps, clip_norm.",
+            {"fn": "adam", "learning_rate": 0.1, "beta": 0.1},
+            "student.optimizer.beta is unknown; adam takes learning_rate, b1, b2, eps, clip_norm.",
+        ),
+        (
+            {"fn": "adam", "learning_rate": -0.1},
+            "student.optimizer.learning_rate must be at least 0 and finite; found -0.1.",
+        ),
+        (
+            {"fn": "sgd", "learning_rate": 0.1, "clip_norm": 0.0},
+            "student.optimizer.clip_norm must be greater than 0; found 0.0.",
+        ),
+        (
+            {"fn": "sgd", "learning_rate": {"fn": "linear", "start": 1.0, "end": -1.0}},
+            "student.optimizer.learning_rate must stay at least 0 and finite; found -0.25 on its "
+            "way.",
+        ),
+        (
+            {"fn": "sgd", "learning_rate": 0.1, "nesterov": 1},
+            "student.optimizer.nesterov must be of type bool; found 1.",
         ),
     ],
 )
 def test_refusals(group, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        optimizer.from_config(group, field="student.optimizer", num_steps=10)
+        Builder(num_steps=8).bound(group, "optimizer", "student.optimizer")
+
+
+# --- of a plugin --------------------------------------------------------------------------------
+
+OF_OPTAX = {
+    "adabelief": {},
+    "adafactor": {},
+    "adagrad": {"initial_accumulator_value": 0.5},
+    "adamaxw": {"weight_decay": 0.01},
+    "lamb": {"b1": 0.8},
+    "lars": {"weight_decay": 0.01},
+    "lion": {"b1": 0.8},
+    "nadam": {},
+    "novograd": {},
+    "radam": {},
+    "rmsprop": {"decay": 0.8},
+    "rprop": {},
+    "yogi": {},
+}
+PLUGIN = """
+import optax
+
+from abkd_jax import NonNegative, Number
+"""
+FUNCTION = """
+
+def {name}(*, learning_rate: NonNegative{numbers}) -> optax.GradientTransformation:
+    return optax.{name}(learning_rate{passed})
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """The name of a module on the path, forgotten again after the test."""
+    name, text = "abkd_optimizers_of_a_user", PLUGIN
+    for function, numbers in OF_OPTAX.items():
+        given = "".join(f", {number}: Number" for number in numbers)
+        passed = "".join(f", {number}={number}" for number in numbers)
+        text += FUNCTION.format(name=function, numbers=given, passed=passed)
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield name
+    sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("name", OF_OPTAX)
+def test_any_optimiser_of_optax_is_one_function_of_a_plugin(plugin, name):
+    """With a learning rate that is a schedule, against optax itself."""
+    rate = dict(fn="linear", start=0.1, end=0.02, steps=4)
+    group = dict(fn=f"{plugin}.{name}", learning_rate=rate, **OF_OPTAX[name])
+    rule = Builder((plugin,)).bound(group, "optimizer", "student.optimizer")
+    rng = np.random.default_rng(0)
+    start, *gradients = (jnp.asarray(x, jnp.float32) for x in rng.normal(size=(4, 5)))
+    rates = optax.linear_schedule(0.1, 0.02, 4)
+    params, make = start, lambda step: getattr(optax, name)(rates(step), **OF_OPTAX[name])
+    state = make(0).init(params)
+    for step, found in enumerate(run(rule, start, gradients)):
+        updates, state = make(step).update(gradients[step], state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(found, params, rtol=1e-5, atol=1e-7)
+    assert not np.allclose(params, start)
