@@ -13,6 +13,7 @@ from abkd_jax.sources import Source
 from abkd_jax.tasks import Task
 from abkd_jax.types import Term
 
+GIVEN = {"fn": "given"}  # the model of a network, or the data, that the caller hands over
 SPLITS = {
     "train": "what a student sees: labels withheld, classes omitted",
     "labelled": "its labelled examples alone",

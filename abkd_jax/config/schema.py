@@ -16,9 +16,9 @@ from abkd_jax.analysis.probe import check_probes
 from abkd_jax.binding import Statistic, domain_of, nearest
 from abkd_jax.checks import require
 from abkd_jax.config.build import Builder
-from abkd_jax.config.dry_run import dry_run, hidden_width
-from abkd_jax.config.plan import SPLITS, Learner, Network, Phase, Plan
-from abkd_jax.models import projected
+from abkd_jax.config.dry_run import dry_run
+from abkd_jax.config.networks import check_twins, networks_of
+from abkd_jax.config.plan import GIVEN, SPLITS, Learner, Network, Phase, Plan
 from abkd_jax.train.checkpoint import FOLDER, digest
 from abkd_jax.train.state import Decay
 from abkd_jax.types import Term
@@ -38,7 +38,6 @@ DEFAULTS = {
     "analysis": (),  # of `analysis.PROBES`: what is measured besides, every log_every steps
 }
 GROUPS = ("data", "phases")  # which have no default
-GIVEN = {"fn": "given"}  # the model of a network, or the data, that the caller hands over
 _LEARNING = ("optimizer", "terms", "ema_decay")  # of a network, or of a phase in its place
 _NETWORK = ("model", "weights", "init_seed", "project", *_LEARNING)
 _PHASE = ("learn", "see", "split", "num_steps", "source", "start", "select")
@@ -112,7 +111,7 @@ def resolve(
     builder = Builder(config["plugins"], config["num_steps"])
     read, description = _data(config, builder, data)
     task = builder.bound(config["task"], "task", "task")()
-    built = _networks(config, found, given, builder, description)
+    built = networks_of(config, found, given, builder, description)
     phases = _phases(config, built, builder, description)
     plan = Plan(config, builder, task, read, description, built, phases)
     for phase in phases:
@@ -185,81 +184,6 @@ def _data(
     return lambda: read, datasets.describe(read)
 
 
-def _networks(
-    config: Mapping[str, Any],
-    groups: Mapping[str, Mapping[str, Any]],
-    given: Mapping[str, Any],
-    builder: Builder,
-    description: datasets.Description,
-) -> dict[str, Network]:
-    """The networks, their modules with the projections that they ask for."""
-    for name, pair in given.items():
-        expected = "(apply_fn, variables)"
-        fits = isinstance(pair, tuple | list) and len(pair) == 2 and callable(pair[0])
-        require(fits, f"networks[{name!r}]", expected, pair)
-        if name not in groups:
-            raise ValueError(
-                f"networks has {name!r}, which the config lacks; add "
-                f"{name}=dict(model=dict(fn='given'))."
-            )
-    built = {}
-    for name, group in groups.items():
-        if (group["model"] == GIVEN) != (name in given):
-            raise ValueError(
-                f"{name}.model must be dict(fn='given') exactly if networks= has {name!r}; found "
-                f"{group['model']!r}."
-            )
-        module = weights = None
-        if name not in given:
-            model = builder.bound(group["model"], "model", f"{name}.model")
-            try:
-                module = model(num_classes=description.num_classes)
-            except ValueError as error:
-                raise ValueError(f"{name}.model: {error}") from None
-        if group.get("weights"):
-            weights = builder.bound(group["weights"], "weights", f"{name}.weights")
-        seed = group.get("init_seed", config["init_seed"])
-        built[name] = Network(module, given.get(name), weights, seed)
-    plain = dict(built)
-    for name, group in groups.items():
-        if group.get("project") is not None:
-            width = _projected_width(name, group["project"], plain, description)
-            if width is not None:
-                module = projected(built[name].module, hidden=width)
-                built[name] = built[name]._replace(module=module)
-    return built
-
-
-def _projected_width(
-    name: str,
-    project: Any,
-    networks: Mapping[str, Network],
-    description: datasets.Description,
-) -> int | None:
-    """The width to project a network's features to; None where they have it already."""
-    if networks[name].given or networks[name].weights:
-        found = "given" if networks[name].given else "with weights"
-        raise ValueError(
-            f"{name}.project is for a network of the library with new parameters; found {name} "
-            f"{found}."
-        )
-    width = project.get("hidden") if isinstance(project, Mapping) and len(project) == 1 else None
-    if type(width) is int and width >= 1:
-        return width
-    if not isinstance(width, str) or width not in networks or width == name:
-        raise ValueError(
-            f"{name}.project must be dict(hidden=WIDTH), with the width of the other network's "
-            f"features, or dict(hidden=NAME), with its name; found {project!r}."
-        )
-    other = hidden_width(width, networks[width], description)
-    if other is None:
-        raise ValueError(
-            f"{name}.project: the model of {width!r} does not give 'hidden', the features to "
-            "project to."
-        )
-    return None if other == hidden_width(name, networks[name], description) else other
-
-
 def _phases(
     config: Mapping[str, Any],
     networks: Mapping[str, Network],
@@ -282,7 +206,7 @@ def _phases(
                     f"before, or {other}.weights."
                 )
         new = [learner for learner in phase.learners if learner not in ready]
-        _check_twins(networks, new)
+        check_twins(networks, new)
         ready.update(phase.learners)
         phases.append(phase._replace(folder="" if name == last else name))
     for name in networks:
@@ -363,20 +287,6 @@ def _check_statistics(terms: Mapping[str, Term], at: str, learn: Iterable[str]) 
                     f"{at}.{name}: {leaf.name!r} are those of another network that does not learn "
                     f"at the same time; found {term.other!r}."
                 )
-
-
-def _check_twins(networks: Mapping[str, Network], learners: Iterable[str]) -> None:
-    """Refuses networks that would learn together and start as one and the same."""
-    begun = {}
-    for name in learners:
-        start = (networks[name].module, networks[name].init_seed)
-        if start in begun:
-            raise ValueError(
-                f"{name} and {begun[start]} are the same model with the same init_seed, "
-                f"{start[1]}, so that they would start as one; give one of them its own: "
-                f"{name}.init_seed={start[1] + 1}."
-            )
-        begun[start] = name
 
 
 def needed(config: Mapping[str, Any]) -> dict[str, Any]:
