@@ -13,12 +13,12 @@ import time
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax import monitoring
 from jax import numpy as jnp
 
-from abkd_jax import alpha_beta, analysis, bind
-from abkd_jax.types import Bound
+from abkd_jax import Bound, alpha_beta, analysis, bind
+from abkd_jax.config import command
 
 _ROWS = flags.DEFINE_integer("rows", 10_000, "Samples.", lower_bound=1)
 _CLASSES = flags.DEFINE_integer("classes", 1000, "K.", lower_bound=2)
@@ -27,9 +27,8 @@ _CHUNK = flags.DEFINE_integer("chunk", 16, "Rows at a time.", lower_bound=1)
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Prints a line for each summary."""
-    del argv
     compiled = []
     monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: compiled.append(seconds) if event == _COMPILED else None
@@ -75,4 +74,4 @@ def _peak() -> float:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -19,10 +19,11 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax import numpy as jnp
 
 from abkd_jax import divergences
+from abkd_jax.config import command
 
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds, each with a turn of everyone.", lower_bound=2)
 _CALLS = flags.DEFINE_integer("calls", 20, "Calls in a turn, at least.", lower_bound=1)
@@ -51,9 +52,8 @@ _TORCH = "torch, textbook alpha_beta"
 _TEXTBOOK = "jax, textbook alpha_beta"
 
 
-def main(argv):
+def main() -> None:
     """Prints a table for each shape."""
-    del argv
     if importlib.util.find_spec("torch") is None:
         print("torch is not installed: its rows are skipped (pip install -e '.[torch]')")
     for shape in _SHAPES.value:
@@ -124,4 +124,4 @@ def _measure(competitors: dict[str, Callable[[], object]]) -> dict[str, np.ndarr
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -1,6 +1,7 @@
 """Throughput of the training loop against the bare jitted step, on CNNs and 28x28 images.
 
     python -m experiments.benchmark_loop
+    python -m experiments.benchmark_loop --other=../another_worktree
 
 A round trains for the same number of steps twice, in one process: by a Python loop around nothing
 but the jitted step (batch from the data on the device, then `train_step`), and by
@@ -8,33 +9,40 @@ but the jitted step (batch from the data on the device, then `train_step`), and 
 evaluation is work of its own). Its time is the sum of its rows' `time/seconds`, without the first
 row, which has the start. Images are random, of the shape and number of Fashion-MNIST's, which
 changes nothing in the arithmetic.
+
+With `--other` a round is this script, with two rounds of its own, in a process here and then in one
+there: each tree runs its own version on the same task, and prints the medians that are compared.
 """
 
-import copy
 import functools
+import os
 import pathlib
+import re
+import subprocess
+import sys
 import tempfile
 import time
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 
-from abkd_jax import data, schema, train
-from abkd_jax.train import loop, writer
+from abkd_jax import config as configs
+from abkd_jax import data, models, train, train_and_evaluate
+from abkd_jax.config import command
+from abkd_jax.run.log import writer
 
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds, each with a turn of both.", lower_bound=2)
 _STEPS = flags.DEFINE_integer("steps", 400, "Steps in a turn.", lower_bound=200)
+_OTHER = flags.DEFINE_string("other", None, "Another worktree of the project, to compare with.")
+_ROOT = pathlib.Path(__file__).parents[1]
+_TURNS = ("bare step", "train_and_evaluate")
 _LOG_EVERY = 50
 _CONFIG = dict(
-    mode="offline",
-    data=dict(name="given"),
-    teacher=dict(model="given"),
+    teacher=dict(model=dict(fn="given")),
     student=dict(
-        model="cnn",
-        widths=(8, 16, 32),
-        batch_norm=True,
-        optimizer=dict(name="sgd", learning_rate=0.05, momentum=0.9),
+        model=dict(fn="cnn", widths=(8, 16, 32), batch_norm=True),
+        optimizer=dict(fn="sgd", learning_rate=0.05, momentum=0.9),
         terms=dict(
             task=dict(fn="cross_entropy", weight=1.0),
             distill=dict(
@@ -45,39 +53,61 @@ _CONFIG = dict(
             ),
         ),
     ),
-    batch_size=128,
+    phases=dict(distill=dict(learn=("student",), see=("teacher",))),
     checkpoint_every=100,
     log_every=_LOG_EVERY,
     steps_per_call=1,
     devices=1,
-    init_seed=0,
-    data_seed=0,
 )
-_TEACHER = dict(model="cnn", widths=(32, 64, 128), batch_norm=True)
 
 
-def main(argv: list[str]) -> None:
-    """Prints images per second of both, and their ratio."""
-    del argv
-    logging.set_verbosity(logging.ERROR)
-    config = _CONFIG | {"num_steps": _STEPS.value}
-    dataset = _dataset()
-    module = schema.module({"teacher": _TEACHER}, "teacher", num_classes=10)
+def main() -> None:
+    """Prints images per second of both, and their ratio; or those of two trees."""
+    if _OTHER.value:
+        return _compare_trees([_ROOT, pathlib.Path(_OTHER.value).resolve()])
+    config, dataset = configs.defaults().to_dict() | _CONFIG, _dataset()
+    config["num_steps"] = _STEPS.value
+    module = models.cnn(num_classes=10, widths=(32, 64, 128), batch_norm=True)
     sample = dataset.test.inputs[:1] / 255.0
     teacher = module.apply, module.init(jax.random.key(1), sample, train=False)
-    turns = {"bare step": _bare, "train_and_evaluate": _loop}
-    rates = {name: [] for name in turns}
-    for _ in range(_ROUNDS.value + 1):
-        for name, turn in turns.items():
-            rates[name].append(turn(copy.deepcopy(config), dataset, teacher))
-    rates = {name: np.asarray(values[1:]) for name, values in rates.items()}  # the first compiles
+    rates = [
+        [turn(config, dataset, teacher) for turn in (_bare, _loop)]
+        for _ in range(_ROUNDS.value + 1)
+    ][1:]  # the first compiles
     print(f"{jax.default_backend()}, {_STEPS.value} steps of {config['batch_size']} images a turn")
     print(f"median [quartiles] of {_ROUNDS.value} rounds")
     print(f"{'':20}{'images/s':>28}{'speed / bare step':>26}")
-    for name, values in rates.items():
-        cell = "{1:,.0f} [{0:,.0f}, {2:,.0f}]".format(*np.percentile(values, [25, 50, 75]))
-        ratio = np.percentile(values / rates["bare step"], [25, 50, 75])
-        print(f"{name:20}{cell:>28}{'{1:.3f} [{0:.3f}, {2:.3f}]'.format(*ratio):>26}")
+    bare = np.asarray(rates)[:, 0]
+    for name, values in zip(_TURNS, np.transpose(rates), strict=True):
+        print(f"{name:20}{_cell(values, ',.0f'):>28}{_cell(values / bare, '.3f'):>26}")
+
+
+def _compare_trees(trees: list[pathlib.Path]) -> None:
+    """Prints images per second of two trees, and their ratio."""
+    rounds = [[_measured(tree) for tree in trees] for _ in range(_ROUNDS.value)]
+    print(f"here {trees[0]}, there {trees[1]}; {_STEPS.value} steps a turn; images/s")
+    print(f"median [quartiles] of {_ROUNDS.value} rounds, each of one process here and one there")
+    print(f"{'':20}{'here':>28}{'there':>28}{'here / there':>26}")
+    for name, values in zip(_TURNS, np.transpose(rounds), strict=True):  # [trees, rounds] each
+        cells = "".join(f"{_cell(x, ',.0f'):>28}" for x in values)
+        print(f"{name:20}{cells}{_cell(values[0] / values[1], '.3f'):>26}")
+
+
+def _measured(tree: pathlib.Path) -> list[float]:
+    """The medians that a tree's own version of this script prints, by turn."""
+    argv = [sys.executable, "-m", "experiments.benchmark_loop"]
+    argv += ["--rounds=2", f"--steps={_STEPS.value}"]
+    there = {"cwd": tree, "env": os.environ | {"PYTHONPATH": f"{tree}"}}
+    done = subprocess.run(argv, **there, stdout=subprocess.PIPE, text=True, check=False)
+    found = [re.search(rf"^{name} +([\d,]+) \[", done.stdout, re.MULTILINE) for name in _TURNS]
+    if None in found:
+        raise ValueError(f"{tree} does not print a table of benchmark_loop; see above.")
+    return [float(row[1].replace(",", "")) for row in found]
+
+
+def _cell(values: np.ndarray, form: str) -> str:
+    low, middle, high = (format(x, form) for x in np.percentile(values, [25, 50, 75]))
+    return f"{middle} [{low}, {high}]"
 
 
 def _dataset() -> data.DataSet:
@@ -94,27 +124,27 @@ def _dataset() -> data.DataSet:
 
 def _bare(config: dict, dataset: data.DataSet, teacher: tuple) -> float:
     """Images per second of the jitted step alone."""
-    built = schema.network(config, "student", num_classes=10)
-    sample = dataset.test.inputs[:1] / 255.0
-    student = train.create(built.module, sample, init_seed=0, optimizer=built.optimizer)
-    networks = {"student": jax.tree.map(jax.numpy.copy, student), "teacher": train.adopt(*teacher)}
-    objectives = schema.objectives(config, learners=["student"], present=["student", "teacher"])
+    plan = configs.resolve(config, networks={"teacher": teacher}, data=dataset)
+    phase, sample = plan.phases[-1], dataset.test.inputs[:1] / 255.0
+    optimizer = phase.learners["student"].optimizer
+    module = plan.networks["student"].module
+    state = train.create(module, sample, init_seed=0, optimizer=optimizer)
+    frozen = {"teacher": train.adopt(*teacher)}
     size, steps = config["batch_size"], config["num_steps"]
-    feed = data.Feed(dataset.train, data_seed=0, size=size)
-    state, frozen = networks["student"], {"teacher": networks["teacher"]}
+    feed = data.Feed(dataset.train, dataset.preprocess, data_seed=0, size=size)
     for step in range(steps):
         if step == _LOG_EVERY:  # as many steps to warm up as the loop's first row has
             jax.block_until_ready(state)
             started = time.perf_counter()
-        fed, _ = feed(step)
-        state = _step(state, frozen, objectives, fed, dataset.preprocess, step, size=size)
+        examples, _ = feed(step)
+        state = _step(state, frozen, phase.objectives, examples, step)
     jax.block_until_ready(state)
     return (steps - _LOG_EVERY) * size / (time.perf_counter() - started)
 
 
-@functools.partial(jax.jit, static_argnames="size", donate_argnames="state")
-def _step(state, frozen, objectives, fed, preprocess, step, *, size):
-    batch = fed.batch(0, step, size, preprocess)
+@functools.partial(jax.jit, donate_argnames="state")
+def _step(state, frozen, objectives, examples, step):
+    batch = examples.batch(0, step)
     networks, _ = train.train_step({"student": state, **frozen}, batch, objectives)
     return networks["student"]
 
@@ -122,11 +152,11 @@ def _step(state, frozen, objectives, fed, preprocess, step, *, size):
 def _loop(config: dict, dataset: data.DataSet, teacher: tuple) -> float:
     """Images per second of a whole run's training, evaluations and checkpoints included."""
     with tempfile.TemporaryDirectory() as folder:
-        loop.train_and_evaluate(config, folder, networks={"teacher": teacher}, data=dataset)
+        train_and_evaluate(config, folder, networks={"teacher": teacher}, data=dataset)
         rows = writer.read(pathlib.Path(folder))
     seconds = sum(row["time/seconds"] for row in rows[1:])
     return (config["num_steps"] - _LOG_EVERY) * config["batch_size"] / seconds
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

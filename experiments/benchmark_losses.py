@@ -13,11 +13,23 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax import Array
 from jax import numpy as jnp
 
-from abkd_jax import Bound, Outputs, bind, combinators, divergences, losses, schema, train
+from abkd_jax import (
+    Bound,
+    Head,
+    Outputs,
+    Term,
+    bind,
+    divergences,
+    losses,
+    models,
+    optimizers,
+    train,
+)
+from abkd_jax.config import command
 
 _ROUNDS = flags.DEFINE_integer("rounds", 25, "Rounds, each with a turn of everyone.", lower_bound=2)
 _SHAPE = flags.DEFINE_string("shape", "512x100", "Batch x K.")
@@ -26,9 +38,8 @@ _BASE = "on_logits forward_kl"
 _STEP = "train_step, forward_kl"
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Prints a line for each loss."""
-    del argv
     batch_size, classes = map(int, _SHAPE.value.split("x"))
     calls = _losses(batch_size, classes) | _steps(batch_size, classes)
     seconds = _measure(calls)
@@ -53,12 +64,12 @@ def _bound(centers: Array) -> dict[str, Bound]:
 
     return {
         _BASE: kd,
-        "standardized": of(combinators.standardized),
-        "powered": of(combinators.powered, teacher_power=0.1),
-        "prior_shifted": of(combinators.prior_shifted, log_prior=0.0),
-        "top_k, k = 10": of(combinators.top_k, k=10),
-        "top_k_renormalised, k = 10": of(combinators.top_k_renormalised, k=10),
-        "top_k_dropped, k = 10": of(combinators.top_k_dropped, k=10),
+        "standardized": of(divergences.standardized),
+        "powered": of(divergences.powered, teacher_power=0.1),
+        "prior_shifted": of(divergences.prior_shifted, log_prior=0.0),
+        "top_k, k = 10": of(divergences.top_k, k=10),
+        "top_k_renormalised, k = 10": of(divergences.top_k_renormalised, k=10),
+        "top_k_dropped, k = 10": of(divergences.top_k_dropped, k=10),
         "dkd": dkd,
         "nkd": bind(losses.nkd, rest_weight=1.5, temperature=1.0),
         "entropy_weighted": bind(losses.entropy_weighted, loss=kd, temperature=4.0),
@@ -82,9 +93,14 @@ def _losses(batch_size: int, classes: int) -> dict[str, Callable[[], object]]:
     """By name, a call that returns when its result is there."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(2 * rng.normal(size=shape), jnp.float32)  # noqa: E731
-    parts = {"logits": (batch_size, classes), "hidden": (batch_size, _WIDTH)}
-    parts |= {"unembedding": (_WIDTH, classes), "bias": (classes,)}
-    student, teacher = (Outputs(**{n: draw(*s) for n, s in parts.items()}) for _ in range(2))
+    student, teacher = (
+        Outputs(
+            logits=draw(batch_size, classes),
+            hidden=draw(batch_size, _WIDTH),
+            head=Head(draw(_WIDTH, classes), draw(classes)),
+        )
+        for _ in range(2)
+    )
     labels = jnp.asarray(rng.integers(0, classes, batch_size))
     batch = {"labels": labels, "where": jnp.ones(batch_size, bool)}
 
@@ -100,34 +116,26 @@ def _losses(batch_size: int, classes: int) -> dict[str, Callable[[], object]]:
 
 def _steps(batch_size: int, classes: int) -> dict[str, Callable[[], object]]:
     """Whole steps, without and with KDIGA's term."""
-    kd = dict(fn="on_logits", weight=1.0, divergence=dict(fn="forward_kl"), temperature=1.0)
-    group = dict(model="mlp", widths=(128,), optimizer=dict(name="sgd", learning_rate=0.1))
+    kd = bind(losses.on_logits, divergence=divergences.forward_kl)
+    terms = {"kd": Term(kd, 1.0, other="teacher")}
+    kdiga = {"gradients": Term(bind(losses.input_gradient_alignment), 1.0, other="teacher")}
     inputs = jnp.asarray(np.random.default_rng(0).normal(size=(batch_size, 256)), jnp.float32)
     batch = {"inputs": inputs, "labels": jnp.zeros(batch_size, int)}
     batch |= {"where": jnp.ones(batch_size, bool)}
-    calls = {}
-    for name, extra in {
-        _STEP: {},
-        "train_step, forward_kl and KDIGA": {
-            "gradients": dict(fn="input_gradient_alignment", weight=1.0)
-        },
-    }.items():
-        config = {
-            "num_steps": 1,
-            "teacher": group,
-            "student": group | {"terms": {"kd": kd} | extra},
-        }
-        names = ["student", "teacher"]
-        objectives = schema.objectives(config, learners=["student"], present=names)
-        built = {n: schema.network(config, n, num_classes=classes) for n in names}
-        networks = {
-            n: train.create(b.module, inputs[:1], init_seed=i, optimizer=b.optimizer)
-            for i, (n, b) in enumerate(built.items())
-        }
-        networks["teacher"] = train.frozen(networks["teacher"])
-        args = (networks, batch, objectives)
-        calls[name] = lambda args=args: jax.block_until_ready(train.train_step(*args))
-    return calls
+    module, sgd = (
+        models.mlp(num_classes=classes, widths=(128,)),
+        bind(optimizers.sgd, learning_rate=0.1),
+    )
+    student, teacher = (
+        train.create(module, inputs[:1], init_seed=seed, optimizer=sgd) for seed in range(2)
+    )
+    networks = {"student": student, "teacher": train.frozen(teacher)}
+
+    def call(terms):
+        args = (networks, batch, {"student": terms})
+        return lambda: jax.block_until_ready(train.train_step(*args))
+
+    return {_STEP: call(terms), "train_step, forward_kl and KDIGA": call(terms | kdiga)}
 
 
 def _measure(calls: dict[str, Callable[[], object]]) -> dict[str, np.ndarray]:
@@ -144,4 +152,4 @@ def _measure(calls: dict[str, Callable[[], object]]) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -3,131 +3,121 @@
     python -m experiments.benchmark_sweep
 
 A teacher 784-1024-1024-100 and students 784-64-64-100, batches of 128, each member with its own
-alpha and beta. A turn is one step of all members. The arms, which alternate in one process:
+alpha. A turn is some steps of all members. The arms, which alternate in one process:
 
     sweep              the sweep's program: students stacked, teacher's outputs computed once
     sweep, teacher     the same with the teacher's forward pass in each step, once for all members
-    runs, teacher      one jitted step for each member, the teacher's forward pass in each
-    runs, cached       one jitted step for each member, the teacher's outputs computed once
+    runs, teacher      one program for each member in turn, the teacher's forward pass in each step
+    runs, cached       one program for each member in turn, the teacher's outputs computed once
 
 The cost of computing the outputs once, a pass over the data, is in none of them.
 """
 
 import functools
+import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
-from jax import numpy as jnp
+from absl import flags
 
-from abkd_jax import data, schema, train
-from abkd_jax.train import parallel, sweep
-from abkd_jax.types import Outputs
+from abkd_jax import data, models
+from abkd_jax.config import command
+from abkd_jax.sweep import Program, opened
+from abkd_jax.train import Programs, run_steps
 
 _MEMBERS = flags.DEFINE_list("members", ["1", "4", "16", "32"], "Numbers of members.")
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "Rounds, each with a turn of every arm.", lower_bound=2)
 _STEPS = flags.DEFINE_integer("steps", 20, "Steps of a turn.", lower_bound=1)
 _SIZE, _BATCH, _DIM, _CLASSES = 4096, 128, 784, 100
+_CONFIG = dict(
+    teacher=dict(model=dict(fn="given")),
+    student=dict(
+        model=dict(fn="mlp", widths=(64, 64)),
+        optimizer=dict(fn="adam", learning_rate=1e-3),
+        terms=dict(
+            task=dict(fn="cross_entropy", weight=1.0),
+            distill=dict(
+                fn="on_logits",
+                weight=1.0,
+                temperature=4.0,
+                divergence=dict(fn="alpha_beta", alpha=0.8, beta=0.3),
+            ),
+        ),
+    ),
+    phases=dict(distill=dict(learn=("student",), see=("teacher",))),
+    batch_size=_BATCH,
+)
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Prints a line for each number of members."""
-    del argv
-    split, cached, frozen = _setting()
     print(f"{jax.default_backend()}, float32; one step of all members, ms; median [quartiles] of ")
     print(f"{_ROUNDS.value} rounds of {_STEPS.value} steps; ratios are of times in the same round")
     columns = ("sweep", "sweep, teacher", "runs, teacher / sweep", "runs, cached / sweep")
     print(f"{'members':>8}" + "".join(f"{name:>26}" for name in columns))
-    for count in map(int, _MEMBERS.value):
-        seconds = _measure(count, split, cached, frozen)
-        ratios = (seconds[name] / seconds["sweep"] for name in ("runs, teacher", "runs, cached"))
-        times = (1e3 * seconds[name] for name in ("sweep", "sweep, teacher"))
-        cells = (np.percentile(x, [50, 25, 75]) for x in (*times, *ratios))
-        cells = ("{:.2f} [{:.2f}, {:.2f}]".format(*cell) for cell in cells)
-        print(f"{count:>8}" + "".join(f"{cell:>26}" for cell in cells), flush=True)
+    rng, counts = np.random.default_rng(0), list(map(int, _MEMBERS.value))
+    examples = rng.normal(size=(_SIZE, _DIM)).astype(np.float32), rng.integers(0, _CLASSES, _SIZE)
+    split = dict.fromkeys(("train", "validation", "test"), examples)
+    dataset = data.from_arrays(**split, num_classes=_CLASSES)
+    module = models.mlp(num_classes=_CLASSES, widths=(1024, 1024))
+    teacher = module.apply, module.init(jax.random.key(1), examples[0][:1], train=False)
+    given = {"networks": {"teacher": teacher}, "data": dataset}
+    alphas = np.linspace(0.2, 1.2, max(counts))
+    over = {"student.terms.distill.divergence.alpha": alphas}
+    with tempfile.TemporaryDirectory() as folder, opened(_CONFIG, folder, over=over, **given) as it:
+        for count in counts:
+            seconds = _measure(_arms(it, count))
+            ratios = (
+                seconds[name] / seconds["sweep"] for name in ("runs, teacher", "runs, cached")
+            )
+            times = (1e3 * seconds[name] for name in ("sweep", "sweep, teacher"))
+            cells = (np.percentile(x, [50, 25, 75]) for x in (*times, *ratios))
+            cells = ("{:.2f} [{:.2f}, {:.2f}]".format(*cell) for cell in cells)
+            print(f"{count:>8}" + "".join(f"{cell:>26}" for cell in cells), flush=True)
 
 
-def _config() -> dict:
-    divergence = dict(fn="alpha_beta", alpha=0.8, beta=0.3)
-    distill = dict(fn="on_logits", weight=1.0, temperature=4.0, divergence=divergence)
-    task = dict(fn="cross_entropy", weight=1.0)
-    adam = dict(name="adam", learning_rate=1e-3)
-    return dict(
-        num_steps=1000,
-        teacher=dict(model="mlp", widths=(1024, 1024), optimizer=adam),
-        student=dict(
-            model="mlp", widths=(64, 64), optimizer=adam, terms=dict(task=task, distill=distill)
-        ),
-    )
+def _arms(program: Program, count: int) -> dict[str, Callable[[], Any]]:
+    """By name, a call that trains so many members further."""
+    dataset = program.run.data
+    plain = data.Feed(dataset.train, dataset.preprocess, data_seed=0, size=_BATCH)
+    feeds = {"teacher": plain, "cached": program.feed}
+    stacked = program.stacked(range(count))
+    members = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)]
+    alone = Programs(program.programs.source, program.programs.static)
 
+    def trained(programs, carry, objectives, feed):
+        args = programs, carry, program.frozen, objectives, feeds[feed]
+        return run_steps(*args, data_seed=0, end=_STEPS.value)
 
-def _setting() -> tuple[data.Split, data.Split, dict[str, train.TrainState]]:
-    """The examples, the same with the teacher's outputs, and the teacher."""
-    rng = np.random.default_rng(0)
-    inputs = jnp.asarray(rng.normal(size=(_SIZE, _DIM)), jnp.float32)
-    labels = jnp.asarray(rng.integers(0, _CLASSES, _SIZE), jnp.int32)
-    split = data.Split(inputs=inputs, labels=labels, labelled=labels >= 0)
-    built = schema.network(_config(), "teacher", num_classes=_CLASSES)
-    state = train.create(built.module, inputs[:1], init_seed=1, optimizer=built.optimizer)
-    frozen = {"teacher": train.frozen(state)}
-    logits = frozen["teacher"].forward(state.params, inputs, train=False)[0].logits
-    return split, split.replace(outputs={"teacher": Outputs(logits=logits)}), frozen
+    def together(feed):
+        return trained(program.programs, *stacked, feed)
 
+    def in_turn(feed):
+        for i, (carry, objectives) in enumerate(members):  # whose buffers are taken
+            members[i] = trained(alone, carry, objectives, feed), objectives
+        return members
 
-def _members(count: int, inputs: jax.Array) -> tuple[sweep.Member, dict]:
-    """Stacked members with their objectives."""
-    config, members = _config(), []
-    built = schema.network(config, "student", num_classes=_CLASSES)
-    for index in range(count):
-        numbers = config["student"]["terms"]["distill"]["divergence"]
-        numbers |= dict(alpha=0.2 + index / 40, beta=1.0 - index / 40)
-        how = dict(learners=["student"], present=["student", "teacher"])
-        objectives = schema.objectives(config, **how)
-        student = train.create(built.module, inputs, init_seed=index, optimizer=built.optimizer)
-        member = sweep.Member({"student": student}, jnp.asarray(-1), {})
-        members.append((member, objectives))
-    return jax.tree.map(lambda *x: jnp.stack(x), *members)
-
-
-def _measure(count, split, cached, frozen) -> dict[str, np.ndarray]:
-    """Seconds for one step of all members, in each round, by arm."""
-    step = functools.partial(sweep.advanced, count=1, size=_BATCH, micro_batches=1)
-    single = jax.jit(step)
-    stacked = _members(count, split.inputs[:1])
-    one = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)]
-    feeds = {name: data.Feed(s, data_seed=0, size=_BATCH) for name, s in
-             (("teacher", split), ("cached", cached))}  # fmt: skip
-
-    def shared(name, n):
-        return frozen, feeds[name](n)[0], data.Preprocess(), jnp.asarray(0), jnp.asarray(n)
-
-    def together(name):
-        members = stacked
-        for n in range(_STEPS.value):
-            members = (parallel.spread(step, members, *shared(name, n)), members[1])
-        jax.block_until_ready(members)
-
-    def in_turn(name):
-        for member in one:
-            for n in range(_STEPS.value):
-                member = (single(member, *shared(name, n)), member[1])
-            jax.block_until_ready(member)
-
-    arms = {
+    return {
         "sweep": functools.partial(together, "cached"),
         "sweep, teacher": functools.partial(together, "teacher"),
         "runs, teacher": functools.partial(in_turn, "teacher"),
         "runs, cached": functools.partial(in_turn, "cached"),
     }
+
+
+def _measure(arms: dict[str, Callable[[], Any]]) -> dict[str, np.ndarray]:
+    """Seconds for one step of all members, in each round, by arm."""
     seconds = {name: [] for name in arms}
     for _ in range(_ROUNDS.value + 1):
         for name, arm in arms.items():
             started = time.perf_counter()
-            arm()
+            jax.block_until_ready(arm())
             seconds[name].append((time.perf_counter() - started) / _STEPS.value)
     return {name: np.asarray(times[1:]) for name, times in seconds.items()}  # the first compiles
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

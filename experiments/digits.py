@@ -53,9 +53,8 @@ def main() -> None:
 def _print_table(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     started, split = time.monotonic(), "validation" if _TUNE.value else "test"
     data = configs.resolve(config).data()
-    print(
-        f"{split} set, {len(getattr(data, split))} images; mean +- standard deviation over init seeds"
-    )
+    images = f"{len(getattr(data, split))} images"
+    print(f"{split} set, {images}; mean +- standard deviation over init seeds")
     print(f"{'':42}{'accuracy %':>14}{'NLL':>16}{'ECE %':>14}{'seeds':>7}{'s':>5}")
 
     def show(name: str, row: dict[str, float], seeds: int) -> None:

@@ -8,18 +8,17 @@ paper's panels are on CIFAR-100 and Dolly. Another config: --config, with alpha_
 """
 
 import csv
-import functools
 import pathlib
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 
 from abkd_jax import figures
-from abkd_jax import flags as config_flags
-from abkd_jax.train import sweep
+from abkd_jax.config import command
+from abkd_jax.sweep import HISTORY, sweep
 
 _ROOT = pathlib.Path(__file__).parents[1]
-_CONFIG = config_flags.define_config(str(_ROOT / "configs" / "digits.py"))
+_CONFIG = command.define_config(str(_ROOT / "configs" / "digits.py"))
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the two sweeps.", required=True)
 _OUT = flags.DEFINE_string("out", "experiments/figures/figure6.png", "The figure's path.")
 _SEEDS = flags.DEFINE_integer("init_seeds", 3, "How many init seeds.", lower_bound=2)
@@ -29,10 +28,8 @@ _ALPHA, _BETA = 0.8, 0.4  # where the other one is swept
 _EVERY = 100  # steps between two points of a curve
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Runs what is missing of the sweeps, prints a table, and draws the four panels."""
-    del argv
-    logging.set_verbosity(logging.ERROR)
     print(f"{'':12}{'accuracy %':>16}{'NLL':>18}{'entropy, nats':>18}{'ECE %':>14}")
     accuracy = _swept("alpha", _ALPHAS, beta=_BETA)
     entropy = _swept("beta", _BETAS, alpha=_ALPHA)
@@ -62,8 +59,8 @@ def _swept(name: str, values: tuple[float, ...], **fixed: float) -> dict[float, 
         config.student.terms.distill.divergence[key] = number
     folder = pathlib.Path(_WORKDIR.value) / name
     path = f"{_DIVERGENCE}.{name}"
-    sweep.sweep(config, folder, over={path: values}, init_seeds=_SEEDS.value)
-    with (folder / sweep.HISTORY).open() as file:
+    sweep(config, folder, over={path: values}, init_seeds=_SEEDS.value)
+    with (folder / HISTORY).open() as file:
         rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
     found = {}
     for value in values:
@@ -94,5 +91,4 @@ def _deviation(values: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    known = ("config", "workdir", "out", "init_seeds")
-    app.run(main, flags_parser=functools.partial(config_flags.parse, known=known))
+    command.run(main)

@@ -12,22 +12,22 @@ one step of alpha_beta on the logits moves and where to, and |LogR| over the bou
 
 import functools
 import pathlib
-import sys
 import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from jax import Array
 from jax import numpy as jnp
 
 from abkd_jax import Divergence, alpha_beta, analysis, bind, data, figures, load, train_and_evaluate
-from abkd_jax import flags as config_flags
+from abkd_jax import config as configs
+from abkd_jax.config import command, schema
 
 _DEFAULT = pathlib.Path(__file__).parents[1] / "configs" / "digits.py"
-_CONFIG = config_flags.define_config(str(_DEFAULT))
+_CONFIG = command.define_config(str(_DEFAULT))
 _OUT = flags.DEFINE_string("out", "experiments/figures/maps.png", "Where the figure goes.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of a run to make or take up; None: not kept.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of both networks.", lower_bound=0.01)
@@ -46,22 +46,16 @@ _TITLES = {  # and the units of the colours
 }
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Trains, prints the table of some points, and draws the maps."""
-    del argv
-    logging.set_verbosity(logging.ERROR)
-    config = _CONFIG.value.to_dict()
-    config.pop("baseline", None)
+    config = schema.needed(schema.plain(_CONFIG.value))
     config["num_steps"] = config["checkpoint_every"] = _NUM_STEPS.value
-    try:
-        with tempfile.TemporaryDirectory() as temporary:
-            workdir = pathlib.Path(_WORKDIR.value or temporary)
-            results = train_and_evaluate(config, workdir)["networks"]
-            student, teacher = load(workdir), load(workdir / "teacher")
-    except (ValueError, OSError) as error:
-        sys.exit(f"{error}")
-    dataset = data.from_config(config["data"], data_seed=config["data_seed"])
-    for name, count in (("teacher", len(dataset.teacher)), ("student", len(dataset.train))):
+    with tempfile.TemporaryDirectory() as temporary:
+        workdir = pathlib.Path(_WORKDIR.value or temporary)
+        results = train_and_evaluate(config, workdir)["networks"]
+        student, teacher = load(workdir), load(workdir / "teacher")
+    dataset = configs.resolve(config).data()
+    for name, count in (("teacher", len(dataset.full)), ("student", len(dataset.train))):
         accuracy = 100 * results[name]["last"]["accuracy"]
         print(
             f"{name}: {config['num_steps']} steps, {count} images, test accuracy {accuracy:.1f} %"
@@ -74,10 +68,8 @@ def main(argv: list[str]) -> None:
     noise = signal_to_noise(student, teacher, dataset.train, alphas, betas, temperature)
     maps["signal to noise"] = noise
     _print_table(maps, grid, len(images))
-    out = pathlib.Path(_OUT.value)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figures.save(draw(maps), out)
-    print(out)
+    figures.save(draw(maps), _OUT.value)
+    print(_OUT.value)
 
 
 def of_logits(student: Array, teacher: Array, alphas: Array, betas: Array) -> dict[str, np.ndarray]:
@@ -189,7 +181,4 @@ def draw(maps: Mapping[str, np.ndarray]) -> Any:
 
 
 if __name__ == "__main__":
-    parse = functools.partial(
-        config_flags.parse, known=("config", "out", "workdir", "temperature", "num_steps")
-    )
-    app.run(main, flags_parser=parse)
+    command.run(main)

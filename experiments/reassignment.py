@@ -9,16 +9,14 @@ and D to F have 15 too many: they differ in the student's mass q alone. Each div
 step that moves 2 % of the mass, so the bars say where to, and not how far.
 """
 
-import pathlib
-
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from jax import numpy as jnp
 from matplotlib.figure import Figure
 from scipy import optimize
 
-from abkd_jax import alpha_beta, analysis, bind, figures
-from abkd_jax.types import Bound
+from abkd_jax import Bound, alpha_beta, analysis, bind, figures
+from abkd_jax.config import command
 
 _OUT = flags.DEFINE_string("out", "experiments/figures/reassignment.png", "Where the figure goes.")
 _CLASSES = ("A", "B", "C", "D", "E", "F")
@@ -33,10 +31,8 @@ _POINTS = {
 _MOVED = 0.02
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Prints the step of each divergence, and draws the figure."""
-    del argv
-    logging.set_verbosity(logging.ERROR)
     print(f"one step that moves {100 * _MOVED:g} % of the mass; log mass ratio by class, in 1/1000")
     cells = "".join(f"{name:>8}" for name in _CLASSES)
     print(f"{'':22}{'eta':>7}{cells}{'N':>8}")
@@ -48,10 +44,8 @@ def main(argv: list[str]) -> None:
         ratios[name], changes[name] = 1e3 * step.log_ratio, 100 * change
         cells = "".join(f"{value:>8.0f}" for value in ratios[name])
         print(f"{name:22}{rate:>7.3f}{cells}{1e3 * float(step.normaliser):>8.1f}")
-    out = pathlib.Path(_OUT.value)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figures.save(draw(ratios, changes), out)
-    print(out)
+    figures.save(draw(ratios, changes), _OUT.value)
+    print(_OUT.value)
 
 
 def moving(divergence: Bound, mass: float) -> tuple[float, analysis.Reassignment, np.ndarray]:
@@ -122,4 +116,4 @@ def draw(ratios: dict[str, np.ndarray], changes: dict[str, np.ndarray]) -> Figur
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -21,10 +21,11 @@ from typing import Any
 
 import ml_collections
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
-from abkd_jax.train import loop
+from abkd_jax import train_and_evaluate
+from abkd_jax.config import command
 
 _CONFIGS = flags.DEFINE_multi_string("configs", None, "Config files, with their arguments.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder that holds the runs.", required=True)
@@ -34,19 +35,15 @@ _COLUMNS = (("nll", "NLL", 1, 3), ("ece", "ECE %", 100, 2), ("adaptive_ece", "aE
 _WIDTH = 17
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Runs what is missing, and prints the table."""
-    del argv
-    logging.set_verbosity(logging.ERROR)
     rows = {}
     for text in _CONFIGS.value:
-        config = _config(text)
         folder = pathlib.Path(_WORKDIR.value) / re.sub(r"[^\w.=,-]+", "_", text)
-        results = [_run(config, folder, seed) for seed in range(_SEEDS.value)]
-        for name in results[0]["networks"]:
-            rows[f"{text.partition(':')[2] or text}: {name}"] = [
-                result["networks"][name]["last"] for result in results
-            ]
+        results = [_networks(_config(text), folder, seed) for seed in range(_SEEDS.value)]
+        for name in results[0]:
+            row = f"{text.partition(':')[2] or text}: {name}"
+            rows[row] = [networks[name]["last"] for networks in results]
     _print(rows)
 
 
@@ -61,17 +58,13 @@ def _config(text: str) -> ml_collections.ConfigDict:
     return config.value
 
 
-def _run(config: ml_collections.ConfigDict, folder: pathlib.Path, seed: int) -> Mapping[str, Any]:
-    """The result of one seed: read if the run is complete, else made."""
-    workdir = folder / f"seed_{seed}"
-    config = config.to_dict() | {"init_seed": seed}
+def _networks(config: ml_collections.ConfigDict, folder: pathlib.Path, seed: int) -> dict[str, Any]:
+    """The networks of one seed's result: read if the run is complete, else made."""
+    workdir, config.init_seed = folder / f"seed_{seed}", seed
     print(f"{workdir}", file=sys.stderr)
-    try:
-        if not (workdir / "result.json").exists():
-            loop.train_and_evaluate(config, workdir)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"{error}")
-    return json.loads((workdir / "result.json").read_text())
+    if (done := workdir / "result.json").exists():
+        return json.loads(done.read_text())["networks"]
+    return train_and_evaluate(config, workdir)["networks"]
 
 
 def _print(rows: Mapping[str, list[Mapping[str, Any]]]) -> None:
@@ -98,4 +91,4 @@ def _cell(values: list[float], factor: float, digits: int) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

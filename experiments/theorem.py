@@ -17,18 +17,18 @@ step is a step on the logits alone, in float64.
 """
 
 import itertools
-import pathlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from jax import Array
 from jax import numpy as jnp
 from matplotlib.figure import Figure
 
 from abkd_jax import alpha_beta, analysis, bind, figures
+from abkd_jax.config import command
 
 _OUT = flags.DEFINE_string("out", "experiments/figures/theorem.png", "Where the figure goes.")
 _PAIRS = flags.DEFINE_integer("pairs", 20_000, "Pairs for each K and kind.", lower_bound=1000)
@@ -53,10 +53,8 @@ class Pairs(NamedTuple):
     under: np.ndarray
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Prints the tables, and draws the figure."""
-    del argv
-    logging.set_verbosity(logging.ERROR)
     jax.config.update("jax_enable_x64", True)
     drawn = {
         (kind, k): draw_pairs(np.random.default_rng(k), _PAIRS.value, k, kind)
@@ -68,10 +66,8 @@ def main(argv: list[str]) -> None:
     _print_comparisons(drawn)
     _print_regimes(drawn)
     _print_signs({k: drawn["equal gap", k] for k in _CLASSES})
-    out = pathlib.Path(_OUT.value)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figures.save(draw(drawn), out)
-    print(out)
+    figures.save(draw(drawn), _OUT.value)
+    print(_OUT.value)
 
 
 def draw_pairs(rng: np.random.Generator, count: int, classes: int, kind: str) -> Pairs:
@@ -244,4 +240,4 @@ def _equal_ratio_shares(drawn: dict[tuple[str, int], Pairs]) -> dict[str, list[f
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -10,17 +10,17 @@ points, and of these the student with the lowest value of that divergence is sho
 """
 
 import functools
-import pathlib
 
 import jax
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import flags
 from jax import Array
 from jax import numpy as jnp
 from matplotlib.figure import Figure
 
 from abkd_jax import alpha_beta, figures, forward_kl, numerics, reverse_kl, total_variation
+from abkd_jax.config import command
 
 _OUT = flags.DEFINE_string("out", "experiments/figures/toy.png", "Where the figure goes.")
 _CLASSES, _DEGREE = 60, 4
@@ -35,10 +35,8 @@ _POINTS = {
 _STARTS, _STEPS, _RATE = 64, 4000, 0.05
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Trains the students, prints their table, and draws them."""
-    del argv
-    logging.set_verbosity(logging.ERROR)
     teacher = jnp.log(jnp.asarray(teacher_probabilities()))
     alphas, betas = (jnp.asarray(numbers) for numbers in zip(*_POINTS.values(), strict=True))
     logits, values = jax.jit(jax.vmap(functools.partial(trained, teacher)))(alphas, betas)
@@ -65,10 +63,8 @@ def main(argv: list[str]) -> None:
         f"{_STARTS} ended\nwithin 1 % of the lowest value; optima: how many values there are, more "
         "than 1 % of the lowest apart."
     )
-    out = pathlib.Path(_OUT.value)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figures.save(draw(np.exp(teacher), students), out)
-    print(out)
+    figures.save(draw(np.exp(teacher), students), _OUT.value)
+    print(_OUT.value)
 
 
 def teacher_probabilities() -> np.ndarray:
@@ -130,4 +126,4 @@ def draw(teacher: np.ndarray, students: dict[str, Array]) -> Figure:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)
