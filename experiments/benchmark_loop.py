@@ -38,20 +38,15 @@ _OTHER = flags.DEFINE_string("other", None, "Another worktree of the project, to
 _ROOT = pathlib.Path(__file__).parents[1]
 _TURNS = ("bare step", "train_and_evaluate")
 _LOG_EVERY = 50
+_TASK = dict(fn="cross_entropy", weight=1.0)
+_DISTILL = dict(fn="on_logits", weight=1.0, temperature=2.0)
+_DIVERGENCE = dict(fn="alpha_beta", alpha=0.8, beta=0.3)
 _CONFIG = dict(
     teacher=dict(model=dict(fn="given")),
     student=dict(
         model=dict(fn="cnn", widths=(8, 16, 32), batch_norm=True),
         optimizer=dict(fn="sgd", learning_rate=0.05, momentum=0.9),
-        terms=dict(
-            task=dict(fn="cross_entropy", weight=1.0),
-            distill=dict(
-                fn="on_logits",
-                weight=1.0,
-                temperature=2.0,
-                divergence=dict(fn="alpha_beta", alpha=0.8, beta=0.3),
-            ),
-        ),
+        terms=dict(task=_TASK, distill=_DISTILL | dict(divergence=_DIVERGENCE)),
     ),
     phases=dict(distill=dict(learn=("student",), see=("teacher",))),
     checkpoint_every=100,

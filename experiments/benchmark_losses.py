@@ -17,19 +17,11 @@ from absl import flags
 from jax import Array
 from jax import numpy as jnp
 
-from abkd_jax import (
-    Bound,
-    Head,
-    Outputs,
-    Term,
-    bind,
-    divergences,
-    losses,
-    models,
-    optimizers,
-    train,
-)
+from abkd_jax import Bound, Head, Outputs, Term, bind, divergences, losses
 from abkd_jax.config import command
+from abkd_jax.models import mlp
+from abkd_jax.optimizers import sgd
+from abkd_jax.train import create, frozen, train_step
 
 _ROUNDS = flags.DEFINE_integer("rounds", 25, "Rounds, each with a turn of everyone.", lower_bound=2)
 _SHAPE = flags.DEFINE_string("shape", "512x100", "Batch x K.")
@@ -122,18 +114,14 @@ def _steps(batch_size: int, classes: int) -> dict[str, Callable[[], object]]:
     inputs = jnp.asarray(np.random.default_rng(0).normal(size=(batch_size, 256)), jnp.float32)
     batch = {"inputs": inputs, "labels": jnp.zeros(batch_size, int)}
     batch |= {"where": jnp.ones(batch_size, bool)}
-    module, sgd = (
-        models.mlp(num_classes=classes, widths=(128,)),
-        bind(optimizers.sgd, learning_rate=0.1),
-    )
-    student, teacher = (
-        train.create(module, inputs[:1], init_seed=seed, optimizer=sgd) for seed in range(2)
-    )
-    networks = {"student": student, "teacher": train.frozen(teacher)}
+    how = dict(optimizer=bind(sgd, learning_rate=0.1))
+    module = mlp(num_classes=classes, widths=(128,))
+    student, teacher = (create(module, inputs[:1], init_seed=seed, **how) for seed in range(2))
+    networks = {"student": student, "teacher": frozen(teacher)}
 
     def call(terms):
         args = (networks, batch, {"student": terms})
-        return lambda: jax.block_until_ready(train.train_step(*args))
+        return lambda: jax.block_until_ready(train_step(*args))
 
     return {_STEP: call(terms), "train_step, forward_kl and KDIGA": call(terms | kdiga)}
 

@@ -32,20 +32,15 @@ _MEMBERS = flags.DEFINE_list("members", ["1", "4", "16", "32"], "Numbers of memb
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "Rounds, each with a turn of every arm.", lower_bound=2)
 _STEPS = flags.DEFINE_integer("steps", 20, "Steps of a turn.", lower_bound=1)
 _SIZE, _BATCH, _DIM, _CLASSES = 4096, 128, 784, 100
+_TASK = dict(fn="cross_entropy", weight=1.0)
+_DISTILL = dict(fn="on_logits", weight=1.0, temperature=4.0)
+_DIVERGENCE = dict(fn="alpha_beta", alpha=0.8, beta=0.3)
 _CONFIG = dict(
     teacher=dict(model=dict(fn="given")),
     student=dict(
         model=dict(fn="mlp", widths=(64, 64)),
         optimizer=dict(fn="adam", learning_rate=1e-3),
-        terms=dict(
-            task=dict(fn="cross_entropy", weight=1.0),
-            distill=dict(
-                fn="on_logits",
-                weight=1.0,
-                temperature=4.0,
-                divergence=dict(fn="alpha_beta", alpha=0.8, beta=0.3),
-            ),
-        ),
+        terms=dict(task=_TASK, distill=_DISTILL | dict(divergence=_DIVERGENCE)),
     ),
     phases=dict(distill=dict(learn=("student",), see=("teacher",))),
     batch_size=_BATCH,

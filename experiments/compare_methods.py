@@ -29,8 +29,8 @@ from abkd_jax import train_and_evaluate
 from abkd_jax.config import arguments, command, schema
 from abkd_jax.sweep import averaged, spread, sweep
 
-_BESIDE = pathlib.Path(__file__).parents[1] / "configs" / "digits.py"
-_CONFIG = command.define_config(str(_BESIDE))
+_BESIDE = "configs/digits.py"  # the file of the methods
+_CONFIG = command.define_config(_BESIDE)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the runs.", required=True)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "How many init seeds.", lower_bound=1)
 _METHODS = flags.DEFINE_list("methods", [], "Some methods alone.")

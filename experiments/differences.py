@@ -14,19 +14,7 @@ import numpy as np
 from jax import Array, nn
 from jax import numpy as jnp
 
-from abkd_jax import (
-    Outputs,
-    alpha_beta,
-    alphanet,
-    bind,
-    dkd,
-    entropy_aware,
-    entropy_weighted,
-    forward_kl,
-    gram,
-    on_logits,
-    skew_forward_kl,
-)
+from abkd_jax import Outputs, alpha_beta, bind, divergences, forward_kl, losses
 
 _BATCH, _CLASSES = 64, 100
 
@@ -55,23 +43,19 @@ def _rows(labels: Array) -> list[tuple[str, Callable, Callable]]:
     """(what differs, the paper's batch loss, the code's), of student and teacher logits."""
     batch = {"labels": labels, "where": jnp.ones(len(labels), bool)}
 
-    def mean(loss):
-        bound = bind(loss) if callable(loss) else loss
-        return lambda s, t: jnp.mean(bound(Outputs(logits=s), Outputs(logits=t), batch))
-
-    kd = bind(on_logits, divergence=forward_kl, temperature=4.0)
-    decoupled = bind(
-        dkd,
-        target_divergence=forward_kl,
-        rest_divergence=forward_kl,
-        target_weight=1.0,
-        rest_weight=2.0,
-        temperature=4.0,
-    )
+    kd = bind(losses.on_logits, divergence=forward_kl, temperature=4.0)
+    kl = dict(target_divergence=forward_kl, rest_divergence=forward_kl)
+    dkd = bind(losses.dkd, **kl, target_weight=1.0, rest_weight=2.0, temperature=4.0)
+    er = bind(losses.entropy_weighted, loss=dkd, temperature=4.0)
+    ea = bind(losses.entropy_aware, loss=kd, temperature=3.0)
+    of_choice = bind(losses.on_logits, divergence=bind(divergences.alphanet))
+    skew = bind(losses.on_logits, divergence=bind(divergences.skew_forward_kl, skew=0.1))
+    grams = bind(losses.gram, batch_weight=1.0, class_weight=1.0, temperature=4.0)
     per_example = lambda loss: lambda s, t: loss(Outputs(logits=s), Outputs(logits=t), batch)  # noqa: E731
+    mean = lambda loss: lambda s, t: jnp.mean(per_example(loss)(s, t))  # noqa: E731
 
     def er_dkd(s, t):  # [B] times [B, 1] is [B, B]: the mean of a product becomes one of means
-        return jnp.mean(_entropy(t, 4.0)[:, None] * per_example(decoupled)(s, t)[None])
+        return jnp.mean(_entropy(t, 4.0)[:, None] * per_example(dkd)(s, t)[None])
 
     def ea_kd(s, t):  # 100 where the paper has ln 100
         weight = 0.5 * _entropy(t, 3.0) * (1 + jax.lax.stop_gradient(_entropy(s, 3.0)) / 100.0)
@@ -92,31 +76,14 @@ def _rows(labels: Array) -> list[tuple[str, Callable, Callable]]:
         confidence = jnp.max(nn.softmax(t), axis=-1)
         return jnp.mean(confidence <= jnp.median(confidence)) * mean(grams)(s, t)
 
-    grams = bind(gram, batch_weight=1.0, class_weight=1.0, temperature=4.0)
     ab = lambda a: lambda s, t: jnp.mean(alpha_beta(s, t, alpha=a, beta=0.0))  # noqa: E731
     return [
-        (
-            "ER-DKD: losses [B] x entropies [B, 1]",
-            mean(bind(entropy_weighted, loss=decoupled, temperature=4.0)),
-            er_dkd,
-        ),
-        (
-            "EA-KD: entropy bound 100, not ln 100",
-            mean(bind(entropy_aware, loss=kd, temperature=3.0)),
-            ea_kd,
-        ),
+        ("ER-DKD: losses [B] x entropies [B, 1]", mean(er), er_dkd),
+        ("EA-KD: entropy bound 100, not ln 100", mean(ea), ea_kd),
         ("ABKD at (0.5, 0): 1 / alpha, not its square", ab(0.5), limit(0.5)),
         ("ABKD at (-0.5, 0): the same, sign included", ab(-0.5), limit(-0.5)),
-        (
-            "AlphaNet in ABKD: maximum of batch means",
-            mean(bind(on_logits, divergence=bind(alphanet))),
-            batch_max,
-        ),
-        (
-            "DistiLLM's skew KL: no teacher entropy",
-            mean(bind(on_logits, divergence=bind(skew_forward_kl, skew=0.1))),
-            formed,
-        ),
+        ("AlphaNet in ABKD: maximum of batch means", mean(of_choice), batch_max),
+        ("DistiLLM's skew KL: no teacher entropy", mean(skew), formed),
         ("MLKD: masks on reduced terms", mean(grams), masked),
     ]
 

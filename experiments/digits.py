@@ -22,8 +22,7 @@ from abkd_jax.config import command, schema
 from abkd_jax.run.log import writer
 from abkd_jax.sweep import averaged, spread, sweep
 
-_DEFAULT = pathlib.Path(__file__).parents[1] / "configs" / "digits.py"
-_CONFIG = command.define_config(str(_DEFAULT))
+_CONFIG = command.define_config("configs/digits.py")
 _TUNE = flags.DEFINE_bool("tune", False, "Print the validation grid in place of the table.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "How many init seeds.", lower_bound=1)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of the runs to make or take up; None: not kept.")

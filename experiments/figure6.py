@@ -15,79 +15,54 @@ from absl import flags
 
 from abkd_jax import figures
 from abkd_jax.config import command
-from abkd_jax.sweep import HISTORY, sweep
+from abkd_jax.sweep import HISTORY, averaged, spread, sweep
 
-_ROOT = pathlib.Path(__file__).parents[1]
-_CONFIG = command.define_config(str(_ROOT / "configs" / "digits.py"))
+_CONFIG = command.define_config("configs/digits.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the two sweeps.", required=True)
 _OUT = flags.DEFINE_string("out", "experiments/figures/figure6.png", "The figure's path.")
 _SEEDS = flags.DEFINE_integer("init_seeds", 3, "How many init seeds.", lower_bound=2)
 _DIVERGENCE = "student.terms.distill.divergence"
 _ALPHAS, _BETAS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2), (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 _ALPHA, _BETA = 0.8, 0.4  # where the other one is swept
+_COLUMNS = (("accuracy", 100, 1, 16), ("nll", 1, 3, 18), ("entropy", 1, 3, 18), ("ece", 100, 1, 14))
 _EVERY = 100  # steps between two points of a curve
 
 
 def main() -> None:
     """Runs what is missing of the sweeps, prints a table, and draws the four panels."""
     print(f"{'':12}{'accuracy %':>16}{'NLL':>18}{'entropy, nats':>18}{'ECE %':>14}")
-    accuracy = _swept("alpha", _ALPHAS, beta=_BETA)
-    entropy = _swept("beta", _BETAS, alpha=_ALPHA)
-    steps = "step"
-    panels = []
-    for name, key, label, factor, found in (
-        ("alpha", "accuracy", "accuracy (%)", 100, accuracy),
-        ("beta", "entropy", "entropy (nats)", 1, entropy),
-    ):
-        other = f"beta {_BETA:g}" if name == "alpha" else f"alpha {_ALPHA:g}"
-        curves = {f"{name} {x:g}": (n, factor * v[key].mean(0)) for x, (n, v) in found.items()}
-        title = f"Validation {key}, {other}"
-        panels.append({"title": title, "x": steps, "y": label, "curves": curves})
-        last = {x: factor * values[key][:, -1] for x, (_, values) in found.items()}
-        ys, spread = (np.asarray([f(v) for v in last.values()]) for f in (np.mean, _deviation))
-        curve = {f"mean and spread of {_SEEDS.value} seeds": (np.asarray([*last]), ys, spread)}
-        panels.append({"title": "After the last step", "x": name, "y": label, "curves": curve})
+    panels = [
+        *_panels("alpha", _ALPHAS, ("beta", _BETA), "accuracy", "accuracy (%)", 100),
+        *_panels("beta", _BETAS, ("alpha", _ALPHA), "entropy", "entropy (nats)", 1),
+    ]
     figures.save(figures.lines(panels, height=3.6), _OUT.value)
     print(_OUT.value)
 
 
-def _swept(name: str, values: tuple[float, ...], **fixed: float) -> dict[float, tuple]:
-    """{value: (steps [E], {metric: [seeds, E]})} on validation data."""
+def _panels(name: str, values: tuple, fixed: tuple, metric: str, label: str, factor: float) -> list:
+    """A metric on validation data over training, and after the last step over the number."""
     config = _CONFIG.value.copy_and_resolve_references()
     config.checkpoint_every = _EVERY
-    for key, number in fixed.items():
-        config.student.terms.distill.divergence[key] = number
-    folder = pathlib.Path(_WORKDIR.value) / name
-    path = f"{_DIVERGENCE}.{name}"
-    sweep(config, folder, over={path: values}, init_seeds=_SEEDS.value)
+    config.student.terms.distill.divergence[fixed[0]] = fixed[1]
+    folder, path = pathlib.Path(_WORKDIR.value) / name, f"{_DIVERGENCE}.{name}"
+    table = averaged(sweep(config, folder, over={path: values}, init_seeds=_SEEDS.value))
+    for row in table:
+        cells = (f"{spread(row, f'validation_{key}', *how):>{w}}" for key, *how, w in _COLUMNS)
+        print(f"{f'{name} {row[path]:g}':12}{''.join(cells)}")
+    key, curves = f"validation_{metric}", {}
     with (folder / HISTORY).open() as file:
-        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    found = {}
+        history = [{k: float(v) for k, v in line.items()} for line in csv.DictReader(file)]
     for value in values:
-        own = [row for row in rows if row[path] == value]
-        steps = sorted({row["step"] for row in own})
-        table = {
-            metric: np.asarray([row[f"validation_{metric}"] for row in own]).reshape(-1, len(steps))
-            for metric in ("accuracy", "nll", "ece", "entropy")
-        }
-        found[value] = steps, table
-        cells = (
-            f"{f * np.mean(x):.{d}f} +- {f * _deviation(x):.{d}f}"
-            for f, d, x in (
-                (100, 1, table["accuracy"][:, -1]),
-                (1, 3, table["nll"][:, -1]),
-                (1, 3, table["entropy"][:, -1]),
-                (100, 1, table["ece"][:, -1]),
-            )
-        )
-        widths = (16, 18, 18, 14)
-        line = "".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True))
-        print(f"{f'{name} {value:g}':12}{line}")
-    return found
-
-
-def _deviation(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1))
+        own = [(line["step"], line[key]) for line in history if line[path] == value]
+        steps, scores = np.reshape(own, (_SEEDS.value, -1, 2)).transpose(2, 0, 1)
+        curves[f"{name} {value:g}"] = steps[0], factor * scores.mean(axis=0)
+    title = f"Validation {metric}, {fixed[0]} {fixed[1]:g}"
+    ends = (np.asarray([factor * row[column] for row in table]) for column in (key, f"{key}_std"))
+    last = {f"mean and spread of {_SEEDS.value} seeds": (np.asarray(values), *ends)}
+    return [
+        {"title": title, "x": "step", "y": label, "curves": curves},
+        {"title": "After the last step", "x": name, "y": label, "curves": last},
+    ]
 
 
 if __name__ == "__main__":

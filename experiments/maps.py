@@ -26,8 +26,7 @@ from abkd_jax import Divergence, alpha_beta, analysis, bind, data, figures, load
 from abkd_jax import config as configs
 from abkd_jax.config import command, schema
 
-_DEFAULT = pathlib.Path(__file__).parents[1] / "configs" / "digits.py"
-_CONFIG = command.define_config(str(_DEFAULT))
+_CONFIG = command.define_config("configs/digits.py")
 _OUT = flags.DEFINE_string("out", "experiments/figures/maps.png", "Where the figure goes.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of a run to make or take up; None: not kept.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of both networks.", lower_bound=0.01)
@@ -168,15 +167,11 @@ def _print_table(maps: Mapping[str, np.ndarray], points: list, count: int) -> No
 
 def draw(maps: Mapping[str, np.ndarray]) -> Any:
     """Six maps, of `[G]` each."""
-    panels = [
-        {
-            "title": title,
-            "label": label,
-            "values": maps[name].reshape(len(_AXIS), len(_AXIS)),
-            "log": name in ("moved", "signal to noise"),
-        }
-        for name, (title, label) in _TITLES.items()
-    ]
+    shape, panels = (len(_AXIS), len(_AXIS)), []
+    for name, (title, label) in _TITLES.items():
+        log = name in ("moved", "signal to noise")
+        values = maps[name].reshape(shape)
+        panels.append({"title": title, "label": label, "values": values, "log": log})
     return figures.heat_maps(panels, _AXIS, _AXIS, height=3.2)
 
 

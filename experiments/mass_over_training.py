@@ -8,7 +8,6 @@ of the validation set, on which no network is trained: of those to which the tea
 classes at most (95 % of the mass), the one whose second class has the most.
 """
 
-import pathlib
 import tempfile
 from collections.abc import Mapping
 
@@ -24,8 +23,7 @@ from abkd_jax.config import command
 from abkd_jax.sweep import Program, opened
 from abkd_jax.train import run_steps
 
-_DEFAULT = pathlib.Path(__file__).parents[1] / "configs" / "digits.py"
-_CONFIG = command.define_config(str(_DEFAULT))
+_CONFIG = command.define_config("configs/digits.py")
 _OUT = flags.DEFINE_string(
     "out", "experiments/figures/mass_over_training.png", "Where the figure goes."
 )

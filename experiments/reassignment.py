@@ -69,35 +69,16 @@ def draw(ratios: dict[str, np.ndarray], changes: dict[str, np.ndarray]) -> Figur
     x = np.geomspace(1e-3, 0.999, 400)
     logits = np.log(np.stack([x, 1 - x], axis=-1))  # two classes, of which the first is shown
     fixed = jnp.log(jnp.asarray([0.1, 0.9]))
-    figures.curves(
-        places["b"],
-        {
-            "title": "(b) hardness weight, at q = 0.1",
-            "x": "teacher's probability p",
-            "y": "|p^alpha - q^alpha| / alpha",
-            "log_x": True,
-            "curves": {
-                f"alpha = {a:g}": (
-                    x,
-                    analysis.hardness_weight(fixed, jnp.asarray(logits), alpha=a)[:, 0],
-                )
-                for a in (0.0, 0.25, 0.5, 0.8, 1.0)
-            },
-        },
-    )
-    figures.curves(
-        places["c"],
-        {
-            "title": "(c) confidence weight",
-            "x": "student's probability q",
-            "y": "q^beta",
-            "log_x": True,
-            "curves": {
-                f"beta = {b:g}": (x, analysis.confidence_weight(jnp.asarray(logits), beta=b)[:, 0])
-                for b in (0.0, 0.25, 0.5, 1.0)
-            },
-        },
-    )
+    hardness = lambda a: analysis.hardness_weight(fixed, jnp.asarray(logits), alpha=a)[:, 0]  # noqa: E731
+    confidence = lambda b: analysis.confidence_weight(jnp.asarray(logits), beta=b)[:, 0]  # noqa: E731
+    panel = {"title": "(b) hardness weight, at q = 0.1", "x": "teacher's probability p"}
+    panel |= {"y": "|p^alpha - q^alpha| / alpha", "log_x": True}
+    panel["curves"] = {f"alpha = {a:g}": (x, hardness(a)) for a in (0.0, 0.25, 0.5, 0.8, 1.0)}
+    figures.curves(places["b"], panel)
+    panel = {"title": "(c) confidence weight", "x": "student's probability q", "y": "q^beta"}
+    panel |= {"log_x": True}
+    panel["curves"] = {f"beta = {b:g}": (x, confidence(b)) for b in (0.0, 0.25, 0.5, 1.0)}
+    figures.curves(places["c"], panel)
     style = dict(fontsize=figures.FONT - 1, frameon=False)
     places["c"].legend(loc="upper left", bbox_to_anchor=(0.0, 0.95), **style)
     given = {"teacher p": 100 * _TEACHER, "student q": 100 * _STUDENT}

@@ -15,6 +15,7 @@ second part of the table is after temperature scaling, fitted on validation data
 import json
 import pathlib
 import re
+import runpy
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +23,6 @@ from typing import Any
 import ml_collections
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from abkd_jax import train_and_evaluate
 from abkd_jax.config import command
@@ -40,22 +40,12 @@ def main() -> None:
     rows = {}
     for text in _CONFIGS.value:
         folder = pathlib.Path(_WORKDIR.value) / re.sub(r"[^\w.=,-]+", "_", text)
-        results = [_networks(_config(text), folder, seed) for seed in range(_SEEDS.value)]
+        path, _, argument = text.partition(":")
+        config = runpy.run_path(path)["get_config"](argument)
+        results = [_networks(config, folder, seed) for seed in range(_SEEDS.value)]
         for name in results[0]:
-            row = f"{text.partition(':')[2] or text}: {name}"
-            rows[row] = [networks[name]["last"] for networks in results]
+            rows[f"{argument or text}: {name}"] = [found[name]["last"] for found in results]
     _print(rows)
-
-
-def _config(text: str) -> ml_collections.ConfigDict:
-    """The config of a file and its argument."""
-    holder = flags.FlagValues()
-    config = config_flags.DEFINE_config_file("config", flag_values=holder)
-    try:
-        holder(["seeds", f"--config={text}"])
-    except (AttributeError, OSError, TypeError, ValueError) as error:
-        sys.exit(f"--configs={text}: {error}")
-    return config.value
 
 
 def _networks(config: ml_collections.ConfigDict, folder: pathlib.Path, seed: int) -> dict[str, Any]:

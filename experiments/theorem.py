@@ -64,9 +64,10 @@ def main() -> None:
     total = sum(len(pairs.student) for pairs in drawn.values())
     print(f"{total:,} random pairs, half under-, half overestimated; one step on the logits")
     _print_comparisons(drawn)
-    _print_regimes(drawn)
+    regimes = _regimes(drawn)
+    _print_regimes(regimes)
     _print_signs({k: drawn["equal gap", k] for k in _CLASSES})
-    figures.save(draw(drawn), _OUT.value)
+    figures.save(draw(drawn, regimes), _OUT.value)
     print(_OUT.value)
 
 
@@ -97,12 +98,8 @@ def _normalised(x: np.ndarray) -> np.ndarray:
 def step(pairs: Pairs, name: str, rate: float) -> analysis.Reassignment:
     """One step of gradient descent on the students' logits."""
     alpha, beta = _POINTS[name]
-    return analysis.log_mass_ratio(
-        jnp.log(pairs.student),
-        jnp.log(pairs.teacher),
-        divergence=bind(alpha_beta, alpha=alpha, beta=beta),
-        learning_rate=rate,
-    )
+    how = dict(divergence=bind(alpha_beta, alpha=alpha, beta=beta), learning_rate=rate)
+    return analysis.log_mass_ratio(jnp.log(pairs.student), jnp.log(pairs.teacher), **how)
 
 
 def difference(pairs: Pairs, name: str) -> Array:
@@ -129,23 +126,25 @@ def _print_comparisons(drawn: dict[tuple[str, int], Pairs]) -> None:
             _line(f"{kind:14}{name}", cells)
 
 
-def _print_regimes(drawn: dict[tuple[str, int], Pairs]) -> None:
-    """Where statement 3 fails at an equal ratio."""
+def _regimes(drawn: dict[tuple[str, int], Pairs]) -> dict[str, list[float]]:
+    """Where statement 3 holds at an equal ratio, % of pairs for each K; NaN where there is none."""
+    shares = {}
+    for k in _CLASSES:
+        pairs = drawn["equal ratio", k]
+        holds, error = np.asarray(difference(pairs, "reverse KL") > 0), relative_error(pairs)
+        regimes = {"log(q/p) < KL(q||p)": error < 1, "log(q/p) > KL(q||p)": error > 1}
+        regimes |= {f"sharpness {s:g}": pairs.sharpness == s for s in _SHARPNESSES}
+        for label, chosen in regimes.items():
+            found = holds[~pairs.under & chosen]
+            shares.setdefault(label, []).append(100 * found.mean() if len(found) else np.nan)
+    return shares
+
+
+def _print_regimes(shares: dict[str, list[float]]) -> None:
     print("\nreverse KL, equal ratio, overestimated: the class with the smaller q loses more, %")
     _line("", [f"K={k}" for k in _CLASSES])
-    regimes = {
-        "log(q/p) < KL(q||p)": lambda r, p: r < 1,
-        "log(q/p) > KL(q||p)": lambda r, p: r > 1,
-        **{f"sharpness {s:g}": lambda r, p, s=s: p.sharpness == s for s in _SHARPNESSES},
-    }
-    for label, chosen in regimes.items():
-        cells = []
-        for k in _CLASSES:
-            pairs = drawn["equal ratio", k]
-            found = np.asarray(difference(pairs, "reverse KL"))
-            found = found[~pairs.under & np.asarray(chosen(relative_error(pairs), pairs))]
-            cells.append(f"{100 * np.mean(found > 0):.2f}" if len(found) else "none")
-        _line(label, cells)
+    for label, values in shares.items():
+        _line(label, ["none" if np.isnan(share) else f"{share:.2f}" for share in values])
 
 
 def relative_error(pairs: Pairs) -> np.ndarray:
@@ -186,13 +185,15 @@ def _line(name: str, cells: Iterable[str], width: int = 13) -> None:
     print(f"{name:34}" + "".join(f"{cell:>{width}}" for cell in cells))
 
 
-def draw(drawn: dict[tuple[str, int], Pairs]) -> Figure:
+def draw(drawn: dict[tuple[str, int], Pairs], regimes: dict[str, list[float]]) -> Figure:
     """Equal gap, equal ratio, and the signs below."""
     figure = figures.new(7.0)
     first, second, *below = figure.subplots(2, 2).ravel()
     pairs = drawn["equal gap", 10]
     figures.curves(first, _equal_gap_panel(pairs))
-    figures.bars(second, [f"{s:g}" for s in _SHARPNESSES], _equal_ratio_shares(drawn))
+    by_sharpness = np.transpose([regimes[f"sharpness {s:g}"] for s in _SHARPNESSES])
+    bars = {f"K = {k}": shares for k, shares in zip(_CLASSES, by_sharpness, strict=True)}
+    figures.bars(second, [f"{s:g}" for s in _SHARPNESSES], bars)
     figures.label(second, "equal p / q: smaller q loses more", "sharpness", "pairs (%), reverse KL")
     second.legend(fontsize=figures.FONT - 1, frameon=False)
     shares = {name: [right_signs(pairs, name, rate) for rate in _RATES] for name in _POINTS}
@@ -219,24 +220,8 @@ def _equal_gap_panel(pairs: Pairs) -> dict:
             for a, b in itertools.pairwise(edges)
         ]
         curves[name] = (np.sqrt(edges[1:] * edges[:-1]), medians)
-    return {
-        "title": "overestimated by the same q - p",
-        "x": "ratio of the two q",
-        "y": "LogR apart / eta (q - p)",
-        "log_x": True,
-        "curves": curves,
-    }
-
-
-def _equal_ratio_shares(drawn: dict[tuple[str, int], Pairs]) -> dict[str, list[float]]:
-    """Statement 3 at an equal ratio, % of pairs by sharpness, for each K."""
-    shares = {}
-    for k in _CLASSES:
-        pairs = drawn["equal ratio", k]
-        holds = np.asarray(difference(pairs, "reverse KL") > 0)
-        of = [~pairs.under & (pairs.sharpness == sharpness) for sharpness in _SHARPNESSES]
-        shares[f"K = {k}"] = [100 * np.mean(holds[where]) for where in of]
-    return shares
+    panel = {"title": "overestimated by the same q - p", "x": "ratio of the two q"}
+    return panel | {"y": "LogR apart / eta (q - p)", "log_x": True, "curves": curves}
 
 
 if __name__ == "__main__":
