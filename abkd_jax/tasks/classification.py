@@ -127,14 +127,14 @@ def scores(
         selecting: `rows` of validation data, on which the temperature is fitted; None for none.
 
     Returns:
-        "accuracy", "top5" (None among five classes or fewer), "nll", "brier", "ece",
+        "accuracy", "top5" (None among five classes or fewer), "nll", "brier", "entropy", "ece",
         "adaptive_ece", "class_accuracy" [K] (NaN where a class has no example), "count",
         "temperature", "reliability" (see `metrics.reliability_diagram`), and "scaled": nll, brier,
         ece, adaptive_ece and reliability of logits / temperature, or None.
     """
     logits, labels = test["logits"], test["labels"]
     plain = jax.tree.map(lambda x: np.asarray(x, np.float64).tolist(), dict(summary))
-    kept = ("accuracy", "top5", "nll", "brier", "ece", "class_accuracy")
+    kept = ("accuracy", "top5", "nll", "brier", "entropy", "ece", "class_accuracy")
     found = {key: plain[key] for key in kept} | {"count": round(sum(plain["class_count"]))}
     if len(plain["class_accuracy"]) <= 5:  # the label is always one of five
         found["top5"] = None
