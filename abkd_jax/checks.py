@@ -103,13 +103,10 @@ def check_logits(student_logits: Any, teacher_logits: Any) -> tuple[Array, Array
     student = check_rows(student_logits, "student_logits")
     teacher = check_rows(teacher_logits, "teacher_logits")
     shapes = student.shape, teacher.shape
-    require(
-        student.shape[-1] == teacher.shape[-1] and broadcast_shape(*shapes) is not None,
-        "student_logits and teacher_logits",
-        "of the same number of classes, their last axis, with leading axes that broadcast",
-        list(map(list, shapes)),
-        AssertionError,
-    )
+    fit = student.shape[-1] == teacher.shape[-1] and broadcast_shape(*shapes) is not None
+    expected = "of the same number of classes, their last axis, with leading axes that broadcast"
+    found = list(map(list, shapes))
+    require(fit, "student_logits and teacher_logits", expected, found, AssertionError)
     dtype = jnp.promote_types(jnp.result_type(student_logits, teacher_logits), jnp.float32)
     return jnp.asarray(student, dtype), jnp.asarray(teacher, dtype)
 

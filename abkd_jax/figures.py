@@ -27,18 +27,14 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 GREY, LIGHT_GREY = "#767676", "#BBBBBB"
 _MAP = "cividis"  # even in lightness, and the same to those who are colour-blind
 _OUTLINE = [withStroke(linewidth=2.5, foreground="black")]
-_SPECIAL = (  # points of the (alpha, beta) plane, and where their names stand
-    ((1.0, 0.0), "forward KL", "left", "bottom"),
-    ((0.0, 1.0), "reverse KL", "left", "bottom"),
-    ((0.5, 0.5), "Hellinger", "left", "bottom"),
-    ((1.0, 1.0), "Euclidean", "right", "bottom"),
-    ((0.0, 0.0), "log-ratios", "left", "bottom"),
+_SPECIAL = (  # points of the (alpha, beta) plane, and their names
+    ((1.0, 0.0), "forward KL"),
+    ((0.0, 1.0), "reverse KL"),
+    ((0.5, 0.5), "Hellinger"),
+    ((1.0, 1.0), "Euclidean"),
+    ((0.0, 0.0), "log-ratios"),
 )
-_SPECIAL_SHORT = (  # where a panel is too small for names
-    ((1.0, 0.0), "FKL", "right", "top"),
-    ((0.0, 1.0), "RKL", "left", "bottom"),
-    *((point, "", "left", "bottom") for point, *_ in _SPECIAL[2:]),
-)
+_SHORT = {"forward KL": "FKL", "reverse KL": "RKL"}  # where a panel is too small for all names
 
 
 def new(height: float, layout: str = "constrained") -> Figure:
@@ -46,6 +42,26 @@ def new(height: float, layout: str = "constrained") -> Figure:
     figure = Figure(figsize=(WIDTH, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
+
+
+def new_grid(count: int, *, columns: int, height: float, above: float = 0.0) -> tuple:
+    """A figure of panels in rows.
+
+    Args:
+        count: how many panels.
+        columns: how many of them stand side by side.
+        height: inches for each row of panels.
+        above: inches besides, for a legend.
+
+    Returns:
+        The figure, and the axes of each panel, row by row.
+    """
+    rows = math.ceil(count / columns)
+    figure = new(height * rows + above)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid[count:]:
+        axes.set_axis_off()
+    return figure, grid[:count]
 
 
 def label(axes: Axes, title: str | None, x: str | None, y: str | None) -> None:
@@ -120,19 +136,16 @@ def heat_maps(
     alphas: Sequence[float],
     betas: Sequence[float],
     *,
-    columns: int = 2,
     height: float = 3.5,
 ) -> Figure:
-    """Maps over the (alpha, beta) plane side by side, forward and reverse KL marked.
+    """Maps over the (alpha, beta) plane, two side by side, forward and reverse KL marked.
 
     Args:
         panels: each with "title", "label" (of the colours) and "values" `[len(betas),
             len(alphas)]`, hatched where not finite; with "log" true the colours are logarithmic,
-            and values that are not positive hatched; "limits" (low, high) are the colours' ends,
-            by default the values' own.
+            and values that are not positive hatched.
         alphas: sorted, along the horizontal axes.
         betas: sorted, along the vertical ones.
-        columns: how many panels stand side by side.
         height: inches for each row of panels.
 
     Returns:
@@ -141,10 +154,8 @@ def heat_maps(
     Raises:
         ValueError: if a panel's values have another shape.
     """
-    rows = math.ceil(len(panels) / columns)
-    figure = new(height * rows)
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, panel in zip(grid, panels, strict=False):
+    figure, grid = new_grid(len(panels), columns=2, height=height)
+    for axes, panel in zip(grid, panels, strict=True):
         values = np.asarray(panel["values"], float)
         if values.shape != (len(betas), len(alphas)):
             raise ValueError(
@@ -154,11 +165,9 @@ def heat_maps(
         log = panel.get("log", False)
         shown = values[np.isfinite(values) & ((values > 0) | (not log))]
         ends = (shown.min(), shown.max()) if len(shown) else (0.1, 1.0)
-        _draw_map(axes, alphas, betas, values, panel.get("limits", ends), panel["label"], log)
-        _mark_special(axes, alphas, betas, _SPECIAL_SHORT)
+        _draw_map(axes, alphas, betas, values, ends, panel["label"], log)
+        _mark_special(axes, alphas, betas, short=True)
         label(axes, panel["title"], "alpha", "beta")
-    for axes in grid[len(panels) :]:
-        axes.set_axis_off()
     return figure
 
 
@@ -175,13 +184,9 @@ def lines(panels: Sequence[Mapping[str, Any]], *, columns: int = 2, height: floa
     Returns:
         The figure.
     """
-    rows = math.ceil(len(panels) / columns)
-    figure = new(height * rows)
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, panel in zip(grid, panels, strict=False):
+    figure, grid = new_grid(len(panels), columns=columns, height=height)
+    for axes, panel in zip(grid, panels, strict=True):
         curves(axes, panel)
-    for axes in grid[len(panels) :]:
-        axes.set_axis_off()
     return figure
 
 
@@ -291,23 +296,15 @@ def _draw_map(
 
 
 def _mark_special(
-    axes: Axes, xs: Sequence[float], ys: Sequence[float], special: Sequence[tuple] = _SPECIAL
+    axes: Axes, xs: Sequence[float], ys: Sequence[float], short: bool = False
 ) -> None:
     """The known divergences on the (alpha, beta) plane."""
     axes.plot([-9, 10], [10, -9], "--", color="white", linewidth=1.5)
-    for (alpha, beta), name, side, above in special:
+    for (alpha, beta), name in _SPECIAL:
         if not (xs[0] <= alpha <= xs[-1] and ys[0] <= beta <= ys[-1]):
             continue
         axes.scatter(alpha, beta, color="white", edgecolor="black", s=45, zorder=3)
-        signs = (1 if side == "left" else -1, 1 if above == "bottom" else -1)
-        axes.annotate(
-            name,
-            (alpha, beta),
-            xytext=(6 * signs[0], 5 * signs[1]),
-            textcoords="offset points",
-            fontsize=FONT - 1,
-            color="white",
-            ha=side,
-            va=above,
-            path_effects=_OUTLINE,
-        )
+        name = _SHORT.get(name, "") if short else name
+        style = dict(fontsize=FONT - 1, color="white", path_effects=_OUTLINE)
+        place = dict(ha="left", xytext=(6, 5)) if alpha < 1 else dict(ha="right", xytext=(-6, 5))
+        axes.annotate(name, (alpha, beta), textcoords="offset points", **place, **style)

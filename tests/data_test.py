@@ -221,7 +221,7 @@ def test_masks_are_kept_with_their_names():
     masks = {"where": labels >= 0, "corpus": labels == 1}
     examples = inputs, labels, masks
     dataset = data.from_arrays(train=examples, validation=examples, test=examples, num_classes=3)
-    assert dataset.masks == ("corpus", "labelled", "where")
+    assert data.describe(dataset).masks == ("corpus", "labelled", "where")
     for split in (dataset.train, dataset.full, dataset.validation, dataset.test):
         np.testing.assert_array_equal(split.labels, labels)
         np.testing.assert_array_equal(split.masks["where"], masks["where"])

@@ -106,7 +106,10 @@ def _over_grid(fn, student_logits, teacher_logits, where, *, chunk):
     nothing = jnp.zeros(chunk, bool)
     start = {n: _moments(jnp.zeros(v.shape, v.dtype), nothing) for n, v in shapes.items()}
     moments, _ = jax.lax.scan(step, start, parts)
-    return {name: _summary(*m) for name, m in moments.items()}
+    return {
+        name: Summary(mean, jnp.sqrt(square / jnp.maximum(count, 1.0)), lowest, highest)
+        for name, (count, mean, square, lowest, highest) in moments.items()
+    }
 
 
 def _moments(values, kept):
@@ -124,10 +127,6 @@ def _joined(a, b):
     share, apart = b[0] / jnp.maximum(count, 1.0), b[1] - a[1]
     square = a[2] + b[2] + jnp.square(apart) * a[0] * share
     return count, a[1] + share * apart, square, jnp.minimum(a[3], b[3]), jnp.maximum(a[4], b[4])
-
-
-def _summary(count, mean, square, lowest, highest):
-    return Summary(mean, jnp.sqrt(square / jnp.maximum(count, 1.0)), lowest, highest)
 
 
 def reassignment_summary(

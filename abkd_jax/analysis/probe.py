@@ -149,11 +149,9 @@ def _of_gradients(gradients, terms, probes):
         for a, b in itertools.combinations(sorted(names), 2):
             metrics[f"gradient_cosine/{a}/{b}"] = cosines[a][b]
     if "gradient_noise" in probes:
-        summed = jax.tree.map(
-            lambda *g: sum(terms[n].weight * x for n, x in zip(names, g, strict=True)),
-            *gradients.values(),
-        )
-        noise = gradient_noise(summed)
-        for name in ("variance", "squared_norm", "signal_to_noise"):
-            metrics[f"gradient_noise/{name}"] = getattr(noise, name)
+        weights = [terms[name].weight for name in names]
+        weighted_sum = lambda *g: sum(w * x for w, x in zip(weights, g, strict=True))  # noqa: E731
+        summed = jax.tree.map(weighted_sum, *gradients.values())
+        noise = vars(gradient_noise(summed))
+        metrics |= {f"gradient_noise/{name}": value for name, value in noise.items()}
     return metrics

@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 from abkd_jax.checks import require
 from abkd_jax.data.augment import Preprocess
-from abkd_jax.data.options import Options, takes_options
+from abkd_jax.data.options import Found, Options, data_set
 from abkd_jax.data.sets import DataSet, Split, describe
 
 Examples = tuple[Any, Array] | tuple[Any, Array, Mapping[str, Array]]
@@ -19,7 +19,7 @@ Examples = tuple[Any, Array] | tuple[Any, Array, Mapping[str, Array]]
 _TAKEN = ("inputs", "labels", "key", "outputs")  # by other entries of a batch
 
 
-@takes_options
+@data_set
 def from_arrays(
     *,
     train: Examples,
@@ -28,7 +28,7 @@ def from_arrays(
     num_classes: int,
     class_names: tuple[str, ...] = (),
     options: Options,
-) -> DataSet:
+) -> Found:
     """A set of your own arrays.
 
     Args:
@@ -57,13 +57,11 @@ def from_arrays(
     splits = {name: _split(name, examples, num_classes) for name, examples in parts.items()}
     full = splits["train"]
     for name, split in splits.items():
-        require(
-            _kinds(split) == _kinds(full),
-            f"data.{name}",
+        expected = (
             f"like data.train, {_kinds(full)} once stored (uint8 stands for pixels in 0..255, "
-            "floats are taken as they are)",
-            _kinds(split),
+            "floats are taken as they are)"
         )
+        require(_kinds(split) == _kinds(full), f"data.{name}", expected, _kinds(split))
         leaves = jax.tree.leaves(split.inputs)
         finite = name == "train" or all(jnp.all(jnp.isfinite(x)) for x in leaves)
         require(finite, f"data.{name}'s inputs", "finite", "NaN or infinity")
@@ -76,8 +74,10 @@ def from_arrays(
         num_classes=num_classes,
         class_names=tuple(class_names),
     )
-    preprocess = options.preprocess(describe(dataset))
-    return dataset.replace(preprocess=preprocess, train=options.shown(full, num_classes))
+    description = describe(dataset)
+    preprocess = options.preprocess(description)
+    shown = options.shown(full, num_classes)
+    return description, lambda: dataset.replace(preprocess=preprocess, train=shown)
 
 
 def _split(name: str, examples: Examples, num_classes: int) -> Split:
@@ -91,18 +91,12 @@ def _split(name: str, examples: Examples, num_classes: int) -> Split:
     other = next((type(x).__name__ for x in parts if not hasattr(x, "dtype")), None)
     require(other is None, field, "arrays, such as numpy.asarray makes of lists", other)
     rows, *sizes = labels.shape[:1], *(x.shape[:1] for x in jax.tree.leaves(inputs))
-    require(
-        set(sizes) == {rows} != {()} and all(x.size for x in parts),
-        field,
-        "inputs [N, ...] and labels [N, ...] of one N, none of them empty",
-        jax.tree.map(np.shape, (inputs, labels)),
-    )
-    require(
-        labels.dtype.kind in "iu",
-        f"{field}'s labels",
-        "integers; convert them, such as by labels.astype(int)",
-        labels.dtype.name,
-    )
+    fit = set(sizes) == {rows} != {()} and all(x.size for x in parts)
+    expected = "inputs [N, ...] and labels [N, ...] of one N, none of them empty"
+    require(fit, field, expected, jax.tree.map(np.shape, (inputs, labels)))
+    whole = labels.dtype.kind in "iu"
+    expected = "integers; convert them, such as by labels.astype(int)"
+    require(whole, f"{field}'s labels", expected, labels.dtype.name)
     masks = _masks(field, masks, labels.shape)
     labels = np.asarray(labels)
     counts = name != "train" and masks.get("where", True)  # as a mask, or False for no row

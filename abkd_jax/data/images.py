@@ -1,6 +1,7 @@
 """Image-classification sets of TensorFlow Datasets, read from ArrayRecord without TensorFlow."""
 
 import dataclasses
+import functools
 import importlib.util
 import io
 import os
@@ -8,7 +9,7 @@ import pathlib
 import re
 import sys
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +17,6 @@ import numpy as np
 from abkd_jax.binding import nearest
 from abkd_jax.checks import require
 from abkd_jax.data.arrays import from_arrays
-from abkd_jax.data.augment import Preprocess
 from abkd_jax.data.options import Found, Options, check_held_out, data_set
 from abkd_jax.data.sets import DataSet, Description
 from abkd_jax.data.stream import Stream
@@ -91,51 +91,39 @@ def tfds(
     def read() -> DataSet:
         train, test = (Records(builder, split, shape) for split in ("train", test_split))
         order = np.random.default_rng(data_seed).permutation(len(train))
-        parts = _Parts(train, order[validation:], order[:validation], test)
-        if streamed:
-            return _streams(parts, description, preprocess, image_size, options.flip)
-        return _resident(parts, description, options)
+        held_out, kept = rows = np.split(order, [validation])
+        if not streamed:
+            return _resident(train, test, rows, description, options)
+        # With image_size crops and flips are the stream's, else the device's.
+        stream_of = functools.partial(Stream, image_size=image_size, flip=options.flip)
+        training = stream_of(train, kept)
+        return DataSet(
+            train=training,
+            full=training,
+            validation=stream_of(train, held_out) if validation else None,
+            test=stream_of(test, np.arange(len(test))),
+            preprocess=preprocess,
+            num_classes=description.num_classes,
+            class_names=description.class_names,
+        )
 
     return description, read
 
 
-class _Parts(NamedTuple):
-    """The records of a set, and which of those to train on are kept and which are held out."""
-
-    train: "Records"
-    kept: np.ndarray
-    held_out: np.ndarray
-    test: "Records"
-
-
-def _resident(parts: _Parts, description: Description, options: Options) -> DataSet:
-    (inputs, labels), (kept, held_out) = _decoded(parts.train), parts[1:3]
+def _resident(
+    train: "Records", test: "Records", rows: list, description: Description, options: Options
+) -> DataSet:
+    """The set in memory; rows are those of `train` that are held out, and those that are kept."""
+    (inputs, labels), (held_out, kept) = _decoded(train), rows
     if not len(options.mean):
         options = dataclasses.replace(options, **_statistics(inputs[kept]))
     return from_arrays(
         train=(inputs[kept], labels[kept]),
         validation=(inputs[held_out], labels[held_out]) if len(held_out) else None,
-        test=_decoded(parts.test),
+        test=_decoded(test),
         num_classes=description.num_classes,
         class_names=description.class_names,
         **vars(options),
-    )
-
-
-def _streams(
-    parts: _Parts, description: Description, preprocess: Preprocess, image_size: int, flip: bool
-) -> DataSet:
-    """The set as streams; with image_size crops and flips are theirs, else the device's."""
-    train, kept, held_out, test = parts
-    training = Stream(train, kept, image_size=image_size, flip=flip)
-    return DataSet(
-        train=training,
-        full=training,
-        validation=Stream(train, held_out, image_size=image_size) if len(held_out) else None,
-        test=Stream(test, np.arange(len(test)), image_size=image_size),
-        preprocess=preprocess,
-        num_classes=description.num_classes,
-        class_names=description.class_names,
     )
 
 
@@ -146,12 +134,9 @@ def _features(info: Any) -> tuple[tuple[int | None, int | None, int], Any]:
     found = dict(info.features.items())
     image, label = found.get("image"), found.get("label")
     is_image = isinstance(image, features.Image) and image.np_dtype == np.uint8
-    require(
-        is_image and isinstance(label, features.ClassLabel),
-        "data.name",
-        "a classification set, with an 8-bit 'image' and a class 'label'",
-        f"{info.name} with {', '.join(found)}",
-    )
+    fits = is_image and isinstance(label, features.ClassLabel)
+    expected = "a classification set, with an 8-bit 'image' and a class 'label'"
+    require(fits, "data.name", expected, f"{info.name} with {', '.join(found)}")
     return (*image.shape[:2], image.shape[2] or 3), label
 
 
@@ -172,12 +157,10 @@ def _is_streamed(name: str, shape: tuple, count: int, stream: str, image_size: i
 
 def _check_streamed(options: Options, image_size: int) -> None:
     """Refuses what a stream cannot do."""
-    require(
-        not (options.labelled or len(options.omit)),
-        "data.labelled and data.omit",
-        "left out for a stream (or set data.stream='never' and data.image_size=0)",
-        (options.labelled, options.omit),
-    )
+    found = options.labelled, options.omit
+    expected = "left out for a stream (or set data.stream='never' and data.image_size=0)"
+    everything = not (options.labelled or len(options.omit))
+    require(everything, "data.labelled and data.omit", expected, found)
     given = len(options.mean) and len(options.std)
     expected = "given for a stream, a number for each channel"
     require(given, "data.mean and data.std", expected, (options.mean, options.std))
@@ -221,10 +204,8 @@ class Records:
         """
         try:
             example = self._examples[int(row)]
-            return {
-                "inputs": self._image(example["image"]),
-                "labels": np.int32(example["label"]),
-            }
+            image = self._image(example["image"])
+            return {"inputs": image, "labels": np.int32(example["label"])}
         except Exception as error:  # those of riegeli, protobuf and Pillow have no common kind
             raise self._unreadable(error) from error
 
@@ -243,17 +224,13 @@ class Records:
         )
 
 
-def _folder(data_dir: str) -> pathlib.Path:
-    """Where TFDS keeps its sets; the variable is read now, not when TFDS was imported."""
-    default = pathlib.Path.home() / "tensorflow_datasets"
-    return pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or default).expanduser()
-
-
 def _prepared(name: str, data_dir: str, download: bool) -> Any:
     """The builder of a set whose ArrayRecord files are there."""
     import tensorflow_datasets as datasets
 
-    folder = _folder(data_dir)
+    # The variable is read now, not when TFDS was imported.
+    default = pathlib.Path.home() / "tensorflow_datasets"
+    folder = pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or default).expanduser()
     _check_place(name, folder, data_dir, download)
     try:
         builder = datasets.builder(name, data_dir=folder)
@@ -273,14 +250,12 @@ def _prepared(name: str, data_dir: str, download: bool) -> Any:
         "TFDS_DATA_DIR that has it in ArrayRecord format)",
         name,
     )
-    file_format = builder.info.file_format.value
-    require(
-        file_format == _FORMAT,
-        "data.name",
+    found = builder.info.file_format.value
+    expected = (
         f"a set that {folder} has in {_FORMAT} format (give another data.data_dir, which has it so "
-        "or in which data.download=True prepares it)",
-        f"{name} in {file_format} format",
+        "or in which data.download=True prepares it)"
     )
+    require(found == _FORMAT, "data.name", expected, f"{name} in {found} format")
     return builder
 
 

@@ -49,29 +49,21 @@ class Options:
         array = isinstance(inputs, jax.ShapeDtypeStruct) and inputs.dtype == jnp.float32
         shape = inputs.shape if array else ()  # neither pixels nor channels in anything else
         require(self.pad >= 0, "data.pad", "at least 0", self.pad)
-        require(
-            len(shape) == 3 or not (self.pad or self.flip),
-            "data.pad and data.flip",
-            "left out for examples that are no images (height, width, channels)",
-            shape,
-        )
+        as_images = len(shape) == 3 or not (self.pad or self.flip)
+        expected = "left out for examples that are no images (height, width, channels)"
+        require(as_images, "data.pad and data.flip", expected, shape)
         for name, numbers in (("mean", mean), ("std", std)):
             real = np.ndim(numbers) == 1 and np.asarray(numbers).dtype.kind in "iuf"
             finite = real and np.all(np.isfinite(numbers))
             require(finite, f"data.{name}", "a list of finite numbers", numbers)
         channels = shape[-1] if shape else 0
-        require(
-            (len(mean), len(std)) in ((0, 0), (channels, channels)),
-            "data.mean and data.std",
-            f"left out together, or a number for each channel (there are {channels})",
-            (mean, std),
-        )
+        fit = len(mean) == len(std) and len(mean) in (0, channels)
+        expected = f"left out together, or a number for each channel (there are {channels})"
+        require(fit, "data.mean and data.std", expected, (mean, std))
         expected = "positive in each channel (left out, it is the training images': then give one)"
         require(np.all(np.asarray(std) > 0), "data.std", expected, std)
-        if not len(mean):
-            return Preprocess(pad=self.pad, flip=self.flip)
-        mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
-        return Preprocess(mean=mean, std=std, pad=self.pad, flip=self.flip)
+        arrays = (jnp.asarray(x, jnp.float32) if len(x) else None for x in (mean, std))
+        return Preprocess(*arrays, pad=self.pad, flip=self.flip)
 
     def _check_classes(self, description: Description) -> None:
         count, labelled, omit = description.num_classes, self.labelled, self.omit
@@ -79,12 +71,9 @@ class Options:
         require(whole, "data.labelled", f"a multiple of the {count} classes", labelled)
         classes = np.ndim(omit) == 1 and all(label in range(count) for label in omit)
         require(classes, "data.omit", f"a list of classes in 0..{count - 1}", omit)
-        require(
-            description.labels.shape == () or not (labelled or len(omit)),
-            "data.labelled and data.omit",
-            "left out where an example has more than one label",
-            (labelled, omit),
-        )
+        one = description.labels.shape == () or not (labelled or len(omit))
+        expected = "left out where an example has more than one label"
+        require(one, "data.labelled and data.omit", expected, (labelled, omit))
 
     def shown(self, split: Split, num_classes: int) -> Split:
         """The split with labels withheld and classes omitted.
@@ -97,20 +86,6 @@ class Options:
         return _omit_classes(split, self.omit) if len(self.omit) else split
 
 
-def takes_options(fn: Callable) -> Callable:
-    """Gives a function of keywords, `options: Options` among them, those of `Options` instead."""
-
-    @functools.wraps(fn)
-    def call(**keywords):
-        given = {name: keywords.pop(name) for name in vars(Options()) if name in keywords}
-        return fn(**keywords, options=Options(**given))
-
-    own, options = inspect.signature(fn), inspect.signature(Options).parameters.values()
-    others = (p for p in own.parameters.values() if p.name != "options")
-    call.__signature__ = own.replace(parameters=[*others, *options])
-    return call
-
-
 def data_set(look: Callable[..., Found]) -> Callable[..., DataSet]:
     """The function of a set, out of one that looks at it before it is read.
 
@@ -121,18 +96,24 @@ def data_set(look: Callable[..., Found]) -> Callable[..., DataSet]:
         A function of the same keywords, with those of `Options` for `options`, which returns the
         set. Its attribute `describe`, a function of the same, returns the description.
     """
-    look = takes_options(look)
+    shared = inspect.signature(Options).parameters
+
+    def looked(keywords: dict[str, Any]) -> Found:
+        given = {name: keywords.pop(name) for name in shared if name in keywords}
+        return look(**keywords, options=Options(**given))
 
     @functools.wraps(look)
     def read(**keywords: Any) -> DataSet:
-        return look(**keywords)[1]()
+        return looked(keywords)[1]()
 
     @functools.wraps(look)
     def described(**keywords: Any) -> Description:
-        return look(**keywords)[0]
+        return looked(keywords)[0]
 
+    own = inspect.signature(look)
+    names = [p for p in own.parameters.values() if p.name != "options"] + [*shared.values()]
     for fn, returns in ((read, DataSet), (described, Description)):
-        fn.__signature__ = inspect.signature(look).replace(return_annotation=returns)
+        fn.__signature__ = own.replace(parameters=names, return_annotation=returns)
     read.describe = described
     return read
 
@@ -151,12 +132,8 @@ def _withhold_labels(split: Split, labelled: int, num_classes: int) -> Split:
     labels = np.where(split.masks["labelled"], split.labels, -1)
     per_class = labelled // num_classes
     most = int(np.bincount(labels[labels >= 0], minlength=num_classes).min())
-    require(
-        per_class <= most,
-        "data.labelled",
-        f"at most {most * num_classes}, {most} examples of each class",
-        labelled,
-    )
+    expected = f"at most {most * num_classes}, {most} examples of each class"
+    require(per_class <= most, "data.labelled", expected, labelled)
     kept = np.concatenate([np.flatnonzero(labels == k)[:per_class] for k in range(num_classes)])
     mask = jnp.zeros(len(split), bool).at[kept].set(True)
     return split.replace(masks={**split.masks, "labelled": mask})

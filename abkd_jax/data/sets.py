@@ -79,11 +79,6 @@ class DataSet:
     num_classes: int = struct.field(pytree_node=False)
     class_names: tuple[str, ...] = struct.field(pytree_node=False, default=())
 
-    @property
-    def masks(self) -> tuple[str, ...]:
-        """The names of the masks of a training batch."""
-        return describe(self).masks
-
 
 class Description(NamedTuple):
     """What is known of a set before an example of it is read.
@@ -111,12 +106,6 @@ def describe(dataset: DataSet) -> Description:
     else:
         rows = {"inputs": split.inputs, "labels": split.labels, **split.masks}
     rows = jax.eval_shape(lambda x: jax.tree.map(lambda x: x[0], x), rows)
-    rows["inputs"] = jax.eval_shape(normalized, rows["inputs"], Preprocess())
-    masks = {*MASKS, *rows} - {"inputs", "labels", "outputs"}
-    return Description(
-        dataset.num_classes,
-        dataset.class_names,
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rows["inputs"]),
-        jax.ShapeDtypeStruct(rows["labels"].shape, rows["labels"].dtype),
-        tuple(sorted(masks)),
-    )
+    inputs = jax.eval_shape(normalized, rows["inputs"], Preprocess())
+    masks = tuple(sorted({*MASKS, *rows} - {"inputs", "labels", "outputs"}))
+    return Description(dataset.num_classes, dataset.class_names, inputs, rows["labels"], masks)

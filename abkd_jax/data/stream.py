@@ -1,5 +1,6 @@
 """Sets too large for the device: decoded on the host while the device trains, by grain."""
 
+import dataclasses
 import math
 import os
 import sys
@@ -16,6 +17,7 @@ _RATIOS = (3 / 4, 4 / 3)  # of a random crop, width by height
 _RESIZE = 256 / 224  # an evaluated image's shorter side, by the side of the crop out of it
 
 
+@dataclasses.dataclass(eq=False)
 class Stream:
     """Examples that are read and decoded as they are needed, by threads of the host.
 
@@ -35,22 +37,13 @@ class Stream:
         process_count: of all processes, by default JAX's.
     """
 
-    def __init__(
-        self,
-        records: Any,
-        rows: np.ndarray,
-        *,
-        image_size: int = 0,
-        flip: bool = False,
-        process_index: int | None = None,
-        process_count: int | None = None,
-    ):
-        self.records = records
-        self.rows = np.asarray(rows)
-        self.image_size = image_size
-        self.flip = flip
-        self.process_index = jax.process_index() if process_index is None else process_index
-        self.process_count = jax.process_count() if process_count is None else process_count
+    records: Any
+    rows: np.ndarray
+    _: dataclasses.KW_ONLY
+    image_size: int = 0
+    flip: bool = False
+    process_index: int = dataclasses.field(default_factory=jax.process_index)
+    process_count: int = dataclasses.field(default_factory=jax.process_count)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -116,10 +109,15 @@ class Stream:
         local = size // self.process_count
         threads = min(16, os.cpu_count() or 1)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, local))
-        part = _Part(examples, size, local, self.process_index * local)
-        return iter(
-            grain.MapDataset.source(part)[start * local :].to_iter_dataset(options).batch(local)
-        )
+        offset = self.process_index * local
+
+        def own(index: int) -> dict[str, Any]:
+            batch, row = divmod(index, local)
+            return examples[batch * size + offset + row]
+
+        end = min(len(examples) // size * local, sys.maxsize)  # repeated examples have no end
+        part = grain.MapDataset.range(start * local, end).map(own)
+        return iter(part.to_iter_dataset(options).batch(local))
 
     def _for_training(self, row: int, rng: np.random.Generator) -> dict[str, Any]:
         example = self.records[row]
@@ -130,20 +128,6 @@ class Stream:
         image = _resized(image, box, (self.image_size, self.image_size))
         mirrored = self.flip and rng.random() < 0.5
         return {**example, "inputs": image[:, ::-1] if mirrored else image}
-
-
-class _Part:
-    """The elements of a sequence of batches that are one process's."""
-
-    def __init__(self, examples: Sequence, size: int, local: int, offset: int):
-        self._examples, self._size, self._local, self._offset = examples, size, local, offset
-
-    def __len__(self) -> int:
-        return min(len(self._examples) // self._size * self._local, sys.maxsize)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        batch, row = divmod(index, self._local)
-        return self._examples[batch * self._size + self._offset + row]
 
 
 def random_box(

@@ -71,12 +71,9 @@ def split_variables(
             for.
     """
     if _linen_module(apply_fn) is not None:
-        require(
-            {"params"} <= set(variables) <= set(_COLLECTIONS),
-            "variables of a linen module",
-            "params and, if there are any, batch_stats",
-            tuple(variables),
-        )
+        fit = {"params"} <= set(variables) <= set(_COLLECTIONS)
+        expected = "params and, if there are any, batch_stats"
+        require(fit, "variables of a linen module", expected, tuple(variables))
     elif not (
         isinstance(variables, Mapping)
         and set(variables) == set(_COLLECTIONS)

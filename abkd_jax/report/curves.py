@@ -40,16 +40,12 @@ def learning_curves(report: Report, score: Column) -> Figure:
 def analysis(report: Report) -> Figure:
     """A panel for each metric of `config.analysis`, by step, with a curve for each network."""
     metrics = analysed(report)
-    rows = math.ceil(len(metrics) / 2)
-    figure = figures.new(2.4 * rows + 0.4)
-    panels = figure.subplots(rows, 2, squeeze=False).ravel()
-    for axes, metric in zip(panels, metrics, strict=False):
+    figure, panels = figures.new_grid(len(metrics), columns=2, height=2.4, above=0.4)
+    for axes, metric in zip(panels, metrics, strict=True):
         _draw(axes, report, f"analysis/{{}}/{metric}", math.inf)
         title = words(metric).replace("/", ": ", 1).replace("/", ", ")
         last = metric in metrics[-2:]
         figures.label(axes, title, "step" if last else None, _UNITS.get(metric.split("/")[0]))
-    for axes in panels[len(metrics) :]:
-        axes.set_axis_off()
     _legend(figure, report)
     return figure
 

@@ -133,32 +133,31 @@ def scores(
         ece, adaptive_ece and reliability of logits / temperature, or None.
     """
     logits, labels = test["logits"], test["labels"]
-    plain = jax.tree.map(lambda x: np.asarray(x, np.float64).tolist(), dict(summary))
+    plain = _plain(dict(summary))
     kept = ("accuracy", "top5", "nll", "brier", "entropy", "ece", "class_accuracy")
     found = {key: plain[key] for key in kept} | {"count": round(sum(plain["class_count"]))}
     if len(plain["class_accuracy"]) <= 5:  # the label is always one of five
         found["top5"] = None
-    by_rows = _calibration(logits, labels)
+    by_rows = _plain(_calibration(logits, labels))
     found |= {key: by_rows[key] for key in ("adaptive_ece", "reliability")}
     temperature = scaled = None
     if selecting is not None:
         temperature = float(metrics.fit_temperature(selecting["logits"], selecting["labels"]))
-        scaled = _calibration(logits / temperature, labels)
+        scaled = _plain(_calibration(logits / temperature, labels))
         scaled = {key: scaled[key] for key in _SCALED}
     return found | {"temperature": temperature, "scaled": scaled}
 
 
 @jax.jit
-def _calibration_of(logits: Array, labels: Array) -> dict[str, Any]:
+def _calibration(logits: Array, labels: Array) -> dict[str, Any]:
     found = metrics.summarize(metrics.classification_sums(logits, labels))
     diagram = metrics.reliability_diagram(logits, labels)
     return found | {"adaptive_ece": metrics.adaptive_ece(logits, labels), "reliability": diagram}
 
 
-def _calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Scalars and the reliability diagram, as plain numbers."""
-    found = _calibration_of(logits, labels)
-    return jax.tree.map(lambda x: np.asarray(x, np.float64).tolist(), found)
+def _plain(values: Any) -> Any:
+    """Arrays as plain numbers."""
+    return jax.tree.map(lambda x: np.asarray(x, np.float64).tolist(), values)
 
 
 def sample(rows: Mapping[str, Mapping[str, np.ndarray]], batch: Batch) -> dict[str, np.ndarray]:
