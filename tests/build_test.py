@@ -639,6 +639,16 @@ PLUGIN = {
 
         on_scaled_logits.needs = ("logits", "hidden")
 
+        def on_features(student: Outputs, teacher: Outputs, batch: Batch) -> Array:
+            return student.logits[..., 0]
+
+        on_features.needs = {"own": ("logits",), "other": ("features",)}
+
+        def on_hiden(student: Outputs, teacher: Outputs, batch: Batch) -> Array:
+            return student.logits[..., 0]
+
+        on_hiden.needs = ("hiden",)
+
         def halved(step: int | Array, *, start: Number, every: int) -> Array:
             return start * 0.5 ** (step // every)
 
@@ -988,6 +998,27 @@ def test_a_plan_reads_nothing_and_touches_no_folder(plugin, tmp_path, monkeypatc
         jax.tree.map(np.testing.assert_array_equal, one.objectives, other.objectives)
     plan.data()
     assert log[-1] == "read"
+
+
+def test_a_network_that_does_not_give_what_a_plugins_loss_needs(plugin):
+    def refused(name, **group):
+        config = run_of(plugin)
+        loss = dict(fn=f"{plugin}.mine.{name}", weight=1.0, other="tutor")
+        config["student"]["terms"] = dict(it=loss)
+        for key, value in group.items():
+            config["phases"]["distill"][key] = value(loss)
+        with pytest.raises(ValueError) as error:
+            resolve(config)
+        return str(error.value)
+
+    lacking = "it needs 'features' of 'tutor', which its model does not give."
+    assert refused("on_features") == f"student.terms.{lacking}"
+    own = refused("on_features", student=lambda loss: dict(terms=dict(it=loss)))
+    assert own == f"phases.distill.student.terms.{lacking}"
+    assert refused("on_hiden") == (
+        "student.terms.it needs 'hiden', which is no part of Outputs; these are logits, hidden, "
+        "head, features, projected, input_gradient."
+    )
 
 
 def test_data_that_are_not_described_are_read_once(plugin, monkeypatch):
