@@ -72,9 +72,10 @@ def begin(learners: Networks, objectives: Objectives, source: Source) -> Carry:
         for learner, terms in objectives.items()
         for metric in (*terms, "loss", "gradient_norm")
     )
-    zeros = {name: jnp.zeros(()) for name in names}
+    sums = {name: jnp.zeros(()) for name in names}
+    bad = jax.tree.map(jnp.copy, sums)  # buffers of its own, for all of a carry's are donated
     # With a type of its own: a step's result has, and would be compiled for once more.
-    return Carry(learners, source.init(), zeros, jnp.asarray(-1, jnp.int32), zeros)
+    return Carry(learners, source.init(), sums, jnp.asarray(-1, jnp.int32), bad)
 
 
 def advance(
