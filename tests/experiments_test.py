@@ -1,6 +1,8 @@
-"""The commands of the experiments that users run on configs of their own."""
+"""The commands of the experiments that users run on configs of their own, and what all avoid."""
 
+import ast
 import csv
+import json
 import pathlib
 import subprocess
 import sys
@@ -8,6 +10,8 @@ import sys
 import pytest
 
 _ROOT = pathlib.Path(__file__).parents[1]
+_THE_CALLER = "abkd_jax/train/advance.py"
+_OF_THE_BARE_STEP = ("benchmark_loop", "benchmark_losses")
 _DIVERGENCE = "student.terms.distill.divergence"
 
 
@@ -48,3 +52,49 @@ def test_a_sweep_that_is_refused(arguments, sentence, tmp_path):
     done = run("experiments.sweep", *arguments)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith(sentence)
+
+
+def uses(source, name):
+    """How often a function is called or handed on, by its name or as an attribute of that name."""
+    nodes = ast.walk(ast.parse(source))
+    return sum(name in (getattr(node, "id", None), getattr(node, "attr", None)) for node in nodes)
+
+
+def sources():
+    """The text of every module of the library, every experiment, and every notebook's code."""
+    for folder in ("abkd_jax", "experiments"):
+        for path in (_ROOT / folder).rglob("*.py"):
+            yield path.relative_to(_ROOT), path.read_text()
+    for path in (_ROOT / "colabs").glob("*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+        lines = "\n".join(code).splitlines()
+        magic = ("%", 'if importlib.util.find_spec("abkd_jax")')  # the latter before an install
+        yield (
+            path.relative_to(_ROOT),
+            "\n".join(x for x in lines if not x.lstrip().startswith(magic)),
+        )
+
+
+def test_the_only_caller_of_the_step_is_advance():
+    found = {path: uses(source, "train_step") for path, source in sources()}
+    assert {"abkd_jax", "experiments", "colabs"} == {path.parts[0] for path in found}
+    callers = {f"{path}" for path, count in found.items() if count}
+    allowed = {f"experiments/{name}.py" for name in _OF_THE_BARE_STEP}
+    assert callers - allowed == {_THE_CALLER}
+
+
+@pytest.mark.parametrize(
+    "source,count",
+    [
+        ("train_step(a, b)", 1),
+        ("train.train_step(a)", 1),
+        ("x = [abkd_jax.train.train_step(a)['b'] for a in c]", 1),
+        ("jax.jit(train_step)", 1),
+        ("from abkd_jax import train_step", 0),
+        ("def train_step(a): ...", 0),
+        ("retrain_step(a)", 0),
+    ],
+)
+def test_what_counts_as_a_use(source, count):
+    assert uses(source, "train_step") == count
