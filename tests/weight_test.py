@@ -10,6 +10,7 @@ from jax import numpy as jnp
 from loss_contract import check_against_torch
 
 from abkd_jax.binding import bind
+from abkd_jax.config.build import Builder
 from abkd_jax.divergences import forward_kl, powered, reverse_kl
 from abkd_jax.losses import (
     chunked_total,
@@ -297,6 +298,36 @@ def test_in_chunks():
 
 
 # --- what it is made of -------------------------------------------------------------------------
+
+
+def test_from_a_config():
+    part = lambda name: dict(fn="on_logits", temperature=1.0, divergence=dict(fn=name))  # noqa: E731
+    group = dict(
+        fn="entropy_gated",
+        weight=1.0,
+        gain=2.0,
+        forward=part("forward_kl"),
+        reverse=part("reverse_kl"),
+    )
+    build = functools.partial(
+        Builder(num_steps=8).objective,
+        field="student.terms",
+        learner="student",
+        networks=("student", "teacher"),
+    )
+    terms = build({"bdkd": group})
+    assert terms["bdkd"].other == "teacher"
+    student, teacher = make()
+    np.testing.assert_allclose(
+        evaluate(terms["bdkd"].loss, student, teacher), expected(student, teacher, 2.0), rtol=1e-5
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"^student\.terms\.bdkd\.forward\.fn must name a loss; forward_kl is a divergence",
+    ):
+        build({"bdkd": group | {"forward": dict(fn="forward_kl")}})
+    with pytest.raises(ValueError, match=r"^student\.terms\.bdkd.*reverse"):
+        build({"bdkd": {key: value for key, value in group.items() if key != "reverse"}})
 
 
 def test_needs_and_coupling_follow_from_the_parts():
