@@ -139,7 +139,7 @@ def _batch(description: Description, size: int) -> dict[str, Any]:
 def _check_needs(
     at: str, learner: str, terms: Mapping[str, Term], outputs: Mapping[str, Outputs]
 ) -> None:
-    """Refuses a loss that reads what a network does not show."""
+    """Refuses a loss that reads what a network does not show, or statistics of that."""
     for name, term in terms.items():
         loss: Bound = term.loss
         for network, parts in zip((learner, term.other), loss.needs, strict=True):
@@ -153,3 +153,9 @@ def _check_needs(
                     raise ValueError(
                         f"{at}.{name} needs {part!r} of {network!r}, which its model does not give."
                     )
+        statistics = [leaf for leaf in jax.tree.leaves(loss) if isinstance(leaf, Statistic)]
+        if statistics and outputs[term.other].hidden is None:
+            raise ValueError(
+                f"{at}.{name} takes {statistics[0].name!r} of the 'hidden' of {term.other!r}, "
+                "which its model does not give."
+            )
