@@ -84,20 +84,21 @@ def _projected_width(
             f"{found}."
         )
     width = project.get("hidden") if isinstance(project, Mapping) and len(project) == 1 else None
-    if type(width) is int and width >= 1:
-        return width
-    if not isinstance(width, str) or width not in networks or width == name:
+    named = isinstance(width, str)
+    if not (width in networks and width != name if named else type(width) is int and width >= 1):
         raise ValueError(
             f"{name}.project must be dict(hidden=WIDTH), with the width of the other network's "
             f"features, or dict(hidden=NAME), with its name; found {project!r}."
         )
-    other = hidden_width(width, networks[width], description)
-    if other is None:
-        raise ValueError(
-            f"{name}.project: the model of {width!r} does not give 'hidden', the features to "
-            "project to."
-        )
-    return None if other == hidden_width(name, networks[name], description) else other
+    own = hidden_width(name, networks[name], description)
+    other = hidden_width(width, networks[width], description) if named else width
+    for network, found, use in ((name, own, "project"), (width, other, "project to")):
+        if found is None:
+            raise ValueError(
+                f"{name}.project: the model of {network!r} does not give 'hidden', the features to "
+                f"{use}."
+            )
+    return None if named and other == own else other
 
 
 def check_twins(networks: Mapping[str, Network], learners: Iterable[str]) -> None:
