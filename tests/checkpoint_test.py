@@ -36,7 +36,7 @@ def reopen(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("accuracies", "kept", "best"),
+    ("scores", "kept", "best"),
     [
         ([0.9, 0.8, 0.7, 0.6, 0.5], [1, 4, 5], 1),
         ([0.5, 0.6, 0.7, 0.8, 0.9], [4, 5], 5),
@@ -47,15 +47,15 @@ def reopen(tmp_path):
         ([None], [1], None),
     ],
 )
-def test_the_newest_two_and_the_best_are_kept(reopen, accuracies, kept, best):
+def test_the_newest_two_and_the_best_are_kept(reopen, scores, kept, best):
     checkpoints = reopen()
-    for step, accuracy in enumerate(accuracies, 1):
-        checkpoints.save(step, tree(step), accuracy=accuracy)
+    for step, score in enumerate(scores, 1):
+        checkpoints.save(step, tree(step), score=score)
     for again in (False, True):
         checkpoints.wait()
         found = checkpoints.best()
         assert checkpoints.steps() == kept
-        assert found == (None if best is None else (best, accuracies[best - 1]))
+        assert found == (None if best is None else (best, scores[best - 1]))
         if best is not None:
             assert digest(checkpoints.restore_at(best, tree())) == digest(tree(best))
         checkpoints = checkpoints if again else reopen()
@@ -63,10 +63,10 @@ def test_the_newest_two_and_the_best_are_kept(reopen, accuracies, kept, best):
 
 @pytest.mark.parametrize("stops", range(1, 6))
 def test_the_best_of_equals_does_not_depend_on_where_a_run_was_stopped(reopen, tmp_path, stops):
-    accuracies = [0.5, 0.9, 0.9, 0.9, 0.1]
+    scores = [0.5, 0.9, 0.9, 0.9, 0.1]
     checkpoints = reopen()
-    for step, accuracy in enumerate(accuracies, 1):
-        checkpoints.save(step, tree(step), accuracy=accuracy)
+    for step, score in enumerate(scores, 1):
+        checkpoints.save(step, tree(step), score=score)
         if step == stops:
             checkpoints = reopen()
     checkpoints.wait()
@@ -114,7 +114,7 @@ def test_an_array_of_the_host_may_be_changed_right_after_a_save(reopen):
 
 def test_saving_a_step_twice_is_harmless(reopen):
     checkpoints = reopen()
-    checkpoints.save(1, tree(1), accuracy=0.5)
+    checkpoints.save(1, tree(1), score=0.5)
     checkpoints.save(1, tree(2))
     checkpoints = reopen()
     checkpoints.save(1, tree(3))
@@ -157,7 +157,7 @@ def test_a_failed_first_write_says_that_there_is_none_before_it(reopen, tmp_path
 def test_a_damaged_newest_checkpoint_gives_way_with_one_line(reopen, tmp_path, capsys):
     checkpoints = reopen()
     for step in (1, 2):
-        checkpoints.save(step, tree(step), accuracy=step / 10)
+        checkpoints.save(step, tree(step), score=step / 10)
     reopen()
     [arrays] = (tmp_path / "checkpoints" / "2" / "state" / "d").iterdir()
     arrays.write_bytes(arrays.read_bytes()[:-1])
@@ -167,7 +167,7 @@ def test_a_damaged_newest_checkpoint_gives_way_with_one_line(reopen, tmp_path, c
     [line] = capsys.readouterr().err.splitlines()
     assert "the checkpoint of step 2 is damaged" in line and "that of step 1 is used." in line
     assert checkpoints.best() == (1, 0.1)
-    checkpoints.save(2, tree(3), accuracy=0.3)
+    checkpoints.save(2, tree(3), score=0.3)
     assert digest(reopen().restore_at(2)) == digest(tree(3))
 
 
@@ -175,7 +175,7 @@ def test_a_damaged_newest_checkpoint_gives_way_with_one_line(reopen, tmp_path, c
 def test_readable_values_other_than_the_saved_ones_are_damage(reopen, tmp_path, capsys, item):
     checkpoints = reopen()
     for step in (1, 2):
-        checkpoints.save(step, tree(step), accuracy=step / 10)
+        checkpoints.save(step, tree(step), score=step / 10)
     reopen()
     shutil.rmtree(tmp_path / "checkpoints" / "2" / item)
     shutil.copytree(*(tmp_path / "checkpoints" / step / item for step in "12"))
@@ -187,7 +187,7 @@ def test_readable_values_other_than_the_saved_ones_are_damage(reopen, tmp_path, 
 def test_a_damaged_best_checkpoint_is_one_sentence(reopen, tmp_path):
     checkpoints = reopen()
     for step in (1, 2, 3):
-        checkpoints.save(step, tree(step), accuracy=1 / step)
+        checkpoints.save(step, tree(step), score=1 / step)
     checkpoints = reopen()
     [arrays] = (tmp_path / "checkpoints" / "1" / "state" / "d").iterdir()
     arrays.write_bytes(b"")

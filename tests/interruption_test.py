@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from abkd_jax.train.interruption import Interruption
+from abkd_jax.run.interruption import Interruption
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

@@ -9,7 +9,7 @@ import scipy.special
 import scipy.stats
 
 from abkd_jax import analysis, data, load
-from abkd_jax.train.loop import train_and_evaluate
+from abkd_jax.run.loop import train_and_evaluate
 
 K, DIM = 3, 6
 
@@ -17,12 +17,16 @@ K, DIM = 3, 6
 def config(**changes):
     task = dict(fn="cross_entropy", weight=1.0)
     distill = dict(fn="on_logits", weight=1.0, divergence=dict(fn="forward_kl"))
-    net = dict(model="mlp", widths=(5,), optimizer=dict(name="sgd", learning_rate=0.1))
+    sgd = dict(fn="sgd", learning_rate=0.1)
+    net = dict(model=dict(fn="mlp", widths=(5,)), optimizer=sgd)
     values = dict(
-        mode="offline",
-        data=dict(name="digits", validation=0),
+        data=dict(fn="digits", validation=0),
         teacher=net | dict(terms=dict(task=task)),
         student=net | dict(terms=dict(task=task, distill=distill)),
+        phases=dict(
+            teacher=dict(learn=("teacher",), split="full"),
+            distill=dict(learn=("student",), see=("teacher",)),
+        ),
         batch_size=16,
         num_steps=6,
         checkpoint_every=6,
@@ -93,7 +97,11 @@ def test_the_entropy_is_that_of_the_first_batches(tmp_path):
 
 @pytest.mark.slow
 def test_networks_that_learn_together_and_input_gradients(tmp_path):
-    values = config(mode="online", analysis=("gradient_norms", "mass_flow"), batch_size=64)
+    values = config(
+        phases=dict(together=dict(learn=("teacher", "student"), select="student")),
+        analysis=("gradient_norms", "mass_flow"),
+        batch_size=64,
+    )
     kdiga = dict(fn="input_gradient_alignment", weight=1.0)
     terms = values["student"]["terms"] | dict(it=kdiga)
     values["student"] = values["student"] | dict(terms=terms, init_seed=1)

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from abkd_jax import data
-from abkd_jax.train import workdir as folders
-from abkd_jax.train.checkpoint import Checkpoints
-from abkd_jax.train.loop import train_and_evaluate
+from abkd_jax.run import workdir as folders
+from abkd_jax.run.loop import train_and_evaluate
+from abkd_jax.train.checkpoint import FOLDER, Checkpoints
 
 K = 3
+CNN = dict(fn="cnn", widths=(4,), batch_norm=True)
 MEAN, STD = (0.4,), (0.3,)
 TASK = dict(task=dict(fn="cross_entropy", weight=1.0))
 TERMS = dict(
@@ -24,19 +25,21 @@ TERMS = dict(
         divergence=dict(fn="alpha_beta", alpha=0.8, beta=0.5),
     )
 )
+TEACHER = dict(learn=("teacher",), split="full")
+DISTILL = dict(learn=("student",), see=("teacher",))
 
 
 def network(**changes):
-    group = dict(model="cnn", widths=(4,), batch_norm=True, terms=TASK)
-    return group | dict(optimizer=dict(name="sgd", learning_rate=0.5)) | changes
+    group = dict(model=CNN, optimizer=dict(fn="sgd", learning_rate=0.5), terms=TASK)
+    return group | changes
 
 
 def config(**changes):
     values = dict(
-        mode="offline",
-        data=dict(name="digits", validation=0),
+        data=dict(fn="digits", validation=0),
         teacher=network(),
         student=network(ema_decay=0.5, terms=TERMS),
+        phases=dict(teacher=TEACHER, distill=DISTILL),
         batch_size=16,
         num_steps=6,
         checkpoint_every=2,
@@ -74,11 +77,8 @@ def run(tmp_path_factory):
 
 
 def state(workdir, name):
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    try:
+    with Checkpoints(workdir / FOLDER) as checkpoints:
         return checkpoints.restore()[1]["learners"][name]
-    finally:
-        checkpoints.close()
 
 
 def same(a, b):
@@ -93,7 +93,7 @@ def test_a_loaded_network_says_what_the_run_said(run, name, folder):
     """On inputs as they are stored, or as pixels in [0, 1]; float32, hence 1e-6."""
     workdir, _, shown = run
     module, variables, made = loaded = folders.load(workdir / folder)
-    assert made["num_steps"] == 6 and made[name]["model"] == "cnn"
+    assert made["num_steps"] == 6 and made[name]["model"]["fn"] == "cnn"
     for inputs in (shown["images"], shown["images"].astype(np.float32) / 255):
         for outputs in (loaded(inputs), module.apply(variables, inputs, train=False)):
             found = jax.nn.softmax(outputs.logits)
@@ -153,7 +153,8 @@ def test_what_cannot_be_loaded_is_refused(run, tmp_path):
 
 
 def test_one_of_several_networks_is_named(tmp_path):
-    made = config(mode="online", num_steps=1, a=network(), b=network(widths=(3,)))
+    b = network(model=CNN | dict(widths=(3,)))
+    made = config(num_steps=1, a=network(), b=b, phases=dict(both=dict(learn=("a", "b"))))
     del made["teacher"], made["student"]
     train_and_evaluate(made, tmp_path, data=images())
     assert refusal(folders.load, tmp_path) == (
@@ -164,8 +165,9 @@ def test_one_of_several_networks_is_named(tmp_path):
 
 def test_a_given_network_cannot_be_loaded(tmp_path):
     made = config(
-        teacher=dict(model="given"),
-        student=dict(model="given", optimizer=dict(name="sgd", learning_rate=0.1), terms=TERMS),
+        teacher=dict(model=dict(fn="given")),
+        student=network(model=dict(fn="given"), terms=TERMS),
+        phases=dict(distill=DISTILL),
         num_steps=1,
     )
     kernel = np.ones((64, K), np.float32)
@@ -173,20 +175,27 @@ def test_a_given_network_cannot_be_loaded(tmp_path):
     given["student"] = (lambda w, x: x.reshape(len(x), -1) @ w, 0 * kernel)
     train_and_evaluate(made, tmp_path, networks=given, data=images())
     assert refusal(folders.load, tmp_path) == (
-        "student was given by its caller, so that its model is not known here."
+        f"{tmp_path}: the network was given by its caller, so that its model is not known."
     )
 
 
 # --- a teacher from another run -----------------------------------------------------------------
 
 
+def taught(workdir, std=STD, model=CNN, **weights):
+    """A config whose teacher comes from another run, and what is to be handed over with it."""
+    teacher = dict(model=model, weights=dict(fn="run", workdir=str(workdir)) | weights)
+    made = config(teacher=teacher, phases=dict(distill=DISTILL))
+    return (made,), dict(data=images(std=std))
+
+
 @pytest.mark.parametrize("folder,name", [("teacher", "teacher"), ("", "student")])
 def test_a_teacher_from_another_run_is_not_trained(run, tmp_path, folder, name):
     """From the folder of a teacher, or from a run whose student is to teach."""
     workdir, result, shown = run
-    teacher = dict(model="cnn", widths=(4,), batch_norm=True, checkpoint=str(workdir / folder))
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
-    found = train_and_evaluate(config(teacher=teacher), tmp_path, data=images())
+    (made,), options = taught(workdir / folder)
+    found = train_and_evaluate(made, tmp_path, **options)
     assert not (tmp_path / "teacher").exists()
     np.testing.assert_equal(found["networks"]["teacher"]["last"], result["networks"][name]["last"])
     assert found["networks"]["teacher"]["best"] is None
@@ -196,30 +205,87 @@ def test_a_teacher_from_another_run_is_not_trained(run, tmp_path, folder, name):
     assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
 
 
+def test_a_teacher_from_another_run_teaches_as_in_its_own(run, tmp_path):
+    """Named or not, the same student bit by bit; its best state teaches another."""
+    workdir, result, _ = run
+    sums = {}
+    for key, weights in {
+        "plain": {},
+        "named": dict(network="teacher"),
+        "best": dict(best=True),
+    }.items():
+        (made,), options = taught(workdir / "teacher", **weights)
+        found = train_and_evaluate(made, tmp_path / key, **options)
+        sums[key] = found["networks"]["student"]["sha256"]
+        expected = result["networks"]["teacher"]
+        expected = expected["best"]["scores"] if key == "best" else expected["last"]
+        np.testing.assert_equal(found["networks"]["teacher"]["last"], expected)
+    assert sums["plain"] == sums["named"] == result["networks"]["student"]["sha256"]
+    assert sums["best"] != sums["plain"]
+
+
+def test_a_network_goes_on_from_another_run(run, tmp_path):
+    """With its parameters and statistics, as a phase of the same run would."""
+    workdir, _, _ = run
+    weights = dict(fn="run", workdir=str(workdir / "teacher"))
+    student = network(weights=weights, optimizer=dict(fn="sgd", learning_rate=0.0))
+    phases = dict(more=dict(learn=("student",), num_steps=1))
+    made = config(student=student, phases=phases)
+    del made["teacher"]
+    train_and_evaluate(made, tmp_path, data=images())
+    assert same(
+        state(tmp_path, "student")["params"], state(workdir / "teacher", "teacher")["params"]
+    )
+
+
 def test_a_teacher_that_does_not_fit_is_refused(run, tmp_path):
     source = run[0] / "teacher"
 
-    def told(changes, **options):
-        teacher = dict(model="cnn", widths=(4,), batch_norm=True, checkpoint=str(source)) | changes
-        made = config(teacher=teacher)
-        return refusal(train_and_evaluate, made, tmp_path, data=images(**options))
+    def told(workdir=source, **changes):
+        args, options = taught(workdir, **changes)
+        return refusal(train_and_evaluate, *args, tmp_path, **options)
 
-    message = told(dict(widths=(5,)))
     expected = "CNN(num_classes=3, widths=({},), batch_norm=True)"
-    assert message == (
-        f"teacher.checkpoint: {source} has the model {expected.format(4)}, but this run has "
+    assert told(model=CNN | dict(widths=(5,))) == (
+        f"teacher.weights: {source} has the model {expected.format(4)}, but this run has "
         f"{expected.format(5)}."
     )
-    message = told({}, std=(0.5,))
     number = r"\[0\.[0-9]+\]"
     assert re.fullmatch(
-        f"teacher.checkpoint: {source} has the normalisation {{'mean': {number}, 'std': {number}}}"
+        f"teacher.weights: {source} has the normalisation {{'mean': {number}, 'std': {number}}}"
         f", but this run has {{'mean': {number}, 'std': \\[0\\.5\\]}}\\.",
-        message,
+        told(std=(0.5,)),
     )
     elsewhere = tmp_path / "elsewhere"
-    assert told(dict(checkpoint=str(elsewhere))) == (
-        f"teacher.checkpoint: {elsewhere} is no workdir of a run: it has no config.json."
+    assert told(elsewhere) == (
+        f"teacher.weights: {elsewhere} is no workdir of a run: it has no config.json."
+    )
+    assert told(network="tutor") == (
+        f"teacher.weights: {source} trained teacher; found name 'tutor'."
+    )
+    assert told(run[0], network="teacher") == (
+        f"teacher.weights: {run[0]} trained student; found name 'teacher', which is in {source}."
+    )
+
+
+def test_a_teacher_for_images_of_another_shape_is_refused(run, tmp_path):
+    """The same model, but its first kernel has one channel, and the images have three."""
+
+    def coloured(size, seed):
+        inputs, labels = examples(size, seed)
+        return np.repeat(inputs, 3, axis=-1), labels
+
+    source = tmp_path / "source"
+    shutil.copytree(run[0] / "teacher", source)
+    about = json.loads((source / "config.json").read_text())
+    about["preprocess"] = {"mean": None, "std": None}  # which fits any number of channels
+    (source / "config.json").write_text(json.dumps(about))
+    parts = {name: coloured(48, seed) for seed, name in enumerate(("train", "test"))}
+    (made,), _ = taught(source)
+    of_three = data.from_arrays(**parts, validation=None, num_classes=K)
+    assert refusal(train_and_evaluate, made, tmp_path / "run", data=of_three) == (
+        f"teacher.weights: {source} has params.Conv_0.kernel (3, 3, 1, 4), but this run has "
+        "(3, 3, 3, 4)."
     )
 
 
@@ -227,7 +293,7 @@ def test_a_teacher_that_does_not_fit_is_refused(run, tmp_path):
 
 
 def about(**changes):
-    group = dict(data=dict(name="digits", data_dir="/here"), student=dict(widths=(3, 4)))
+    group = dict(data=dict(fn="digits", data_dir="/here"), student=dict(widths=(3, 4)))
     return dict(config=group | changes, learners=("student",))
 
 
@@ -252,7 +318,7 @@ def test_what_differs_is_named_with_both_values(tmp_path):
 
 def test_the_place_of_the_data_and_the_versions_may_differ(tmp_path):
     folders.claim(tmp_path, about())
-    there = dict(name="digits", data_dir="/there", download=True)
+    there = dict(fn="digits", data_dir="/there", download=True)
     folders.claim(tmp_path, about(data=there))
     path = tmp_path / "config.json"
     found = json.loads(path.read_text())

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from abkd_jax.train import events as tensorboard
-from abkd_jax.train import writer
-from abkd_jax.train.writer import Writer, cut, read
+from abkd_jax.run.log import events as tensorboard
+from abkd_jax.run.log import writer
+from abkd_jax.run.log.writer import Writer, cut, read
 
 
 def events(directory):
@@ -142,6 +142,16 @@ def test_a_torn_line_is_dropped_at_the_end_alone(tmp_path, torn):
     assert path.read_bytes().endswith(b'{"step": 2}\n')
 
 
+def test_a_run_that_begins_anew_keeps_no_row(tmp_path):
+    """Not those of step 0, either, which a source that is told of evaluations has."""
+    for _ in range(2):
+        with Writer(tmp_path, -1) as rows:
+            rows.write(0, {"x": 1.0})
+    assert read(tmp_path) == [{"step": 0, "x": 1.0}]
+    starts = [event.step for event in events(tmp_path) if event.HasField("session_log")]
+    assert starts == [0, 0]
+
+
 def test_no_file_is_no_rows(tmp_path):
     assert read(tmp_path) == []
     cut(tmp_path, 3)
@@ -180,12 +190,12 @@ def test_tensorboard_has_the_scalars_and_hides_those_of_before(tmp_path):
 
 def test_sync_reaches_the_disk_and_closing_twice_is_harmless(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(writer.os, "fsync", synced.append)
+    monkeypatch.setattr(writer.os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
     rows = Writer(tmp_path, 0)
     synced.clear()
     rows.write(1, {"x": 1.0})
     rows.sync()
-    assert rows._file.fileno() in synced
+    assert (tmp_path / "metrics.jsonl").stat().st_ino in synced
     rows.close()
     rows.close()
 
