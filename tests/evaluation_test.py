@@ -1,104 +1,18 @@
-"""Evaluation: scores as numpy and scikit-learn have them, the same on any devices and batches."""
+"""Evaluation of networks on splits: the same on any devices and batches; task_test has scores."""
 
 import functools
 
 import jax
 import numpy as np
 import pytest
-from sklearn import metrics as reference
+from jax import numpy as jnp
 
-from abkd_jax import data, models, train
-from abkd_jax.train import evaluation, parallel
+from abkd_jax import data, models, parallel, tasks, train
+from abkd_jax.run.evaluation import evaluate, summarized
+from abkd_jax.types import Outputs
 
 K = 4
 
-
-def drawn(size, seed=0, scale=3.0):
-    """Overconfident logits, and labels that go with them more often than not, without class 3."""
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, K - 1, size)
-    logits = rng.normal(size=(size, K)) + np.eye(K)[labels]
-    return (scale * logits).astype(np.float32), labels.astype(np.int32)
-
-
-def softmax(logits):
-    exp = np.exp(logits - logits.max(-1, keepdims=True).astype(np.float64))
-    return exp / exp.sum(-1, keepdims=True)
-
-
-def ece(probabilities, labels, bins=15):
-    """Guo et al. 2017, section 2, one bin after the other."""
-    confidence, found = probabilities.max(-1), 0.0
-    correct = probabilities.argmax(-1) == labels
-    for low in np.arange(bins) / bins:
-        inside = (confidence > low) & (confidence <= low + 1 / bins)
-        if inside.any():
-            gap = abs(correct[inside].mean() - confidence[inside].mean())
-            found += inside.mean() * gap
-    return found
-
-
-# --- scores -------------------------------------------------------------------------------------
-
-
-def test_scores_are_those_of_numpy_and_scikit_learn():
-    logits, labels = drawn(200)
-    found = evaluation.scores(logits, labels, None)
-    probabilities = softmax(logits)
-    np.testing.assert_allclose(found["accuracy"], np.mean(logits.argmax(-1) == labels), rtol=1e-6)
-    expected = reference.log_loss(labels, probabilities, labels=range(K))
-    np.testing.assert_allclose(found["nll"], expected, rtol=1e-5)  # float32 sums of 200 numbers
-    expected = np.mean(np.sum((probabilities - np.eye(K)[labels]) ** 2, -1))
-    np.testing.assert_allclose(found["brier"], expected, rtol=1e-5)
-    np.testing.assert_allclose(found["ece"], ece(probabilities, labels), rtol=1e-4)
-    assert found["top5"] == 1.0  # of four classes
-    assert found["count"] == 200 and found["temperature"] is None and found["scaled"] is None
-
-
-def test_a_class_without_examples_has_no_accuracy():
-    logits, labels = drawn(60)
-    found = evaluation.scores(logits, labels, None)["class_accuracy"]
-    matrix = reference.confusion_matrix(labels, logits.argmax(-1), labels=range(K))
-    np.testing.assert_allclose(found[:3], np.diag(matrix)[:3] / matrix.sum(-1)[:3], rtol=1e-12)
-    assert np.isnan(found[3])
-
-
-def test_the_reliability_diagram_adds_up_to_the_ece():
-    logits, labels = drawn(200)
-    found = evaluation.scores(logits, labels, None)
-    count, confidence, accuracy = (
-        np.asarray(found["reliability"][name]) for name in ("count", "confidence", "accuracy")
-    )
-    filled = count > 0
-    assert not filled.all() and np.isnan(accuracy[~filled]).all()  # four classes: at least 1/4
-    gaps = np.abs(accuracy - confidence)[filled] * count[filled]
-    np.testing.assert_allclose(gaps.sum() / 200, found["ece"], rtol=1e-5)
-
-
-def test_a_temperature_scales_the_calibration_alone():
-    logits, labels = drawn(400)
-    held_out, known = drawn(400, seed=1)
-    gathered = evaluation.Gathered({"student": held_out}, known)
-    temperature = evaluation.temperatures(gathered)["student"]
-    assert temperature > 1.5  # for the logits are three times those of the true distribution
-    plain = evaluation.scores(logits, labels, None)
-    found = evaluation.scores(logits, labels, temperature)
-    for name in ("accuracy", "top5", "nll", "ece", "class_accuracy"):
-        np.testing.assert_equal(found[name], plain[name])
-    by_hand = evaluation.scores(logits / temperature, labels, None)
-    for name, value in found["scaled"].items():
-        np.testing.assert_equal(value, by_hand[name])
-    assert by_hand["accuracy"] == plain["accuracy"]
-
-    def nll(t):
-        return reference.log_loss(known, softmax(held_out / t), labels=range(K))
-
-    # The minimum on validation data: lower than unscaled, and than one per cent to either side.
-    assert nll(temperature) < nll(1.0) - 0.05
-    assert nll(temperature) < min(nll(temperature * 1.01), nll(temperature / 1.01))
-
-
-# --- of networks on splits ----------------------------------------------------------------------
 
 SIZE = 37  # a multiple of neither the batch sizes nor the numbers of devices
 
@@ -143,28 +57,77 @@ def direct(name):
     return state.forward(params, inputs.astype(np.float32), train=False)[0].logits
 
 
+def evaluated(devices, size, task=None, gather=True, names=("student", "teacher")):
+    mesh = parallel.mesh(devices, batch_size=8 * devices)
+    chosen = {name: networks()[name] for name in names}
+    how = dict(size=size, preprocess=dataset().preprocess, mesh=mesh, gather=gather)
+    task = tasks.classification() if task is None else task
+    return evaluate(chosen, dataset().test, task, **how)
+
+
 @pytest.mark.parametrize("devices,size", [(1, 5), (1, 37), (1, 64), (2, 5), (8, 8), (8, 64)])
 def test_gathered_logits_are_those_of_a_direct_forward_pass(devices, size):
     """Every example once, in order, whatever the padding."""
-    mesh = parallel.mesh(devices, batch_size=8 * devices)
-    how = dict(size=size, preprocess=dataset().preprocess, mesh=mesh)
-    found = evaluation.gather(networks(), dataset().test, **how)
-    np.testing.assert_array_equal(found.labels, dataset().test.labels)
-    for name, logits in found.logits.items():
+    _, rows = evaluated(devices, size)
+    for name, found in rows.items():
+        np.testing.assert_array_equal(found["labels"], dataset().test.labels)
         # float32: matrix products of other shapes may add in another order.
-        np.testing.assert_allclose(logits, direct(name), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found["logits"], direct(name), rtol=1e-5, atol=1e-5)
         assert np.ptp(direct(name)) > 0.1
 
 
 @pytest.mark.parametrize("devices,size", [(1, 5), (8, 16)])
-def test_the_quick_metrics_are_those_of_the_scores(devices, size):
-    mesh = parallel.mesh(devices, batch_size=8 * devices)
-    how = dict(size=size, preprocess=dataset().preprocess, mesh=mesh)
-    quick = evaluation.quick(networks(), dataset().test, **how)
-    gathered = evaluation.gather(networks(), dataset().test, **how)
+def test_the_summary_is_that_of_all_rows_at_once(devices, size):
+    task = tasks.classification()
+    summary, _ = evaluated(devices, size, gather=False)
+    outputs = {name: Outputs(logits=direct(name)) for name in networks()}
+    labels = jnp.asarray(dataset().test.labels)
+    batch = {"labels": labels, "where": jnp.ones(SIZE, bool)}
+    expected = task.summary(task.sums(outputs, batch, tuple(outputs)))
     for name in networks():
-        scores = evaluation.scores(gathered.logits[name], gathered.labels, None)
-        assert set(quick[name]) == {"accuracy", "top5", "nll", "brier", "entropy", "ece"}
-        for metric, value in quick[name].items():
+        assert set(summary[name]) == set(expected[name])
+        for metric, value in summary[name].items():
             # The bins of the ECE and its sums are of float32, in another order.
-            np.testing.assert_allclose(value, scores[metric], rtol=2e-5, err_msg=metric)
+            np.testing.assert_allclose(value, expected[name][metric], rtol=2e-5, err_msg=metric)
+
+
+def test_without_a_wish_for_rows_there_are_none():
+    summary, rows = evaluated(1, 16, gather=False, names=("student",))
+    assert rows == {} and set(summary) == {"student"}
+
+
+def test_rows_are_gathered_up_to_half_a_gigabyte_and_the_summary_is_of_all():
+    """In float32; here each number is of one byte. At least the first batch is kept."""
+    plain = tasks.classification()
+    expected, _ = evaluated(1, 8, names=("student",))
+    for width, kept in ((2**22, 4), (2**24, 1), (2**25, 1)):
+
+        def rows(outputs, batch, width=width):
+            return {"wide": jnp.zeros((*batch["labels"].shape, width), jnp.int8)}
+
+        found, gathered = evaluated(1, 8, plain._replace(rows=rows), names=("student",))
+        assert gathered["student"]["wide"].shape == (8 * kept, width)
+        np.testing.assert_equal(found, expected)
+
+
+def test_sums_of_members_are_summarised_for_each():
+    """As a sweep has them: stacked along a first axis."""
+    task, split = tasks.classification(), dataset().test
+    scales = jnp.asarray([0.5, 2.0])
+    logits = jax.random.normal(jax.random.key(0), (SIZE, K))
+
+    def batches():
+        for start in range(0, SIZE, 20):
+            rows = slice(start, start + 20)
+            where = jnp.ones_like(split.labels[rows], bool)
+            yield {"inputs": logits[rows], "labels": split.labels[rows], "where": where}
+
+    @jax.jit
+    def of(batch, scale):
+        return task.sums({"a": Outputs(logits=scale * batch["inputs"])}, batch, ("a",))
+
+    stacked = summarized(lambda x: jax.vmap(of, (None, 0))(x, scales), task, batches())["a"]
+    for index, scale in enumerate(scales):
+        alone = summarized(lambda x, scale=scale: of(x, scale), task, batches())["a"]
+        for metric, value in alone.items():
+            np.testing.assert_allclose(stacked[metric][index], value, rtol=2e-5, err_msg=metric)

@@ -12,6 +12,7 @@ import re
 import runpy
 import signal
 import sys
+import weakref
 
 
 def signal_at(name: str, event: str, pattern: str, count: int) -> None:
@@ -30,15 +31,20 @@ def signal_at(name: str, event: str, pattern: str, count: int) -> None:
 
 def audit_steps() -> None:
     """Makes each step an audit event."""
-    from abkd_jax.train.progress import Progress
+    from abkd_jax.run.log.progress import Progress
 
-    update = Progress.update
+    begin, update = Progress.__init__, Progress.update
+    labels = weakref.WeakKeyDictionary()
+
+    def labelled(self, label, *args, **options):
+        labels[self] = label
+        begin(self, label, *args, **options)
 
     def audited(self, step, **shown):
-        sys.audit("step", f"{self._label} {step}")
+        sys.audit("step", f"{labels[self]} {step}")
         update(self, step, **shown)
 
-    Progress.update = audited
+    Progress.__init__, Progress.update = labelled, audited
 
 
 if __name__ == "__main__":

@@ -90,6 +90,17 @@ def test_steps_before_a_resume_and_compilation_are_not_in_the_rate(clock, divert
     assert "student step 1100/1500, 64 examples/s, ETA 0:13:20, loss 0.1234\n" == stderr.getvalue()
 
 
+def test_an_evaluation_before_the_first_step_is_not_in_the_rate(clock, divert):
+    stderr = divert()
+    with display(total=300, examples_per_step=8) as shown:
+        shown.log(0, {"validation/student/accuracy": 0.1})
+        clock.now += 90.0
+        for step in range(1, 102):
+            shown.update(step)
+            clock.now += 0.1
+    assert stderr.getvalue().splitlines()[-1].startswith("student step 101/300, 80 examples/s, ")
+
+
 def test_before_the_second_step_no_rate_is_claimed(clock, divert):
     stderr = divert()
     with display("student", 10, examples_per_step=1) as shown:

@@ -11,14 +11,13 @@ import pytest
 from jax import numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from abkd_jax import losses, models, train
+from abkd_jax import losses, models, optimizers, tasks, train
 from abkd_jax import schedules as s
+from abkd_jax.binding import as_number, bind, schedule
 from abkd_jax.divergences import alpha_beta, forward_kl
 from abkd_jax.numerics import log_softmax
-from abkd_jax.objective import check_needs
-from abkd_jax.train import optimizer
-from abkd_jax.train.step import eval_step, train_step
-from abkd_jax.types import Batch, Outputs, Term, as_number, bind, schedule
+from abkd_jax.train import eval_outputs, train_step
+from abkd_jax.types import Batch, Outputs, Term
 
 K, D, B = 5, 7, 16
 
@@ -37,8 +36,8 @@ def make_batch(size=B, seed=0):
 
 
 def make_state(widths=(8,), seed=0, rule=None, **kwargs):
-    rule = bind(optimizer.sgd, learning_rate=0.1) if rule is None else rule
-    module = models.from_config("mlp", {"widths": widths}, num_classes=K, field="student")
+    rule = bind(optimizers.sgd, learning_rate=0.1) if rule is None else rule
+    module = models.mlp(num_classes=K, widths=widths)
     return train.create(module, jnp.zeros((1, D)), init_seed=seed, optimizer=rule, **kwargs)
 
 
@@ -50,7 +49,7 @@ def make_terms(weight=1.0, alpha=0.8, beta=0.3, temperature=2.0, other="teacher"
     )
     weight = weight if not np.isscalar(weight) else as_number(weight, "weight")
     return {
-        "task": Term(bind(losses.cross_entropy), jnp.ones(()), where="labelled", other=other),
+        "task": Term(bind(losses.cross_entropy), jnp.ones(()), where="labelled"),
         "distill": Term(distill, weight, other=other),
     }
 
@@ -96,7 +95,7 @@ def test_metrics_are_named_by_learner_and_term():
 
 def test_a_teacher_learns_alone():
     networks = {"teacher": make_state()}
-    terms = {"task": Term(bind(losses.cross_entropy), jnp.ones(()), "labelled", "teacher")}
+    terms = {"task": Term(bind(losses.cross_entropy), jnp.ones(()), "labelled")}
     first = train_step(networks, make_batch(), {"teacher": terms})[1]["teacher/task"]
     for _ in range(20):
         networks, metrics = train_step(networks, make_batch(), {"teacher": terms})
@@ -142,27 +141,27 @@ def test_accumulation_is_exact_whatever_the_masks(micro_batches):
 
 def test_accumulation_refusals():
     networks, batch = offline(), make_batch()
-    with pytest.raises(ValueError, match=r"^micro_batches=3 must divide the batch of 16\."):
+    with pytest.raises(
+        ValueError, match=r"^micro_batches must be a divisor of 16 rows; found 3\."
+    ):
         train_step(networks, batch, {"student": make_terms()}, micro_batches=3)
 
     def coupled(student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
         return jnp.sum(student.logits, -1) - jnp.mean(teacher.logits)
 
     coupled.couples_batch = True
-    terms = {"shared": Term(bind(coupled), jnp.ones(()))}
+    terms = {"shared": Term(bind(coupled), jnp.ones(()), other="teacher")}
     with pytest.raises(
         ValueError,
-        match=r"^student\.terms\.shared couples the examples of a batch, so micro_batches must be "
-        r"1; found 2\.",
+        match=r"^micro_batches must be 1, for student\.terms\.shared couples the rows of a batch; "
+        r"found 2\.",
     ):
         train_step(networks, batch, {"student": terms}, micro_batches=2)
 
 
 def test_batch_norm_statistics_move_for_learners_only():
-    module = models.from_config(
-        "cnn", {"widths": (4, 8), "batch_norm": True}, num_classes=K, field="student"
-    )
-    rule = bind(optimizer.sgd, learning_rate=0.1)
+    module = models.cnn(num_classes=K, widths=(4, 8), batch_norm=True)
+    rule = bind(optimizers.sgd, learning_rate=0.1)
     new = functools.partial(train.create, module, jnp.zeros((1, 8, 8, 1)), optimizer=rule)
     networks = {"student": new(init_seed=0), "teacher": train.frozen(new(init_seed=1))}
     batch = make_batch() | {"inputs": jax.random.normal(jax.random.key(0), (B, 8, 8, 1)) + 1.0}
@@ -186,7 +185,7 @@ def test_one_compile_for_fifty_numbers():
     for index in range(50):
         alpha, beta, temperature, weight, rate = rng.uniform(0.1, 2.0, 5).tolist()
         alpha = int(alpha) if index % 2 else alpha
-        rule = bind(optimizer.sgd, learning_rate=rate, momentum=0.9)
+        rule = bind(optimizers.sgd, learning_rate=rate, momentum=0.9)
         networks = {"student": make_state(rule=rule), "teacher": teacher}
         terms = make_terms(weight, alpha, beta, temperature)
         after, _ = train_step(networks, batch, {"student": terms})
@@ -201,12 +200,12 @@ def test_schedules_are_evaluated_inside_the_step_and_compile_once():
     rate = schedule(s.linear, start=0.5, end=0.0, steps=4)
     networks = offline()
     scheduled = networks | {
-        "student": make_state(rule=bind(optimizer.sgd, learning_rate=rate, momentum=0.9))
+        "student": make_state(rule=bind(optimizers.sgd, learning_rate=rate, momentum=0.9))
     }
     before = None
     for step in range(5):
         fraction = min(step / 4, 1.0)
-        fixed_rule = bind(optimizer.sgd, learning_rate=0.5 * (1 - fraction), momentum=0.9)
+        fixed_rule = bind(optimizers.sgd, learning_rate=0.5 * (1 - fraction), momentum=0.9)
         state = make_state(rule=fixed_rule)
         inner = scheduled["student"].opt_state.inner_state
         fixed = networks | {
@@ -230,7 +229,7 @@ def test_members_by_vmap_equal_single_runs():
     rates, alphas = jnp.array([0.1, 0.3, 0.5]), jnp.array([1.0, 0.5, 0.0])
 
     def member(seed, rate, alpha):
-        state = make_state(seed=seed, rule=bind(optimizer.sgd, learning_rate=rate))
+        state = make_state(seed=seed, rule=bind(optimizers.sgd, learning_rate=rate))
         for _ in range(3):
             networks = {"student": state, "teacher": teacher}
             networks, metrics = train_step(networks, batch, {"student": make_terms(alpha=alpha)})
@@ -276,39 +275,48 @@ def test_a_fully_masked_batch_moves_nothing_and_is_finite():
     assert_trees_equal(after["student"].params, networks["student"].params, rtol=0, atol=0)
 
 
-def test_eval_step_counts_real_examples_and_uses_the_moving_average():
+def test_evaluation_uses_the_moving_average_and_real_rows_count():
     networks, batch = offline(), make_batch()
     state = networks["student"]
     averaged = state.replace(params=jax.tree.map(lambda p: p * jnp.nan, state.params))
     averaged = averaged.replace(ema_params=state.params)
-    sums, examples = eval_step(networks, batch)
-    ema_sums, _ = eval_step(networks | {"student": averaged}, batch)
-    assert_trees_equal(sums["student"], ema_sums["student"])
-    logits = np.asarray(examples["student"]["logits"])
+    outputs = eval_outputs(networks, batch)
+    assert set(outputs) == {"student", "teacher"}
+    ema_outputs = eval_outputs(networks | {"student": averaged}, batch)
+    assert_trees_equal(outputs["student"], ema_outputs["student"], rtol=0, atol=0)
+    sums = tasks.classification().sums(outputs, batch, ("student",))
+    logits = np.asarray(outputs["student"].logits)
     valid = np.asarray(batch["where"]) & (np.asarray(batch["labels"]) >= 0)
     right = logits.argmax(-1) == np.asarray(batch["labels"])
     assert sums["student"]["count"] == valid.sum()
     assert sums["student"]["accuracy"] == (right & valid).sum()
-    teacher_logits = examples["teacher"]["logits"]
-    divergence = forward_kl(examples["student"]["logits"], teacher_logits)
+    divergence = forward_kl(outputs["student"].logits, outputs["teacher"].logits)
     expected = np.where(batch["where"], divergence, 0.0).sum()
     np.testing.assert_allclose(sums["student|teacher"]["kl_at_1"], expected, rtol=1e-5)
 
 
-def test_a_part_that_a_model_does_not_give_is_refused_by_name():
-    def hidden(student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
-        return jnp.sum(student.hidden, -1)
+def test_evaluation_takes_outputs_that_come_with_the_batch():
+    networks, batch = offline(), make_batch()
+    given = Outputs(logits=jnp.ones((B, K)))
+    outputs = eval_outputs(networks, batch | {"outputs": {"teacher": given}})
+    assert_trees_equal(outputs["teacher"], given, rtol=0, atol=0)
+    plain = eval_outputs(networks, batch)
+    assert_trees_equal(outputs["student"], plain["student"], rtol=0, atol=0)
 
-    hidden.needs = ("hidden",)
-    objectives = {"student": {"match": Term(bind(hidden), jnp.ones(()))}}
-    outputs = {"student": Outputs(logits=0, hidden=0), "teacher": Outputs(logits=0)}
-    with pytest.raises(
-        ValueError,
-        match=r"^student\.terms\.match needs 'hidden' of both networks, which the model of "
-        r"'teacher' does not give\.$",
-    ):
-        check_needs(objectives, outputs)
-    assert check_needs(objectives, outputs | {"teacher": outputs["student"]}) is None
+
+def test_a_loss_of_the_learner_alone_needs_no_other():
+    """Its second argument shows nothing."""
+
+    def alone(student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
+        assert teacher == Outputs()
+        return jnp.sum(student.logits**2, -1)
+
+    terms = {"small": Term(bind(alone), jnp.ones(()))}
+    networks = {"student": make_state()}
+    _, before = train_step(networks, make_batch(), {"student": terms})
+    after, _ = train_step(networks, make_batch(), {"student": terms})
+    _, metrics = train_step(after, make_batch(), {"student": terms})
+    assert metrics["student/small"] < before["student/small"]
 
 
 def test_log_softmax_of_the_library_is_that_of_jax():
@@ -323,9 +331,9 @@ def test_the_heads_of_cached_outputs_are_not_split():
     outputs = teacher.forward(teacher.params, batch["inputs"], train=False)[0]
 
     def of_heads(student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
-        return jnp.sum(student.logits, -1) * jnp.sum(teacher.unembedding)
+        return jnp.sum(student.logits, -1) * jnp.sum(teacher.head.unembedding)
 
-    objectives = {"student": {"heads": Term(bind(of_heads), jnp.ones(()))}}
+    objectives = {"student": {"heads": Term(bind(of_heads), jnp.ones(()), other="teacher")}}
     expected, _ = train_step(networks, batch, objectives)
     cached = batch | {"outputs": {"teacher": outputs}}
     found, _ = train_step(networks, cached, objectives, micro_batches=2)
@@ -344,21 +352,24 @@ def without(entry):
 
 REFUSED = {
     "objectives must be {learner: {name: Term}}; found {}.": dict(objectives={}),
-    "objectives name 'pupil', but the networks are student, teacher.": dict(
+    "a learner of objectives must be one of student, teacher; found 'pupil'.": dict(
         objectives={"pupil": make_terms()}
     ),
-    "the objective of 'student' is empty; it needs at least one term.": dict(
+    "the objective of 'student' must be of at least one term; found {}.": dict(
         objectives={"student": {}}
     ),
     "'teacher' has no optimiser; leave it out of the objectives.": dict(
         objectives={"teacher": make_terms(other="student")}
     ),
-    "student.terms.distill names 'peer', but the networks are student, teacher.": dict(
+    "student.terms.distill.other must be one of student, teacher; found 'peer'.": dict(
         objectives={"student": make_terms(other="peer")}
+    ),
+    "student.terms.distill needs an other network; name one of student, teacher.": dict(
+        objectives={"student": make_terms(other=None)}
     ),
     "the batch lacks 'labelled'; it has inputs, labels, where.": dict(batch=without("labelled")),
     "the batch lacks 'inputs'; it has labelled, labels, where.": dict(batch=without("inputs")),
-    "batch['where'] must be bool; found float32.": dict(
+    "batch['where'] must be bool [16], one for each row of the batch; found float32[16].": dict(
         batch=make_batch() | {"where": jnp.ones(B)}
     ),
     "batch['outputs'] has 'student', which learns and must be run.": dict(
@@ -373,12 +384,13 @@ def test_refusals(message):
     change = REFUSED[message]
     batch = change.get("batch", make_batch())
     objectives = change.get("objectives", {"student": make_terms()})
-    with pytest.raises(ValueError, match="^" + re.escape(message)):
+    error = AssertionError if message.startswith("batch['where']") else ValueError
+    with pytest.raises(error, match="^" + re.escape(message)):
         train_step(offline(), batch, objectives, micro_batches=change.get("micro_batches", 1))
 
 
 def test_an_unbound_optimiser_is_refused():
-    with pytest.raises(TypeError, match=r"^optimizer must be a function of abkd_jax\.train\.opt"):
+    with pytest.raises(TypeError, match=r"^optimizer must be a function of abkd_jax\.optimizers"):
         make_state(rule=optax.sgd(0.1))
 
 
