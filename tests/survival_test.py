@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from abkd_jax import data
-from abkd_jax.train import loop
-from abkd_jax.train.checkpoint import Checkpoints, digest
-from abkd_jax.train.writer import read
+from abkd_jax.run import loop
+from abkd_jax.run.log.writer import read
+from abkd_jax.train.checkpoint import FOLDER, Checkpoints, digest
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIGITS = (
@@ -34,11 +34,9 @@ import ml_collections
 
 def network(width):
     return dict(
-        model="cnn",
-        widths=(width,),
-        batch_norm=True,
+        model=dict(fn="cnn", widths=(width,), batch_norm=True),
         ema_decay=0.9,
-        optimizer=dict(name="sgd", learning_rate=0.05, momentum=0.9, weight_decay=5e-4),
+        optimizer=dict(fn="sgd", learning_rate=0.05, momentum=0.9, weight_decay=5e-4),
         terms=dict(
             task=dict(fn="cross_entropy", weight=1.0),
             distill=dict(
@@ -55,10 +53,10 @@ def network(width):
 def get_config():
     return ml_collections.ConfigDict(
         dict(
-            mode="online",
-            data=dict(name="digits", validation=297, pad=1),
+            data=dict(fn="digits", validation=297, pad=1),
             teacher=network(8),
             student=network(4),
+            phases=dict(together=dict(learn=("teacher", "student"), select="student")),
             batch_size=64,
             num_steps=30,
             checkpoint_every=5,
@@ -66,6 +64,33 @@ def get_config():
             steps_per_call=2,
             init_seed=0,
             data_seed=0,
+        )
+    )
+"""
+SAMPLED = """
+import ml_collections
+
+
+def get_config():
+    return ml_collections.ConfigDict(
+        dict(
+            data=dict(fn="digits", validation=297),
+            student=dict(
+                model=dict(fn="mlp", widths=(8,)),
+                optimizer=dict(fn="adam", learning_rate=0.003),
+                terms=dict(task=dict(fn="cross_entropy", weight=1.0)),
+            ),
+            phases=dict(
+                alone=dict(
+                    learn=("student",), source=dict(fn="sampled_source.sampled", rows=32)
+                )
+            ),
+            plugins=("sampled_source",),
+            batch_size=32,
+            num_steps=24,
+            checkpoint_every=6,
+            log_every=6,
+            steps_per_call=2,
         )
     )
 """
@@ -79,6 +104,7 @@ def environment():
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),  # for a plugin
     }
 
 
@@ -211,6 +237,39 @@ def test_a_run_with_batch_norm_that_is_killed_at_random_ends_as_one_that_was_not
     assert_equal_runs(workdir, expected, [""])
 
 
+def source_of(folder):
+    """The state of the source in the newest checkpoint."""
+    with Checkpoints(folder / FOLDER) as checkpoints:
+        return checkpoints.restore()[1]["source"]
+
+
+@pytest.mark.slow
+def test_a_run_whose_labels_a_network_draws_ends_as_one_that_was_not_killed(run, tmp_path):
+    """Killed at the evaluation of step 0, between refills, at an evaluation, while saving."""
+    (tmp_path / "config.py").write_text(SAMPLED)
+    flags = [f"--config={tmp_path / 'config.py'}"]
+    expected, workdir = tmp_path / "expected", tmp_path / "run"
+    status, errors = run(flags, expected)
+    assert status == 0, errors
+    for moment in (
+        ("step", "^student 0$", 1),  # the row of step 0 is written, no step is done
+        ("step", "^student 10$", 1),  # between the refills at 8 and 12, after the save at 6
+        ("step", "^student 12$", 3),  # evaluated, not yet saved; then step 12 refills
+        ("os.rename", "/18.orbax-checkpoint-tmp$", 1),  # all is written, but no name
+        ("step", "^student 20$", 1),  # right after the save at 18, within the interval from 16
+    ):
+        status, errors = run(flags, workdir, ("SIGKILL", *moment))
+        assert status == -signal.SIGKILL, (moment, errors)
+    status, errors = run(flags, workdir)
+    assert status == 0, errors
+    assert_equal_runs(workdir, expected, [""])
+    state = source_of(expected)
+    assert digest(source_of(workdir)) == digest(state)
+    assert state["evaluations"] == 5 and 0 < state["accuracy"] < 1  # 0, 6, 12, 18, 24
+    assert [row["step"] for row in rows(expected)] == [0, 6, 6, 12, 12, 18, 18, 24, 24]
+    assert len(np.unique(state["labels"])) > 3
+
+
 # Interrupted
 
 
@@ -293,11 +352,10 @@ def newest_whole_step(checkpoints, tmp_path):
     if not checkpoints.exists():
         return None
     shutil.copytree(checkpoints, copy)
-    opened = Checkpoints(copy)
-    step = opened.steps()[-1] if opened.steps() else None
-    if step is not None:
-        opened.restore_at(step)
-    opened.close()
+    with Checkpoints(copy) as opened:
+        step = opened.steps()[-1] if opened.steps() else None
+        if step is not None:
+            opened.restore_at(step)
     return step
 
 
@@ -350,11 +408,11 @@ def test_a_disk_that_is_full_at_the_report_takes_nothing_away(run, digits, tmp_p
 @pytest.fixture
 def train(monkeypatch, capfd):
     """Trains one network on `inputs`; returns what result.json holds, and the lines on stderr."""
-    monkeypatch.setattr("abkd_jax.train.report.write", lambda _: None)  # a second of figures
+    monkeypatch.setattr("abkd_jax.report.write", lambda *_: None)  # a second of figures
 
     def trained(workdir, inputs=None, learning_rate=0.1, **settings):
         config = dict(
-            mode="online",
+            phases=dict(alone=dict(learn=("student",))),
             batch_size=8,
             num_steps=12,
             checkpoint_every=4,
@@ -365,9 +423,8 @@ def train(monkeypatch, capfd):
             data_seed=0,
             data={},
             student=dict(
-                model="mlp",
-                widths=(6,),
-                optimizer=dict(name="adam", learning_rate=learning_rate),
+                model=dict(fn="mlp", widths=(6,)),
+                optimizer=dict(fn="adam", learning_rate=learning_rate),
                 terms=dict(task=dict(fn="cross_entropy", weight=1.0)),
             ),
         )
@@ -452,10 +509,12 @@ DAMAGE = {
     "manifest truncated": (truncate, "state/manifest.ocdbt"),
     "metadata truncated": (truncate, "state/_METADATA"),
     "metadata gone": (pathlib.Path.unlink, "state/_METADATA"),
-    "checksums truncated": (truncate, "checksums/metadata"),
-    "checksums gone": (shutil.rmtree, "checksums"),
-    "accuracy truncated": (truncate, "metrics/metrics"),
-    "accuracy gone": (shutil.rmtree, "metrics"),
+    "hash truncated": (truncate, "about/metadata"),
+    "hash flipped": (flip, "about/metadata"),
+    "hash gone": (shutil.rmtree, "about"),
+    "score truncated": (truncate, "metrics/metrics"),
+    "score flipped": (flip, "metrics/metrics"),
+    "score gone": (shutil.rmtree, "metrics"),
     "state gone": (shutil.rmtree, "state"),
     "all gone": (empty, "."),
 }
@@ -560,9 +619,8 @@ def test_a_nan_is_caught_at_its_step_with_all_that_shows_why(train, tmp_path, st
     train(clean, **settings | dict(num_steps=step))
     states = []
     for folder in (workdir / "nonfinite" / "checkpoints", clean / "checkpoints"):
-        opened = Checkpoints(folder)
-        states.append(opened.restore_at(step)["learners"])
-        opened.close()
+        with Checkpoints(folder) as opened:
+            states.append(opened.restore_at(step)["learners"])
     assert digest(states[0]) == digest(states[1])
 
 
