@@ -1,6 +1,8 @@
 """A run as a function: your own data and networks, what each phase sees, devices, refusals."""
 
+import contextlib
 import re
+import signal
 
 import jax
 import numpy as np
@@ -10,8 +12,10 @@ from flax import nnx
 from jax import numpy as jnp
 
 from abkd_jax import data
-from abkd_jax.train.checkpoint import Checkpoints
-from abkd_jax.train.loop import train_and_evaluate
+from abkd_jax.run.log.progress import Progress
+from abkd_jax.run.log.writer import read
+from abkd_jax.run.loop import train_and_evaluate
+from abkd_jax.train.checkpoint import FOLDER, Checkpoints, digest
 
 K, DIM = 3, 6
 TASK = dict(fn="cross_entropy", weight=1.0, where="labelled")
@@ -21,19 +25,20 @@ DISTILL = dict(
     temperature=2.0,
     divergence=dict(fn="alpha_beta", alpha=0.8, beta=0.5),
 )
-SGD = dict(name="sgd", learning_rate=0.1)
-GIVEN = dict(model="given")
+SGD = dict(fn="sgd", learning_rate=0.1)
+MLP = dict(fn="mlp", widths=(5,))
+SMALL = dict(fn="mlp", widths=(4,))
+GIVEN = dict(model=dict(fn="given"))
 
 
 def network(**changes):
-    return dict(model="mlp", widths=(5,), optimizer=SGD, terms=dict(task=TASK)) | changes
+    return dict(model=MLP, optimizer=SGD, terms=dict(task=TASK)) | changes
 
 
-def config(**changes):
-    """Five steps, offline."""
+def config(*, online=False, **changes):
+    """Five steps, in phases: a teacher on all labels, maybe a baseline, a student."""
     values = dict(
-        mode="offline",
-        data=dict(name="digits", validation=0),
+        data=dict(fn="digits", validation=0),
         teacher=network(),
         student=network(terms=dict(distill=DISTILL)),
         batch_size=16,
@@ -45,7 +50,15 @@ def config(**changes):
         data_seed=0,
     )
     values |= changes
-    return {key: value for key, value in values.items() if value is not None}
+    phases = {
+        name: dict(learn=(name,), split=split)
+        for name, split in (("teacher", "full"), ("baseline", "labelled"))
+        if name in values and values[name] != GIVEN
+    }
+    phases["distill"] = dict(learn=("student",), see=("teacher",))
+    if online:
+        phases = dict(together=dict(learn=("teacher", "student"), select="student"))
+    return dict(phases=phases) | values
 
 
 def drawn(size, seed):
@@ -77,11 +90,13 @@ def images(**options):
 
 def parameters(workdir, name="student"):
     """The network's parameters in the newest checkpoint."""
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    try:
-        return checkpoints.restore()[1]["learners"][name]["params"]
-    finally:
-        checkpoints.close()
+    return newest(workdir)["learners"][name]["params"]
+
+
+def newest(folder):
+    """The newest checkpoint."""
+    with Checkpoints(folder / FOLDER) as checkpoints:
+        return checkpoints.restore()[1]
 
 
 def differ(a, b):
@@ -102,11 +117,18 @@ def refusal(workdir, *args, **options):
 def test_a_run_on_feature_vectors(tmp_path):
     baseline = network()
     result = train_and_evaluate(config(baseline=baseline), tmp_path, data=dataset())
-    assert result["mode"] == "offline" and result["num_classes"] == K
+    assert result["num_classes"] == K and result["score"] == "accuracy"
+    assert [(x["name"], x["folder"], x["split"]) for x in result["phases"]] == [
+        ("teacher", "teacher", "full"),
+        ("baseline", "baseline", "labelled"),
+        ("distill", "", "train"),
+    ]
+    assert result["phases"][2]["learn"] == ["student"] and result["phases"][2]["see"] == ["teacher"]
     assert (result["evaluated_on"], result["selected_on"]) == ("test", "validation")
-    assert list(result["networks"]) == ["teacher", "baseline", "student"]
+    assert set(result["networks"]) == {"teacher", "baseline", "student"}
     for found in result["networks"].values():
         assert found["steps"] == found["best"]["step"] == 5
+        assert found["last"]["top5"] is None  # of three classes
         assert found["parameters"] == (DIM + 1) * 5 + (5 + 1) * K
         assert found["last"]["count"] == 36
         assert found["last"]["scaled"]["nll"] > 0 and found["last"]["temperature"] > 0
@@ -119,13 +141,13 @@ def test_a_run_on_feature_vectors(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_on_images_without_validation_data(tmp_path):
-    cnn = network(model="cnn", widths=(4,))
+    cnn = network(model=dict(fn="cnn", widths=(4,)))
     made = config(teacher=cnn, student=cnn | dict(terms=dict(distill=DISTILL)))
     result = train_and_evaluate(made, tmp_path, data=images(mean=(0.5,), std=(0.3,)))
     assert result["selected_on"] == "test"
     for found in result["networks"].values():
         assert found["last"]["temperature"] is None and found["last"]["scaled"] is None
-        assert found["best"]["accuracy"] == pytest.approx(found["last"]["accuracy"], abs=1e-6)
+        assert found["best"]["score"] == pytest.approx(found["last"]["accuracy"], abs=1e-6)
     with np.load(tmp_path / "examples.npz") as examples:
         assert examples["images"].dtype == np.uint8 and examples["images"].shape[1:] == (8, 8, 1)
 
@@ -189,7 +211,7 @@ def test_a_student_of_your_own_learns(tmp_path):
         (lambda params, inputs: inputs @ params["w"], {"w": np.zeros((DIM, K), np.float32)}),
     )
     given = {"teacher": teacher, "student": student}
-    own = dict(model="given", optimizer=SGD, terms=dict(distill=DISTILL))
+    own = GIVEN | dict(optimizer=SGD, terms=dict(distill=DISTILL))
     made = config(teacher=GIVEN, student=own, num_steps=60, checkpoint_every=60)
     result = train_and_evaluate(made, tmp_path, networks=given, data=dataset())
     accuracy = {name: x["last"]["accuracy"] for name, x in result["networks"].items()}
@@ -241,7 +263,7 @@ def test_who_sees_the_withheld_labels_and_the_unlabelled_examples(tmp_path):
 
 
 def test_twins_need_seeds_of_their_own(tmp_path):
-    made = config(mode="online", teacher=network(), student=network())
+    made = config(online=True, teacher=network(), student=network())
     assert refusal(tmp_path, made, data=dataset()) == (
         "student and teacher are the same model with the same init_seed, 0, so that they would "
         "start as one; give one of them its own: student.init_seed=1."
@@ -257,24 +279,205 @@ def test_online_both_networks_learn_and_from_each_other(tmp_path):
     alone = network(terms=dict(task=TASK, distill=DISTILL | dict(weight=0.0)))
     learned = {}
     for name, (teacher, student) in {
-        "mutual": (mutual, mutual | dict(widths=(4,))),
-        "alone": (alone, alone | dict(widths=(4,))),
+        "mutual": (mutual, mutual | dict(model=SMALL)),
+        "alone": (alone, alone | dict(model=SMALL)),
     }.items():
-        made = config(mode="online", teacher=teacher, student=student)
+        made = config(online=True, teacher=teacher, student=student)
         result = train_and_evaluate(made, tmp_path / name, data=dataset())
         assert all(x["steps"] == 5 for x in result["networks"].values())
         assert not (tmp_path / name / "teacher").exists()
         learned[name] = {n: parameters(tmp_path / name, n) for n in ("teacher", "student")}
     still = SGD | dict(learning_rate=0.0)
     made = config(
-        mode="online",
+        online=True,
         teacher=mutual | dict(optimizer=still),
-        student=mutual | dict(widths=(4,), optimizer=still),
+        student=mutual | dict(model=SMALL, optimizer=still),
     )
     train_and_evaluate(made, tmp_path / "still", data=dataset())
     for name in ("teacher", "student"):
         assert differ(learned["mutual"][name], parameters(tmp_path / "still", name))
         assert differ(learned["mutual"][name], learned["alone"][name])
+
+
+# --- phases of one network ----------------------------------------------------------------------
+
+
+def rows(folder):
+    """Without wall-clock times."""
+    return [{k: v for k, v in x.items() if not k.startswith("time/")} for x in read(folder)]
+
+
+@contextlib.contextmanager
+def stopped_at(step):
+    """SIGTERM when the phase that is trained first comes to a step, which ends the run."""
+    update, sent = Progress.update, []
+
+    def stopping(self, at, **shown):
+        if at == step and not sent:
+            sent.append(at)
+            signal.raise_signal(signal.SIGTERM)
+        update(self, at, **shown)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "update", stopping)
+        with pytest.raises(SystemExit) as left:
+            yield
+    assert left.value.code == 0
+
+
+STILL = SGD | dict(learning_rate=0.0)
+
+
+def in_two_phases(first=None, second=None, **changes):
+    """One network: on labels, then from a teacher that is handed over; with batch norm."""
+    model = dict(fn="cnn", widths=(4,), batch_norm=True)
+    values = dict(
+        teacher=GIVEN,
+        student=network(model=model),
+        phases=dict(
+            warm=dict(learn=("student",), num_steps=6) | (first or {}),
+            distill=dict(
+                learn=("student",), see=("teacher",), student=dict(terms=dict(distill=DISTILL))
+            ) | (second or {}),
+        ),
+        num_steps=4, checkpoint_every=2, log_every=2,
+    )  # fmt: skip
+    return config(**values | changes)
+
+
+def brightness():
+    """A teacher of images that goes by their brightness."""
+    return {"teacher": (lambda w, x: jnp.mean(x, (1, 2)) * w, jnp.asarray([[-1.0, 0.5, 2.0]]))}
+
+
+def run_two(workdir, made):
+    return train_and_evaluate(made, workdir, networks=brightness(), data=images())
+
+
+@pytest.mark.slow
+def test_a_second_phase_goes_on_with_a_new_optimiser_from_step_0(tmp_path):
+    """As a run would that has the network's weights, and statistics, from the first."""
+    momentum = dict(optimizer=SGD | dict(momentum=0.9))
+    made = in_two_phases(student=network(model=dict(fn="cnn", widths=(4,), batch_norm=True)))
+    made["student"] = made["student"] | momentum
+    result = run_two(tmp_path / "two", made)
+    assert [(x["name"], x["folder"]) for x in result["phases"]] == [
+        ("warm", "warm"),
+        ("distill", ""),
+    ]
+    found = result["networks"]["student"]
+    assert found["steps"] == 4 and found["phase"] == "distill"
+    weights = dict(fn="run", workdir=str(tmp_path / "two" / "warm"))
+    alone = in_two_phases(student=made["student"] | dict(weights=weights))
+    del alone["phases"]["warm"]
+    expected = run_two(tmp_path / "alone", alone)["networks"]["student"]
+    assert found["sha256"] == expected["sha256"] and found["last"] == expected["last"]
+    assert rows(tmp_path / "two") == rows(tmp_path / "alone")
+    assert {row["step"] for row in rows(tmp_path / "two" / "warm")} == {2, 4, 6}
+    assert newest(tmp_path / "two" / "warm")["learners"]["student"]["step"] == 6
+
+
+def test_a_second_phase_has_a_new_average_and_may_begin_with_the_best_state(tmp_path):
+    """The rate of the first is so high at its end that what was learned is lost."""
+    lost = dict(fn="piecewise", start=0.5, factor=100.0, boundaries=(4,))
+    first = dict(student=dict(optimizer=SGD | dict(learning_rate=lost), ema_decay=0.9))
+    states = {}
+    for start in ("last", "best"):
+        second = dict(
+            learn=("student",), see=("teacher",), num_steps=2, start=start,
+            student=dict(terms=dict(distill=DISTILL), optimizer=STILL, ema_decay=0.9),
+        )  # fmt: skip
+        result = run_two(tmp_path / start, in_two_phases(first, second))
+        after = newest(tmp_path / start)["learners"]["student"]
+        assert not differ(after["params"], after["ema_params"])
+        states[start] = after["params"]
+    with Checkpoints(tmp_path / "best" / "warm" / FOLDER) as checkpoints:
+        step, _ = checkpoints.best()
+        best = checkpoints.restore_at(step)["learners"]["student"]
+    last = newest(tmp_path / "best" / "warm")["learners"]["student"]
+    assert step < 6 and differ(best["params"], last["params"])
+    assert not differ(states["last"], last["params"]) and not differ(states["best"], best["params"])
+    assert differ(last["params"], last["ema_params"])
+    assert result["networks"]["student"]["best"]["step"] == 2
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_in_either_phase_ends_as_one_that_was_not(tmp_path, capsys):
+    made = in_two_phases(second=dict(start="best"), student=network(
+        model=dict(fn="cnn", widths=(4,), batch_norm=True), ema_decay=0.9
+    ))  # fmt: skip
+    expected = run_two(tmp_path / "expected", made)
+    for step, end in ((5, 6), (3, 4)):  # the second time phase one goes on from 5
+        with stopped_at(step):
+            run_two(tmp_path / "run", made)
+        assert (
+            f"student: SIGTERM at step {step} of {end}, which is saved" in capsys.readouterr().err
+        )
+    np.testing.assert_equal(run_two(tmp_path / "run", made), expected)
+    for folder in ("", "warm"):
+        assert rows(tmp_path / "run" / folder) == rows(tmp_path / "expected" / folder)
+
+
+# --- a source that depends on a network ---------------------------------------------------------
+
+SAMPLED = dict(fn="sampled_source.sampled", rows=16, shape=(DIM,), refill_every=4)
+
+
+def drawn_labels(**changes):
+    """A student that learns from labels which it draws itself, see sampled_source.py."""
+    phases = dict(alone=dict(learn=("student",), source=SAMPLED))
+    made = config(student=network(), phases=phases, plugins=("sampled_source",), **changes)
+    del made["teacher"]
+    return made
+
+
+def test_a_source_is_told_of_every_evaluation_and_step_0_is_never_the_best(tmp_path):
+    """A first phase has learned well, and a second loses it."""
+    made = drawn_labels(num_steps=6, checkpoint_every=2, log_every=2)
+    second = made["phases"]["alone"] | dict(student=dict(optimizer=SGD | dict(learning_rate=20.0)))
+    made["phases"] = dict(warm=dict(learn=("student",), num_steps=40), alone=second)
+    result = train_and_evaluate(made, tmp_path, data=dataset())
+    found = {
+        row["step"]: row["validation/student/accuracy"]
+        for row in rows(tmp_path)
+        if "validation/student/accuracy" in row
+    }
+    assert list(found) == [0, 2, 4, 6]
+    assert found[0] > max(found[2], found[4], found[6])
+    warm = rows(tmp_path / "warm")
+    assert found[0] == warm[-1]["validation/student/accuracy"] and warm[0]["step"] > 0
+    assert result["networks"]["student"]["best"]["step"] in (2, 4, 6)
+    with Checkpoints(tmp_path / FOLDER) as checkpoints:
+        for step in checkpoints.steps():
+            state = checkpoints.restore_at(step)["source"]
+            assert state["evaluations"] == 1 + step // 2  # told before the save
+            assert state["accuracy"] == pytest.approx(found[step])
+
+
+@pytest.mark.slow
+def test_a_source_draws_the_same_on_any_number_of_devices(tmp_path):
+    states = {}
+    for devices in (1, 8):
+        made = drawn_labels(devices=devices, num_steps=10, checkpoint_every=5)
+        train_and_evaluate(made, tmp_path / str(devices), data=dataset())
+        states[devices] = newest(tmp_path / str(devices))
+    assert digest(states[1]["source"]["labels"]) == digest(states[8]["source"]["labels"])
+    close(states[1]["source"], states[8]["source"], rtol=1e-5)
+    close(
+        states[1]["learners"]["student"]["params"], states[8]["learners"]["student"]["params"], 1e-5
+    )
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_source_goes_on_where_a_run_was_stopped(tmp_path, step):
+    """Between two refills, and between two evaluations; several steps a call."""
+    made = drawn_labels(num_steps=10, checkpoint_every=5, log_every=5, steps_per_call=1)
+    train_and_evaluate(made, tmp_path / "expected", data=dataset())
+    with stopped_at(step):
+        train_and_evaluate(made, tmp_path / "run", data=dataset())
+    train_and_evaluate(made, tmp_path / "run", data=dataset())
+    assert digest(newest(tmp_path / "run")) == digest(newest(tmp_path / "expected"))
+    assert rows(tmp_path / "run") == rows(tmp_path / "expected")
 
 
 # --- steps in a call, and devices ---------------------------------------------------------------
@@ -336,7 +539,9 @@ def plugin(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_any_number_of_devices_learns_the_same(tmp_path, plugin):
     """Batch norm and a loss that couples the batch see the whole of it on 1, 2 and 8 devices."""
-    student = network(model="cnn", widths=(4, 4), batch_norm=True, terms=dict(coupled=COUPLED))
+    student = network(
+        model=dict(fn="cnn", widths=(4, 4), batch_norm=True), terms=dict(coupled=COUPLED)
+    )
     given = {"teacher": (lambda w, x: jnp.mean(x, (1, 2)) * w, jnp.asarray([[-1.0, 0.5, 2.0]]))}
     learned = {}
     for devices in (1, 2, 8):
@@ -367,8 +572,7 @@ def test_a_coupled_loss_is_refused_in_parts_before_the_teacher_trains(tmp_path, 
     student = network(terms=dict(coupled=COUPLED))
     made = config(student=student, plugins=plugin, micro_batches=2)
     assert refusal(tmp_path / "run", made, data=dataset()) == (
-        "student.terms.coupled couples the examples of a batch, so micro_batches must be 1; "
-        "found 2."
+        "micro_batches must be 1, for student.terms.coupled couples the rows of a batch; found 2."
     )
     assert untrained(tmp_path / "run")
 
@@ -383,11 +587,11 @@ def test_the_baseline_takes_the_labels_that_there_are(tmp_path):
 
 
 def test_a_model_that_cannot_take_the_inputs_is_refused_before_the_teacher_trains(tmp_path):
-    made = config(student=network(model="resnet", depth=8, terms=dict(distill=DISTILL)))
-    del made["student"]["widths"]
+    resnet = dict(fn="resnet", depth=8)
+    made = config(student=network(model=resnet, terms=dict(distill=DISTILL)))
     message = refusal(tmp_path, made, data=dataset())
     assert message.startswith(f"student: its model cannot take inputs of shape ({DIM},): ")
-    made["student"] = network(model="cnn", terms=dict(distill=DISTILL))
+    made["student"] = network(model=dict(fn="cnn", widths=(4,)), terms=dict(distill=DISTILL))
     message = refusal(tmp_path, made, data=dataset())
     assert message.startswith(f"student: its model cannot take inputs of shape ({DIM},): ")
     assert untrained(tmp_path)
@@ -399,15 +603,18 @@ def product(kernel, inputs):
 
 OF_NETWORKS = [
     (dict(), {"peer": (product, KERNEL)},
-     "networks has 'peer', which the config lacks; add peer=dict(model='given')."),
+     "networks has 'peer', which the config lacks; add "
+     "peer=dict(model=dict(fn='given'))."),
     (dict(), {"teacher": (product, KERNEL)},
-     "teacher.model must be 'given' exactly if networks= has 'teacher'; found 'mlp'."),
+     "teacher.model must be dict(fn='given') exactly if networks= has 'teacher'; found {'fn': "
+     "'mlp', 'widths': (5,)}."),
     (dict(teacher=GIVEN), {},
-     "teacher.model must be 'given' exactly if networks= has 'teacher'; found 'given'."),
+     "teacher.model must be dict(fn='given') exactly if networks= has 'teacher'; found {'fn': "
+     "'given'}."),
     (dict(teacher=GIVEN), {"teacher": 3},
      "networks['teacher'] must be (apply_fn, variables); found 3."),
     (dict(teacher=GIVEN), {"teacher": (product, KERNEL[:, :2])},
-     "teacher must give logits of shape (2, 3); found (2, 2)."),
+     "teacher must give logits of shape (B, 3); found (2, 2)."),
     (dict(teacher=GIVEN), {"teacher": (product, KERNEL[:4])},
      "teacher: its model cannot take inputs of shape (6,): dot_general requires contracting "
      "dimensions to have the same shape, got (6,) and (4,)."),
@@ -456,12 +663,10 @@ def test_arguments_of_the_wrong_kind_are_refused(tmp_path):
 def test_a_batch_larger_than_the_data_is_refused(tmp_path):
     made = config(baseline=network(), batch_size=91)
     assert refusal(tmp_path, made, data=dataset()) == (
-        "batch_size must be at most the 90 examples to train teacher, and at least one for each "
-        "device; found 91."
+        "batch_size must be at most the 90 examples to train teacher; found 91."
     )
     omitted = dataset(omit=(2,))
     assert refusal(tmp_path, config(batch_size=61), data=omitted) == (
-        "batch_size must be at most the 60 examples to train student, and at least one for each "
-        "device; found 61."
+        "batch_size must be at most the 60 examples to train student; found 61."
     )
     assert untrained(tmp_path)

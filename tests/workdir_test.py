@@ -245,10 +245,11 @@ def test_a_teacher_that_does_not_fit_is_refused(run, tmp_path):
         args, options = taught(workdir, **changes)
         return refusal(train_and_evaluate, *args, tmp_path, **options)
 
-    expected = "CNN(num_classes=3, widths=({},), batch_norm=True)"
     assert told(model=CNN | dict(widths=(5,))) == (
-        f"teacher.weights: {source} has the model {expected.format(4)}, but this run has "
-        f"{expected.format(5)}."
+        f"teacher.weights: {source} has params.BatchNorm_0.bias (4,), but this run has (5,)."
+    )
+    assert told(model=CNN | dict(widths=(4, 4))) == (
+        f"teacher.weights: {source} has params.BatchNorm_1.bias None, but this run has (4,)."
     )
     number = r"\[0\.[0-9]+\]"
     assert re.fullmatch(
