@@ -410,9 +410,8 @@ def test_a_run_that_is_stopped_in_either_phase_ends_as_one_that_was_not(tmp_path
     for step, end in ((5, 6), (3, 4)):  # the second time phase one goes on from 5
         with stopped_at(step):
             run_two(tmp_path / "run", made)
-        assert (
-            f"student: SIGTERM at step {step} of {end}, which is saved" in capsys.readouterr().err
-        )
+        told = capsys.readouterr().err
+        assert f"student: SIGTERM at step {step} of {end}, which is saved" in told
     np.testing.assert_equal(run_two(tmp_path / "run", made), expected)
     for folder in ("", "warm"):
         assert rows(tmp_path / "run" / folder) == rows(tmp_path / "expected" / folder)

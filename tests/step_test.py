@@ -141,9 +141,7 @@ def test_accumulation_is_exact_whatever_the_masks(micro_batches):
 
 def test_accumulation_refusals():
     networks, batch = offline(), make_batch()
-    with pytest.raises(
-        ValueError, match=r"^micro_batches must be a divisor of 16 rows; found 3\."
-    ):
+    with pytest.raises(ValueError, match=r"^micro_batches must be a divisor of 16 rows; found 3\."):
         train_step(networks, batch, {"student": make_terms()}, micro_batches=3)
 
     def coupled(student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
@@ -344,6 +342,19 @@ def test_a_new_state_with_a_moving_average_can_be_donated():
     networks = offline() | {"student": make_state(ema_decay=0.9)}
     step = jax.jit(lambda n, b, o: train_step(n, b, o), donate_argnums=0)
     assert step(networks, make_batch(), {"student": make_terms()})[0]["student"].step == 1
+
+
+@pytest.mark.parametrize(
+    "guard,weight,moves", [(True, 1.0, True), (False, 1.0, False), (True, np.nan, False)]
+)
+def test_a_guarded_step_updates_nothing_unless_all_is_finite(guard, weight, moves):
+    rule = bind(optimizers.sgd, learning_rate=0.1, momentum=0.9)
+    networks, batch = offline() | {"student": make_state(ema_decay=0.5, rule=rule)}, make_batch()
+    objectives = {"student": make_terms(weight=jnp.asarray(weight))}
+    after, metrics = train_step(networks, batch, objectives, guard=jnp.asarray(guard))
+    expected, plain = train_step(networks, batch, objectives)
+    assert_trees_equal(after, expected if moves else networks, rtol=0, atol=0)
+    assert_trees_equal(metrics, plain, rtol=0, atol=0)
 
 
 def without(entry):
