@@ -12,7 +12,11 @@ from abkd_jax.train import eval_outputs
 
 
 def sampled(
-    *, rows: int, shape: tuple = (8, 8, 1), network: str = "student", refill_every: int = 4
+    *,
+    rows: int,
+    shape: tuple[int, ...] = (8, 8, 1),
+    network: str = "student",
+    refill_every: int = 4,
 ) -> Source:
     """Batches of `rows` inputs of a shape, with labels from a network."""
 

@@ -1,5 +1,6 @@
 """Sweeps: members against single runs, chunks, caches, devices, kills, refusals."""
 
+import contextlib
 import csv
 import math
 import re
@@ -10,10 +11,10 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from abkd_jax import data
-from abkd_jax.train import parallel, sweep
-from abkd_jax.train.checkpoint import Checkpoints
-from abkd_jax.train.loop import train_and_evaluate
+from abkd_jax import data, parallel, sweep
+from abkd_jax.run.log.progress import Progress
+from abkd_jax.run.loop import train_and_evaluate
+from abkd_jax.train.checkpoint import FOLDER, Checkpoints, digest
 
 K, DIM, STEPS = 3, 6, 20
 ALPHA = "student.terms.distill.divergence.alpha"
@@ -26,13 +27,16 @@ def config(**changes):
     task = dict(fn="cross_entropy", weight=1.0, where="labelled")
     divergence = dict(fn="alpha_beta", alpha=0.8, beta=0.5)
     distill = dict(fn="on_logits", weight=1.0, temperature=2.0, divergence=divergence)
-    sgd = dict(name="sgd", learning_rate=0.1, momentum=0.5)
-    net = dict(model="mlp", widths=(5,), optimizer=sgd)
+    sgd = dict(fn="sgd", learning_rate=0.1, momentum=0.5)
+    net = dict(model=dict(fn="mlp", widths=(5,)), optimizer=sgd)
     values = dict(
-        mode="offline",
-        data=dict(name="digits", validation=0),
+        data=dict(fn="digits", validation=0),
         teacher=net | dict(terms=dict(task=task)),
         student=net | dict(terms=dict(task=task, distill=distill)),
+        phases=dict(
+            teacher=dict(learn=("teacher",), split="full"),
+            distill=dict(learn=("student",), see=("teacher",)),
+        ),
         batch_size=16,
         num_steps=STEPS,
         checkpoint_every=8,
@@ -65,13 +69,23 @@ def images(**options):
     return data.from_arrays(**splits, num_classes=K, **options)
 
 
+def newest(folder):
+    """The carry in the newest checkpoint: of all members, or of a run."""
+    with Checkpoints(folder / FOLDER) as checkpoints:
+        tree = checkpoints.restore()[1]
+    return tree.get("carry", tree)
+
+
 def states(folder):
-    """What the newest checkpoint of a folder has of the networks that learn."""
-    checkpoints = Checkpoints(folder / "checkpoints")
-    try:
-        return checkpoints.restore()[1]["learners"]
-    finally:
-        checkpoints.close()
+    """What it has of the networks that learn."""
+    return newest(folder)["learners"]
+
+
+def taught(values, workdir):
+    """The config of a single run whose teacher is that of a sweep."""
+    weights = dict(fn="run", workdir=str(workdir / "teacher"))
+    phases = {"distill": values["phases"]["distill"]}
+    return values | dict(teacher=values["teacher"] | dict(weights=weights), phases=phases)
 
 
 def set_at(values, path, value):
@@ -93,8 +107,7 @@ def test_members_are_single_runs(swept, tmp_path):
     members = states(workdir / "members_00000")["student"]["params"]
     for index in (0, 3, 5, 6):
         row = rows[index]
-        single = config(init_seed=row["init_seed"])
-        single["teacher"] = single["teacher"] | dict(checkpoint=str(workdir / "teacher"))
+        single = taught(config(init_seed=row["init_seed"]), workdir)
         for path in (ALPHA, RATE):
             single = set_at(single, path, row[path])
         folder = tmp_path / f"{index}"
@@ -149,12 +162,40 @@ def test_best_and_averages():
         sweep.best(rows, "accuracy")
 
 
+def test_a_baseline_is_left_out(tmp_path):
+    """And the phase in which it learns, which the last phase does without."""
+    values = config(num_steps=2, checkpoint_every=2)
+    alone = dict(task=dict(fn="cross_entropy", weight=1.0))
+    values["baseline"] = values["teacher"] | dict(terms=alone)
+    baseline = dict(learn=("baseline",), split="labelled")
+    values["phases"] = dict(baseline=baseline) | values["phases"]
+    sweep.sweep(values, tmp_path, over={WEIGHT: [1.0]}, data=dataset())
+    assert (tmp_path / "teacher").is_dir() and not (tmp_path / "baseline").exists()
+
+
+OWN_BATCHES = '''
+"""The batches of the library's `dataset`, by another function."""
+
+from abkd_jax.sources import Source
+
+
+def plain() -> Source:
+    return Source(batch=lambda state, examples, data_seed, step: examples.batch(data_seed, step))
+'''
+
+
 @pytest.mark.slow
-def test_chunks_and_forward_passes_do_not_change_members(swept, tmp_path, monkeypatch):
+def test_chunks_and_forward_passes_do_not_change_members(swept, tmp_path, monkeypatch, capsys):
+    """A source of one's own may change examples, so that no teacher's outputs are kept for it."""
     workdir, rows = swept
-    monkeypatch.setattr(sweep, "_cacheable", lambda *_: False)
+    (tmp_path / "own_batches.py").write_text(OWN_BATCHES)
+    monkeypatch.syspath_prepend(tmp_path)
+    values = config(plugins=("own_batches",))
+    source = dict(source=dict(fn="own_batches.plain"))
+    values["phases"] = values["phases"] | dict(distill=values["phases"]["distill"] | source)
     over = {ALPHA: [1.0, 0.2], RATE: [0.1, 0.3]}
-    found = sweep.sweep(config(), tmp_path, over=over, init_seeds=2, chunk=3, data=dataset())
+    found = sweep.sweep(values, tmp_path, over=over, init_seeds=2, chunk=3, data=dataset())
+    assert "computed once" not in capsys.readouterr().err
     names = sorted(path.name for path in tmp_path.glob("members_*"))
     assert names == ["members_00000", "members_00003", "members_00006"]
     whole = states(workdir / "members_00000")["student"]["params"]
@@ -165,25 +206,93 @@ def test_chunks_and_forward_passes_do_not_change_members(swept, tmp_path, monkey
         assert row == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_stopped_sweep_goes_on(swept, tmp_path, monkeypatch, capsys):
-    calls, spread = [], parallel.spread
+@contextlib.contextmanager
+def stopped_at(step):
+    """SIGTERM when members come to a step, which ends the sweep."""
+    begin, update, members = Progress.__init__, Progress.update, set()
 
-    def stopped(fn, members, *shared):
-        if isinstance(members, tuple):
-            calls.append(fn)
-            if len(calls) == 11:
-                signal.raise_signal(signal.SIGTERM)
-        return spread(fn, members, *shared)
+    def labelled(self, label, *args, **options):
+        if label.startswith("students"):
+            members.add(id(self))
+        begin(self, label, *args, **options)
 
+    def stopping(self, at, **shown):
+        if at == step and id(self) in members:
+            members.clear()
+            signal.raise_signal(signal.SIGTERM)
+        update(self, at, **shown)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "__init__", labelled)
+        patch.setattr(Progress, "update", stopping)
+        with pytest.raises(SystemExit) as left:
+            yield
+    assert left.value.code == 0
+
+
+def test_a_stopped_sweep_goes_on(swept, tmp_path, capsys):
     over = {ALPHA: [1.0, 0.2], RATE: [0.1, 0.3]}
     arguments = dict(over=over, init_seeds=2, data=dataset())
-    with monkeypatch.context() as patch:
-        patch.setattr(parallel, "spread", stopped)
-        with pytest.raises(SystemExit) as left:
-            sweep.sweep(config(), tmp_path, **arguments)
-    assert left.value.code == 0 and "SIGTERM at step 11 of 20" in capsys.readouterr().err
+    with stopped_at(11):
+        sweep.sweep(config(), tmp_path, **arguments)
+    assert "SIGTERM at step 11 of 20" in capsys.readouterr().err
     assert sweep.sweep(config(), tmp_path, **arguments) == swept[1]
     assert sweep.sweep(config(), tmp_path, **arguments) == swept[1]
+    folders = [path / "members_00000" for path in (swept[0], tmp_path)]
+    assert digest(newest(folders[0])) == digest(newest(folders[1]))
+
+
+# --- a source that depends on the members -------------------------------------------------------
+
+
+def drawn_labels(**changes):
+    """Each member draws labels from itself, see sampled_source.py."""
+    source = dict(fn="sampled_source.sampled", rows=16, shape=(DIM,), refill_every=3)
+    values = config(plugins=("sampled_source",), num_steps=12, checkpoint_every=4, **changes)
+    values["student"] = values["student"] | dict(terms=values["teacher"]["terms"])
+    del values["teacher"]
+    return values | dict(phases=dict(alone=dict(learn=("student",), source=source)))
+
+
+OF_SAMPLED = dict(over={RATE: [0.1, 0.5]}, init_seeds=2, data=dataset())
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("sampled")
+    return workdir, sweep.sweep(drawn_labels(), workdir, **OF_SAMPLED)
+
+
+def test_members_with_a_source_that_depends_on_them_are_single_runs(sampled, tmp_path):
+    workdir, rows = sampled
+    carry = newest(workdir / "members_00000")
+    assert len({labels.tobytes() for labels in carry["source"]["labels"]}) == 4
+    for index in (0, 3):
+        single = drawn_labels(init_seed=rows[index]["init_seed"])
+        single = set_at(single, RATE, rows[index][RATE])
+        train_and_evaluate(single, tmp_path / f"{index}", data=dataset())
+        alone = newest(tmp_path / f"{index}")
+        assert carry["source"]["evaluations"][index] == alone["source"]["evaluations"] == 4
+        for part in ("params", "opt_state"):
+            found, expected = (x["learners"]["student"][part] for x in (carry, alone))
+            for a, b in zip(*map(jax.tree.leaves, (expected, found)), strict=True):
+                np.testing.assert_allclose(b[index], a, rtol=1e-5, atol=1e-5)
+        for name, value in alone["source"].items():
+            np.testing.assert_allclose(carry["source"][name][index], value, rtol=1e-5)
+
+
+@pytest.mark.parametrize("step", [5, 9])
+def test_a_sweep_with_such_a_source_goes_on_where_it_was_stopped(sampled, tmp_path, step):
+    """Within the interval between two refills, and at a refill."""
+    workdir, rows = sampled
+    with stopped_at(step):
+        sweep.sweep(drawn_labels(), tmp_path, **OF_SAMPLED)
+    assert sweep.sweep(drawn_labels(), tmp_path, **OF_SAMPLED) == rows
+    folders = [path / "members_00000" for path in (workdir, tmp_path)]
+    assert digest(newest(folders[0])) == digest(newest(folders[1]))
+
+
+# --- refusals, and more -------------------------------------------------------------------------
 
 
 def test_another_sweep_is_refused_a_workdir(swept):
@@ -216,7 +325,7 @@ def test_a_seed_of_a_networks_own_goes_along(tmp_path):
     sweep.sweep(values, tmp_path, over=over, init_seeds=2, data=dataset())
     members = states(tmp_path / "members_00000")["student"]["params"]
     single = values | dict(init_seed=4, student=values["student"] | dict(init_seed=8))
-    single["teacher"] = single["teacher"] | dict(checkpoint=str(tmp_path / "teacher"))
+    single = taught(single, tmp_path)
     train_and_evaluate(single, tmp_path / "single", data=dataset())
     params = states(tmp_path / "single")["student"]["params"]
     for a, b in zip(*map(jax.tree.leaves, (params, members)), strict=True):
@@ -251,7 +360,8 @@ def test_augmented_images_and_schedules(tmp_path):
 
 @pytest.mark.slow
 def test_networks_that_learn_together(tmp_path):
-    values = config(mode="online", num_steps=4, checkpoint_every=4)
+    together = dict(together=dict(learn=("teacher", "student"), select="student"))
+    values = config(num_steps=4, checkpoint_every=4, phases=together)
     values["teacher"] = values["teacher"] | dict(init_seed=9)
     rows = sweep.sweep(values, tmp_path, over={WEIGHT: [0.0, 2.0]}, init_seeds=1, data=dataset())
     assert {"test_accuracy", "test_teacher_accuracy", "test_agreement"} <= set(rows[0])
@@ -267,21 +377,25 @@ def test_networks_that_learn_together(tmp_path):
     ("over", "options", "sentence"),
     [
         ({"student.terms.distil.weight": [1.0]}, {}, "student.terms has no 'distil' .*distill"),
+        ({"student.optimizer.init_seed": [1.0]}, {}, "seeds are swept by init_seeds"),
+        ({"student.optimizer": [1.0]}, {}, "there must be a number, not a group of some"),
+        ({"student.optimizer.nesterov": [1.0]}, {}, "student.optimizer has no 'nesterov'"),
         ({"teacher.optimizer.learning_rate": [0.1]}, {}, "a sweep has no 'teacher'.*student"),
         ({"num_steps": [5]}, {}, "a sweep has no 'num_steps'"),
-        ({"student.widths": [1.0]}, {}, "must have a number there; found .5,."),
-        ({f"{ALPHA}.x": [1.0]}, {}, "has no 'x'"),
+        ({"student.widths": [1.0]}, {}, "student has no .widths. to sweep"),
+        ({f"{ALPHA}.x": [1.0]}, {}, "has no 'x'.*it is a number"),
         ({ALPHA: []}, {}, "different numbers to sweep; found .."),
         ({ALPHA: [1.0, 1]}, {}, "different numbers"),
         ({ALPHA: [1.0, math.nan]}, {}, "different numbers"),
         ({ALPHA: ["a"]}, {}, "different numbers"),
         ({ALPHA: 0.5}, {}, "different numbers to sweep; found 0.5"),
-        ({ALPHA: [1.0]}, {"init_seeds": 2**31}, "every init seed below"),
-        ({"student.terms.distill.temperature": [1.0, -1.0]}, {}, "greater than 0.*found -1"),
+        ({ALPHA: [1.0]}, {"init_seeds": 2**31 - 1}, "every init seed below"),
+        ({ALPHA: [1.0]}, {"init_seeds": 2**31}, "init_seeds must be .* less than 2"),
+        ({"student.terms.distill.temperature": [1.0, -1.0]}, {}, "greater than 0.*found .*-1"),
         ({RATE: [-0.1]}, {}, "learning_rate must be at least 0"),
         ({ALPHA: [1.0]}, {"init_seeds": 0}, "init_seeds must be an integer of at least 1"),
         ({ALPHA: [1.0]}, {"chunk": -1}, "chunk must be an integer of at least 0"),
-        ({}, {}, "over must name at least one number"),
+        ({}, {}, "over must be a mapping .* of at least one number"),
         ([ALPHA], {}, "over must be a mapping"),
     ],
 )
@@ -315,4 +429,4 @@ def test_a_sweep_is_one_compilation(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(jax, "local_device_count", lambda: 1)
     with jax.log_compiles():
         sweep.sweep(config(), tmp_path, over={ALPHA: [1.0, 0.5, 0.0]}, data=dataset())
-    assert caplog.text.count("Compiling jit(advanced)") == 1
+    assert caplog.text.count("Compiling jit(_member)") == 1
