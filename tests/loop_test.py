@@ -371,7 +371,8 @@ def test_a_second_phase_goes_on_with_a_new_optimiser_from_step_0(tmp_path):
     alone = in_two_phases(student=made["student"] | dict(weights=weights))
     del alone["phases"]["warm"]
     expected = run_two(tmp_path / "alone", alone)["networks"]["student"]
-    assert found["sha256"] == expected["sha256"] and found["last"] == expected["last"]
+    assert found["sha256"] == expected["sha256"]
+    np.testing.assert_equal(found["last"], expected["last"])
     assert rows(tmp_path / "two") == rows(tmp_path / "alone")
     assert {row["step"] for row in rows(tmp_path / "two" / "warm")} == {2, 4, 6}
     assert newest(tmp_path / "two" / "warm")["learners"]["student"]["step"] == 6
@@ -564,7 +565,7 @@ def test_any_number_of_devices_learns_the_same(tmp_path, plugin):
 
 def untrained(workdir):
     """Whether the folder is still nobody's, so that nothing was trained in it."""
-    return not [path for path in workdir.iterdir() if path.name != ".lock"]
+    return not workdir.exists() or {path.name for path in workdir.iterdir()} <= {".lock"}
 
 
 def test_a_coupled_loss_is_refused_in_parts_before_the_teacher_trains(tmp_path, plugin):
@@ -637,8 +638,9 @@ def test_networks_whose_logits_are_no_logits_are_refused(tmp_path):
         "teacher must give floating logits; found int32."
     )
     fixed = {"teacher": (lambda kernel, inputs: kernel[:2], KERNEL)}  # whatever the batch is
-    message = refusal(tmp_path, made, networks=fixed, data=dataset())
-    assert message.startswith("student: ") and "must have leading axes that broadcast" in message
+    assert refusal(tmp_path, made, networks=fixed, data=dataset()) == (
+        "teacher: logits must have one row for each row of the batch's where [16]; found [2, 3]."
+    )
     assert untrained(tmp_path)
 
 
