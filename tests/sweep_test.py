@@ -263,6 +263,7 @@ def sampled(tmp_path_factory):
     return workdir, sweep.sweep(drawn_labels(), workdir, **OF_SAMPLED)
 
 
+@pytest.mark.slow
 def test_members_with_a_source_that_depends_on_them_are_single_runs(sampled, tmp_path):
     workdir, rows = sampled
     carry = newest(workdir / "members_00000")
@@ -281,6 +282,7 @@ def test_members_with_a_source_that_depends_on_them_are_single_runs(sampled, tmp
             np.testing.assert_allclose(carry["source"][name][index], value, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [5, 9])
 def test_a_sweep_with_such_a_source_goes_on_where_it_was_stopped(sampled, tmp_path, step):
     """Within the interval between two refills, and at a refill."""
