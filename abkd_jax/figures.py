@@ -306,5 +306,8 @@ def _mark_special(
         axes.scatter(alpha, beta, color="white", edgecolor="black", s=45, zorder=3)
         name = _SHORT.get(name, "") if short else name
         style = dict(fontsize=FONT - 1, color="white", path_effects=_OUTLINE)
-        place = dict(ha="left", xytext=(6, 5)) if alpha < 1 else dict(ha="right", xytext=(-6, 5))
+        # Off the line: to the right and above, or, where there is no room for it, the other way.
+        place = dict(ha="left", va="bottom", xytext=(6, 5))
+        if alpha == 1:
+            place = dict(ha="right", va="top", xytext=(-6, -5))
         axes.annotate(name, (alpha, beta), textcoords="offset points", **place, **style)
