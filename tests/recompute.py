@@ -151,7 +151,7 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True, eq=False)  # each is a key of caches
 class Run:
-    """Networks, phases in order, arrays with what is done to them (`how`), and the run's numbers."""
+    """Networks, phases in order, arrays with what is done to them (`how`), the run's numbers."""
 
     networks: Mapping[str, Net]
     phases: tuple[Phase, ...]
@@ -385,7 +385,7 @@ def course(run: Run, phase: Phase, taught: Mapping[str, Any]) -> Course:
         states, averages = {name: after[name] for name in phase.learners}, {}
         for name, state in states.items():
             decay = run.networks[name].ema_decay or 0.0
-            average = lambda old, new, d=decay: d * old + (1 - d) * new
+            average = lambda old, new, d=decay: d * old + (1 - d) * new  # noqa: E731
             before = found.averages[-1][name]
             averages[name] = jax.tree.map(average, before, doubled(state.params))
         found.states.append(states)
@@ -444,7 +444,7 @@ def summary(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     edge = np.arange(BINS) / BINS
     wide = [np.flatnonzero((confidence > low) & (confidence <= low + 1 / BINS)) for low in edge]
     equal = np.array_split(np.argsort(confidence, kind="stable"), BINS)
-    mean = lambda x, rows: x[rows].mean() if len(rows) else None
+    mean = lambda x, rows: x[rows].mean() if len(rows) else None  # noqa: E731
     return dict(
         accuracy=correct.mean(),
         top5=np.any(five == labels[:, None], -1).mean(),
@@ -463,7 +463,10 @@ def summary(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 
 def temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """That which minimises the NLL, between 0.01 and 100."""
-    nll = lambda log_t: -log_softmax(logits / np.exp(log_t))[np.arange(len(labels)), labels].mean()
+
+    def nll(log_t):
+        return -log_softmax(logits / np.exp(log_t))[np.arange(len(labels)), labels].mean()
+
     ends = (-np.log(100), np.log(100))
     found = scipy.optimize.minimize_scalar(
         nll, bounds=ends, method="bounded", options=dict(xatol=1e-9)
@@ -505,10 +508,8 @@ def rows(run: Run, phase: Phase, found: Course, last: Mapping[str, Any]) -> list
             begin = (step - 1) // every * every  # of the interval, which the end may cut short
             names = found.metrics[0]
             means = {n: np.mean([m[n] for m in found.metrics[begin:step]]) for n in names}
-            rates = {
-                f"{name}/learning_rate": number(run.networks[name].optimizer["learning_rate"], step - 1, end)
-                for name in phase.learners
-            }  # fmt: skip
+            rates = {name: run.networks[name].optimizer["learning_rate"] for name in phase.learners}
+            rates = {f"{n}/learning_rate": number(x, step - 1, end) for n, x in rates.items()}
             probed = analysed(run, phase, found, step, last) if run.numbers["analysis"] else {}
             written.append(dict(step=step) | means | rates | probed)
         if step in evaluated_steps(run):
@@ -543,7 +544,7 @@ def analysed(run: Run, phase: Phase, found: Course, step: int, last: Any) -> dic
         how = dict(train=True, key=batch["key"]) if name in phase.learners else dict(train=False)
         return states[name].forward(params, batch["inputs"], **how)[0]
 
-    stack = lambda *x: jnp.stack(x)
+    stack = lambda *x: jnp.stack(x)  # noqa: E731
     others = {}
     for name, state in states.items():
         parts = [shown(name, state.params, part) for part in each]
@@ -562,9 +563,10 @@ def analysed(run: Run, phase: Phase, found: Course, step: int, last: Any) -> dic
 @functools.partial(jax.jit, static_argnames="probes")
 def probed(state: Any, others: Any, batches: Any, terms: Any, *, probes: tuple[str, ...]) -> Any:
     """`analysis.probe` of a network as it is in training, compiled."""
-    shown = lambda params, batch: state.forward(
-        params, batch["inputs"], train=True, key=batch["key"]
-    )[0]
+
+    def shown(params, batch):
+        return state.forward(params, batch["inputs"], train=True, key=batch["key"])[0]
+
     return analysis.probe(state.params, shown, others, batches, terms, probes=probes)
 
 

@@ -92,7 +92,7 @@ OFFLINE = (
 
 
 def offline():
-    """Vectors; a teacher of the test's own with dropout, batch norm and an average of parameters."""
+    """Vectors; a teacher of the test's own with dropout, batch norm and an average."""
     teacher = Net(
         module=Noisy(8, 0.3),
         optimizer=dict(fn="adam", learning_rate=dict(fn="cosine", start=0.05, end=0.01)),
@@ -128,7 +128,7 @@ def offline():
 
 
 def unselected():
-    """Images, cropped and mirrored; several steps a call; a teacher as it is; no validation split."""
+    """Images, cropped and mirrored; several steps a call; a given teacher; no validation split."""
     adamw = dict(fn="adamw", learning_rate=ramp(0.01, 0.1), weight_decay=0.1, clip_norm=0.5)
     task = TASK | dict(label_smoothing=0.1, weight=ramp(2.0, 1.0))
     student = Net(

@@ -79,23 +79,26 @@ def config(**changes):
     distill = dict(fn="on_logits", weight=0.5, temperature=2.0)
     distill |= dict(divergence=dict(fn="alpha_beta", alpha=0.8, beta=0.3))
     capital = dict(distill, weight=0.1, where="capital")
-    return dict(
-        large=dict(model=dict(fn="given"), optimizer=adam, terms=dict(task=task)),
-        small=dict(
-            model=dict(fn="given"),
-            optimizer=adam,
-            terms=dict(task=task, distill=distill, capital=capital),
-        ),
-        phases=dict(
-            first=dict(learn=("large",)), distill=dict(learn=("small",), see=("large",))
-        ),
-        batch_size=16,
-        num_steps=20,
-        checkpoint_every=5,
-        log_every=5,
-        micro_batches=2,
-        devices=1,
-    ) | changes
+    return (
+        dict(
+            large=dict(model=dict(fn="given"), optimizer=adam, terms=dict(task=task)),
+            small=dict(
+                model=dict(fn="given"),
+                optimizer=adam,
+                terms=dict(task=task, distill=distill, capital=capital),
+            ),
+            phases=dict(
+                first=dict(learn=("large",)), distill=dict(learn=("small",), see=("large",))
+            ),
+            batch_size=16,
+            num_steps=20,
+            checkpoint_every=5,
+            log_every=5,
+            micro_batches=2,
+            devices=1,
+        )
+        | changes
+    )
 
 
 @pytest.fixture(scope="module")
