@@ -65,17 +65,17 @@ def begin(learners: Networks, objectives: Objectives, source: Source) -> Carry:
         source: of the batches.
 
     Returns:
-        The carry, with no metric summed.
+        The carry, with no metric summed, and with a copy of what it is given.
     """
     names = (
         f"{learner}/{metric}"
         for learner, terms in objectives.items()
         for metric in (*terms, "loss", "gradient_norm")
     )
-    sums = {name: jnp.zeros(()) for name in names}
-    bad = jax.tree.map(jnp.copy, sums)  # buffers of its own, for all of a carry's are donated
+    zeros = {name: jnp.zeros(()) for name in names}
     # With a type of its own: a step's result has, and would be compiled for once more.
-    return Carry(learners, source.init(), sums, jnp.asarray(-1, jnp.int32), bad)
+    carry = Carry(learners, source.init(), zeros, jnp.asarray(-1, jnp.int32), zeros)
+    return jax.tree.map(jnp.copy, carry)  # each leaf a buffer of its own, which training takes
 
 
 def advance(
