@@ -15,6 +15,7 @@ from abkd_jax import numerics
 from abkd_jax.analysis import (
     confidence_weight,
     hardness_weight,
+    likelihood_ratio_weight,
     log_mass_ratio,
     tightness,
     upper_bound,
@@ -100,6 +101,33 @@ def test_weights_over_a_grid_and_rows():
         )
         found = confidence_weight(student, beta=grid)
         np.testing.assert_allclose(found, q ** grid[:, None], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "alpha,beta", [(0.8, 0.3), (1.0, 0.5), (-0.5, 1.0), (0.3, -0.6), (2.0, 1.0)]
+)
+def test_the_likelihood_ratio_view_is_the_slope_of_the_definition(alpha, beta):
+    def definition(q, p):
+        s = alpha + beta
+        terms = p**alpha * q**beta - alpha / s * p**s - beta / s * q**s
+        return -terms / (alpha * beta)
+
+    for p, q in [(0.2, 0.7), (0.6, 0.1), (0.31, 0.3)]:
+        with mpmath.workdps(40):
+            expected = float(
+                mpmath.diff(lambda x, p=p: definition(x, mpmath.mpf(p)), mpmath.mpf(q))
+            )
+        with jax.enable_x64(True):
+            found = likelihood_ratio_weight(np.log(p / q), np.log(q), alpha=alpha, beta=beta)
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_the_likelihood_ratio_view_at_alpha_0():
+    u, log_q = jnp.array([-2.0, -1e-3, 0.0, 3.0]), -0.7
+    found = likelihood_ratio_weight(u, log_q, alpha=0.0, beta=1.5)
+    np.testing.assert_allclose(found, -np.exp(0.5 * log_q) * u, rtol=1e-6)
+    near = likelihood_ratio_weight(u, log_q, alpha=1e-7, beta=1.5)
+    np.testing.assert_allclose(found, near, rtol=1e-5)
 
 
 # --- bounds -------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from jax import numpy as jnp
 
 from abkd_jax.analysis import (
     by_rank,
+    head_and_tail,
     log_mass_ratio,
     mass_change,
     mass_flow,
@@ -56,6 +57,7 @@ def partitions(student, teacher, labels):
     return {
         "error": over_and_underestimated(student, teacher),
         "target": target_and_rest(labels, student.shape[-1]),
+        "head": head_and_tail(teacher, head_mass=0.7),
         "rank": by_rank(teacher, edges=(1, 3)),
     }
 
@@ -93,6 +95,23 @@ def test_target_and_rest():
     expected = [[False, False, True], [False, False, False], [True, False, False]]
     np.testing.assert_array_equal(groups["target"], expected)
     np.testing.assert_array_equal(groups["rest"], ~np.array(expected))
+
+
+@pytest.mark.parametrize(
+    "mass,head",
+    [
+        (0.0, [1]),
+        (0.5 + 1e-6, [1]),
+        (0.79, [1]),
+        (0.81, [1, 3]),
+        (0.91, [0, 1, 3]),
+        (1.1, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_the_head(mass, head):
+    found = head_and_tail(jnp.log(P), head_mass=mass)
+    assert list(np.flatnonzero(found["head"])) == head
+    np.testing.assert_array_equal(found["tail"], ~np.asarray(found["head"]))
 
 
 def test_ranks():

@@ -17,6 +17,8 @@ from abkd_jax.analysis import (
     logit_cosines,
     logit_gradient,
     parameter_cosines,
+    tree_cosine,
+    variance_reduction,
 )
 from abkd_jax.binding import bind
 from abkd_jax.divergences import forward_kl
@@ -54,6 +56,27 @@ def test_norm_and_cosine_at_the_ends_of_float32(scale):
     np.testing.assert_allclose(jax.jit(cosine)(a, b), expected, rtol=1e-6)
     np.testing.assert_allclose(cosine(a, np.float32([2e-38, 0])), 26**-0.5 * 5, rtol=1e-6)
     assert gradient_norm(jnp.bfloat16(a)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    "b,found",
+    [
+        ({"b": np.ones(3)}, ("['a'] [3]", "['b'] [3]")),
+        ({"a": np.ones((3, 1))}, ("['a'] [3]", "['a'] [3, 1]")),
+        ({"a": np.ones(3), "c": np.ones(2)}, ("nothing", "['c'] [2]")),
+        (np.ones(3), ("['a'] [3]", "[3]")),
+    ],
+)
+def test_trees_that_differ_are_refused(b, found):
+    with pytest.raises(ValueError) as error:
+        tree_cosine({"a": np.ones(3)}, b)
+    assert str(error.value) == f"a and b must be of the same structure and shapes; found {found!r}."
+
+
+def test_cosine_of_trees():
+    a, b = np.random.default_rng(0).normal(size=(2, 23))
+    tree = lambda x: {"w": np.float32(x[:20].reshape(4, 5)), "b": np.float32(x[20:])}  # noqa: E731
+    np.testing.assert_allclose(tree_cosine(tree(a), tree(b)), cos(a, b), rtol=1e-5)
 
 
 def test_the_gradient_of_a_removed_class_is_0():
@@ -141,12 +164,13 @@ def stacked(rows):
 
 def test_noise_against_numpy():
     rows = 3 + np.random.default_rng(0).normal(size=(5, 8))
-    found = jax.jit(gradient_noise)(stacked(rows))
+    found = jax.jit(gradient_noise)(stacked(rows), batch_size=32)
     variance = np.var(rows, axis=0, ddof=1).sum()
     squared_norm = np.sum(rows.mean(0) ** 2) - variance / 5
     np.testing.assert_allclose(found.variance, variance, rtol=1e-5)
     np.testing.assert_allclose(found.squared_norm, squared_norm, rtol=1e-5)
     np.testing.assert_allclose(found.signal_to_noise, squared_norm / variance, rtol=1e-5)
+    np.testing.assert_allclose(found.noise_scale, 32 * variance / squared_norm, rtol=1e-5)
 
 
 def test_noise_is_estimated_without_bias():
@@ -161,15 +185,56 @@ def test_noise_is_estimated_without_bias():
 def test_noise_alone_and_no_noise():
     rows = np.float32([[1, 1], [-1, -1]])
     found = gradient_noise(rows)
-    assert found.squared_norm < 0 and found.signal_to_noise == 0
+    assert found.squared_norm < 0 and found.signal_to_noise == 0 and found.noise_scale == INF
     found = gradient_noise(np.ones((3, 2), np.float32))
-    assert found.variance == 0 and found.signal_to_noise == INF
+    assert found.variance == 0 and found.noise_scale == 0 and found.signal_to_noise == INF
 
 
 @pytest.mark.parametrize("gradients", [np.ones((1, 4)), {"a": np.ones((2, 3)), "b": np.ones(3)}])
 def test_too_few_batches_are_refused(gradients):
     with pytest.raises(ValueError, match=r"^gradients must be the gradients of at least 2 batches"):
         gradient_noise(gradients)
+
+
+def test_variance_reduction_against_numpy():
+    rng = np.random.default_rng(0)
+    task = rng.normal(size=(6, 8))
+    distill = 0.7 * task + 0.5 * rng.normal(size=(6, 8))
+    variance = lambda w: np.var((1 - w) * task + w * distill, axis=0, ddof=1).sum()  # noqa: E731
+    for weight in (1.0, 0.4, 1.5):
+        found = jax.jit(variance_reduction)(stacked(distill), stacked(task), weight=weight)
+        np.testing.assert_allclose(found.removed, 1 - variance(weight) / variance(0), atol=1e-5)
+    best = scipy.optimize.minimize_scalar(variance)
+    np.testing.assert_allclose(found.best_weight, best.x, rtol=1e-4)
+    np.testing.assert_allclose(found.removed_at_best, 1 - best.fun / variance(0), rtol=1e-4)
+
+
+def test_other_batches_for_the_task_are_refused():
+    message = r"^distill_gradients and task_gradients must .*; found \('\[3, 2\]', '\[4, 2\]'\)\.$"
+    with pytest.raises(ValueError, match=message):
+        variance_reduction(np.ones((3, 2)), np.ones((4, 2)))
+
+
+def test_a_teacher_is_a_control_variate():
+    """Safaryan et al.: a linear model's mixed gradient is the task's less the teacher's."""
+    rng = np.random.default_rng(0)
+    inputs, labels = rng.normal(size=(50, B, D)), np.eye(K)[rng.integers(0, K, (50, B))]
+    student = rng.normal(size=(D, K))
+    gradient = lambda w, y: np.einsum("nbd,nbk->ndk", inputs, softmax(inputs @ w) - y) / B  # noqa: E731
+    reductions = []
+    for apart in (0.0, 0.3, 3.0):
+        teacher = student + apart * rng.normal(size=(D, K))
+        task, distill = gradient(student, labels), gradient(student, softmax(inputs @ teacher))
+        weight = 0.6
+        mixed = task - weight * gradient(teacher, labels)
+        expected = 1 - np.var(mixed, 0).sum() / np.var(task, 0).sum()
+        found = variance_reduction(np.float32(distill), np.float32(task), weight=weight)
+        np.testing.assert_allclose(found.removed, expected, atol=1e-4)
+        reductions.append(found)
+    removed = [float(r.removed_at_best) for r in reductions]
+    np.testing.assert_allclose(removed[0], 1.0, atol=1e-5)  # a teacher that is the student
+    np.testing.assert_allclose(reductions[0].best_weight, 1.0, rtol=1e-5)
+    assert removed[0] > removed[1] > removed[2] >= 0
 
 
 # --- effective temperature ----------------------------------------------------------------------

@@ -9,6 +9,7 @@ import scipy.special
 from jax import numpy as jnp
 
 from abkd_jax.analysis import (
+    exact_parameter_log_mass_ratio,
     log_mass_ratio,
     logit_gradient,
     of_logit_change,
@@ -235,9 +236,9 @@ def setup(size=7):
 
 @functools.partial(jax.jit, static_argnames="exact")
 def parameter_step(params, inputs, teacher, divergence, eta, where=None, exact=False):
+    fn = exact_parameter_log_mass_ratio if exact else parameter_log_mass_ratio
     logits_fn = lambda p: network(p, inputs)  # noqa: E731
-    numbers = dict(divergence=divergence, learning_rate=eta)
-    return parameter_log_mass_ratio(logits_fn, params, teacher, **numbers, where=where, exact=exact)
+    return fn(logits_fn, params, teacher, divergence=divergence, learning_rate=eta, where=where)
 
 
 def jacobian(params, inputs):
@@ -299,14 +300,14 @@ def test_a_network_that_removes_classes(exact):
     params, inputs, teacher = setup()
     present = jnp.arange(K) < K - 2
     masked = lambda p: jnp.where(present, network(p, inputs), -jnp.inf)  # noqa: E731
+    fn = exact_parameter_log_mass_ratio if exact else parameter_log_mass_ratio
     teacher = np.where(present, teacher, -np.inf)
-    found = parameter_log_mass_ratio(
+    found = fn(
         masked,
         jax.tree.map(jnp.float32, params),
         jnp.float32(teacher),
         divergence=bind(forward_kl),
         learning_rate=ETA,
-        exact=exact,
     )
     assert all(np.all(np.isfinite(part)) for part in jax.tree.leaves(found))
     assert np.all(np.asarray(found.log_ratio)[:, K - 2 :] == 0)

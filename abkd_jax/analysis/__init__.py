@@ -11,11 +11,13 @@ from abkd_jax.analysis.effects import (
     UpperBound,
     confidence_weight,
     hardness_weight,
+    likelihood_ratio_weight,
     tightness,
     upper_bound,
 )
 from abkd_jax.analysis.flow import (
     by_rank,
+    head_and_tail,
     mass_change,
     mass_flow,
     moved_mass,
@@ -24,12 +26,15 @@ from abkd_jax.analysis.flow import (
 )
 from abkd_jax.analysis.gradients import (
     GradientNoise,
+    VarianceReduction,
     cosine,
     gradient_noise,
     gradient_norm,
     logit_cosines,
     logit_gradient,
     parameter_cosines,
+    tree_cosine,
+    variance_reduction,
 )
 from abkd_jax.analysis.grid import (
     Summary,
@@ -41,6 +46,7 @@ from abkd_jax.analysis.grid import (
 from abkd_jax.analysis.probe import PROBES, probe
 from abkd_jax.analysis.reassignment import (
     Reassignment,
+    exact_parameter_log_mass_ratio,
     log_mass_ratio,
     of_logit_change,
     parameter_log_mass_ratio,

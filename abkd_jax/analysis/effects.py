@@ -156,6 +156,34 @@ def tightness(log_ratio: Array, bound: Array) -> Array:
     return jnp.where(bound > 0, jnp.abs(log_ratio) / jnp.where(bound > 0, bound, 1.0), 1.0)
 
 
+def likelihood_ratio_weight(
+    log_ratio: Array, log_student: Array, *, alpha: Number, beta: Number
+) -> Array:
+    """dD/dq = -q^(alpha + beta - 1) ((p / q)^alpha - 1) / alpha, by the likelihood ratio p / q.
+
+    So alpha says how the ratio is weighted, and alpha + beta how the mass is. At alpha = 0 it is
+    -q^(beta - 1) log(p / q).
+
+    Args:
+        log_ratio: log(p / q), of any shape: an axis to plot over, or `numerics.log_ratio`.
+        log_student: log q, of a shape that broadcasts.
+        alpha: a number, or an array that broadcasts.
+        beta: likewise.
+
+    Returns:
+        An array of the common shape: negative, so that descent raises q, where p > q.
+
+    Source: Wang et al., "ABKD", ICML 2025, https://arxiv.org/abs/2505.04560, appendix E;
+    Cichocki et al., "Generalized alpha-beta divergences", Entropy 13, 2011.
+    """
+    u, log_q, alpha, beta = (
+        jnp.asarray(x, jnp.result_type(float, log_ratio))
+        for x in (log_ratio, log_student, alpha, beta)
+    )
+    log_scale = jnp.maximum(alpha * u, 0.0) + (alpha + beta - 1.0) * log_q
+    return -_scaled(u * numerics.psi(_magnitude(alpha * u)), log_scale)
+
+
 def _weighted_gap(student_logits, teacher_logits, alpha, beta):
     """q^beta (p^alpha - q^alpha) / alpha, whatever is 0."""
     u = numerics.log_ratio(student_logits, teacher_logits)

@@ -10,6 +10,7 @@ from jax import numpy as jnp
 
 from abkd_jax import checks, numerics
 from abkd_jax.analysis.checks import check_cached, check_values
+from abkd_jax.binding import Unit
 
 
 def mass_change(student_logits: Array, log_ratio: Array) -> Array:
@@ -90,6 +91,30 @@ def target_and_rest(labels: Array, num_classes: int) -> dict[str, Array]:
     return {"target": target, "rest": ~target}
 
 
+def head_and_tail(logits: Array, *, head_mass: Unit = 0.5) -> dict[str, Array]:
+    """The likeliest classes and the others, by mass, with the head of `adaptive_kl`.
+
+    The head is the likeliest class, and those that follow as long as the sum of their
+    probabilities is at most `head_mass`. For a head of k classes see `by_rank`.
+
+    Args:
+        logits: `[..., K]`, the teacher's as a rule.
+        head_mass: in [0, 1], or an array that broadcasts to the leading axes.
+
+    Returns:
+        `[..., K]` bool: "head" and "tail".
+
+    Raises:
+        ValueError: if the number does not broadcast.
+    """
+    logits = check_values(logits)
+    ranks = _ranks(logits)
+    falling = -jnp.sort(-jnp.exp(numerics.log_probabilities(logits)), axis=-1)
+    within = jnp.cumsum(falling, axis=-1) <= numerics.per_row("head_mass", head_mass, logits)
+    head = jnp.take_along_axis(within, ranks, axis=-1) | (ranks == 0)
+    return {"head": head, "tail": ~head}
+
+
 def by_rank(logits: Array, *, edges: tuple[int, ...]) -> dict[str, Array]:
     """The classes in buckets by how likely they are; of equal ones the first in order comes first.
 
@@ -108,11 +133,15 @@ def by_rank(logits: Array, *, edges: tuple[int, ...]) -> dict[str, Array]:
     counts = isinstance(edges, tuple | list) and all(isinstance(e, int | np.integer) for e in edges)
     rise = counts and edges and all(a < b for a, b in itertools.pairwise((0, *edges)))
     checks.require(rise, "edges", "a tuple of counts of classes that rise from 1", edges)
-    falling = jnp.argsort(-jax.lax.stop_gradient(logits), axis=-1)
-    ranks = jnp.argsort(falling, axis=-1)  # 0 at the largest
+    ranks = _ranks(logits)
     groups = {}
     for start, stop in zip((0, *edges), (*edges, None), strict=True):
         name = f"{start + 1}-" if stop is None else f"{start + 1}-{stop}"
         inside = ranks >= start if stop is None else (ranks >= start) & (ranks < stop)
         groups[str(stop) if stop == start + 1 else name] = inside
     return groups
+
+
+def _ranks(logits: Array) -> Array:
+    """0 at the largest."""
+    return jnp.argsort(jnp.argsort(-jax.lax.stop_gradient(logits), axis=-1), axis=-1)

@@ -1,5 +1,6 @@
 """Gradients of losses, in logits and in parameters: their size, their angle, their noise."""
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from jax import numpy as jnp
 
 from abkd_jax import checks, numerics
 from abkd_jax.analysis.checks import check_cached
+from abkd_jax.binding import Number
 from abkd_jax.losses import mask_of, total
 from abkd_jax.types import Batch, Divergence, Outputs, Term
 
@@ -60,6 +62,16 @@ def cosine(a: Array, b: Array) -> Array:
         `[...]` in [-1, 1], up to rounding.
     """
     return jnp.sum(_unit(a) * _unit(b), axis=-1)
+
+
+def tree_cosine(a: Any, b: Any) -> Array:
+    """`cosine` of two pytrees of the same structure, each as one long vector.
+
+    Raises:
+        ValueError: if the structures or shapes differ.
+    """
+    _check_alike(a=a, b=b)
+    return cosine(_flat(a), _flat(b))
 
 
 def logit_cosines(
@@ -113,9 +125,8 @@ def parameter_cosines(
 
 
 def tree_cosines(trees: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
-    """The cosines between each two of several pytrees, each as one long vector, by their names."""
-    flat = [jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(t)]) for t in trees.values()]
-    units = _unit(jnp.stack(flat))
+    """`tree_cosine` between each two of several pytrees, as {name: {name: scalar}}."""
+    units = _unit(jnp.stack([_flat(tree) for tree in trees.values()]))
     return _by_names(trees, jnp.matmul(units, units.T, precision=jax.lax.Precision.HIGHEST))
 
 
@@ -161,18 +172,23 @@ class GradientNoise:
         squared_norm: an estimate of |G|^2 without bias; negative where noise hides the gradient.
         variance: E |G_B - G|^2, the trace of the covariance of a batch's gradient, without bias.
         signal_to_noise: squared_norm / variance, at least 0.
+        noise_scale: B_simple = tr(Sigma) / |G|^2 in examples, Sigma being the covariance of one
+            example's gradient: the batch size at which signal and noise are equal. Infinite where
+            the estimate of |G|^2 is not positive.
     """
 
     squared_norm: Array
     variance: Array
     signal_to_noise: Array
+    noise_scale: Array
 
 
-def gradient_noise(gradients: Any) -> GradientNoise:
+def gradient_noise(gradients: Any, *, batch_size: Number = 1.0) -> GradientNoise:
     """The noise of gradients, from those of a few batches at the same parameters.
 
     Args:
         gradients: a pytree of `[N, ...]`, the gradients of the means over N >= 2 batches.
+        batch_size: the number of examples in a batch. Only `noise_scale` depends on it.
 
     Returns:
         Scalars.
@@ -183,19 +199,67 @@ def gradient_noise(gradients: Any) -> GradientNoise:
     Source: McCandlish et al., "An empirical model of large-batch training", 2018,
     https://arxiv.org/abs/1812.06162.
     """
-    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(gradients)]
-    counts = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves}
-    fits = len(counts) == 1 and min(counts) >= 2
-    expected = "the gradients of at least 2 batches, stacked along the first axis of every array"
-    checks.require(fits, "gradients", expected, sorted(counts))
-    rows = jnp.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=-1)
-    centred = rows - jnp.mean(rows, axis=0)
-    variance = jnp.sum(centred * centred) / (len(rows) - 1)
+    rows = _rows("gradients", gradients)
+    variance = _covariance(rows, rows)
     squared_norm = jnp.sum(jnp.square(jnp.mean(rows, axis=0))) - variance / len(rows)
     signal = jnp.maximum(squared_norm, 0.0)
-    none = signal == 0
-    ratio = jnp.where(none, 0.0, signal / jnp.where(none, 1.0, variance))
-    return GradientNoise(squared_norm, variance, ratio)
+    return GradientNoise(
+        squared_norm, variance, _ratio(signal, variance), batch_size * _ratio(variance, signal)
+    )
+
+
+@struct.dataclass
+class VarianceReduction:
+    """How much of the variance of the task's stochastic gradient distillation takes away.
+
+    Attributes:
+        removed: 1 - Var(mixed) / Var(task), at most 1; negative where distillation adds noise.
+        best_weight: the weight of distillation at which the mixture's variance is smallest.
+        removed_at_best: the share removed there, in [0, 1].
+    """
+
+    removed: Array
+    best_weight: Array
+    removed_at_best: Array
+
+
+def variance_reduction(
+    distill_gradients: Any, task_gradients: Any, *, weight: Number = 1.0
+) -> VarianceReduction:
+    """The partial variance reduction of (1 - w) task + w distillation against the task alone.
+
+    For a linear model under the logistic loss, distillation's gradient is the task's less w times
+    the teacher's own task gradient on the same batch: a control variate, like that of SVRG, which
+    takes away that part of the noise which teacher and student share. The variance of the mixture
+    is a parabola in w, so its minimum comes with the same three sums. Variance is the trace of the
+    covariance over batches, without bias. A loss on another scale has another variance: give both
+    the scale with which they are trained.
+
+    Args:
+        distill_gradients: a pytree of `[N, ...]`, gradients of the distillation loss on N >= 2
+            batches at the same parameters.
+        task_gradients: the same of the task's loss, on the same batches.
+        weight: w; 1 compares distillation alone with the task.
+
+    Returns:
+        Scalars.
+
+    Raises:
+        ValueError: if there are fewer than two batches, or the two pytrees differ in structure or
+            shapes.
+
+    Source: Safaryan et al., "Knowledge distillation performs partial variance reduction", NeurIPS
+    2023, https://arxiv.org/abs/2305.17581.
+    """
+    distill = _rows("distill_gradients", distill_gradients)
+    task = _rows("task_gradients", task_gradients)
+    _check_alike(distill_gradients=distill_gradients, task_gradients=task_gradients)
+    variance = _covariance(task, task)
+    toward = distill - task
+    shared, square = _covariance(task, toward), _covariance(toward, toward)
+    removed = lambda w: _ratio(-w * (2.0 * shared + w * square), variance)  # noqa: E731
+    best = jnp.where(square > 0, -shared / jnp.where(square > 0, square, 1.0), 0.0)
+    return VarianceReduction(removed(jnp.asarray(weight)), best, removed(best))
 
 
 def logit_slope(
@@ -224,6 +288,42 @@ def logit_slope(
 def _by_names(names: Iterable[str], matrix: Array) -> dict[str, dict[str, Array]]:
     """A matrix's entries by name, since jit forgets the order of a dictionary's."""
     return {a: {b: matrix[i, j] for j, b in enumerate(names)} for i, a in enumerate(names)}
+
+
+def _covariance(a: Array, b: Array) -> Array:
+    """The trace of the covariance of `[N, P]` and `[N, P]` over N, without bias."""
+    centred = [x - jnp.mean(x, axis=0) for x in (a, b)]
+    return jnp.sum(centred[0] * centred[1]) / (len(a) - 1)
+
+
+def _ratio(a: Array, b: Array) -> Array:
+    """a / b for b >= 0: infinite where b alone is 0, and 0 where both are."""
+    return jnp.where((a == 0) & (b == 0), 0.0, a / jnp.where(a == 0, jnp.where(b == 0, 1.0, b), b))
+
+
+def _rows(name: str, gradients: Any) -> Array:
+    """A pytree of `[N, ...]` as `[N, P]`."""
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(gradients)]
+    counts = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves}
+    fits = len(counts) == 1 and min(counts) >= 2
+    expected = "the gradients of at least 2 batches, stacked along the first axis of every array"
+    checks.require(fits, name, expected, sorted(counts))
+    return jnp.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=-1)
+
+
+def _check_alike(**trees: Any) -> None:
+    """Refuses two pytrees, by their names, whose arrays differ in path or shape."""
+    parts = [
+        [f"{jax.tree_util.keystr(path)} {list(jnp.shape(leaf))}".strip() for path, leaf in leaves]
+        for leaves in map(jax.tree.leaves_with_path, trees.values())
+    ]
+    for found in itertools.zip_longest(*parts, fillvalue="nothing"):
+        expected = "of the same structure and shapes"
+        checks.require(found[0] == found[1], " and ".join(trees), expected, found)
+
+
+def _flat(tree: Any) -> Array:
+    return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def _scaled(x: Array) -> tuple[Array, Array]:

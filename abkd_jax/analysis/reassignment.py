@@ -111,14 +111,12 @@ def parameter_log_mass_ratio(
     divergence: Divergence,
     learning_rate: NonNegative,
     where: Array | None = None,
-    exact: bool = False,
 ) -> Reassignment:
-    """One step of gradient descent on a network's parameters.
+    """One step of gradient descent on a network's parameters, to first order in the step.
 
     With g the gradient of the batch mean of D in all the batch's logits and J the Jacobian of these
-    logits in the parameters, the logits change by -eta J J^T g, to first order in the step: each
-    example moves all the others. The product is taken by one reverse and one forward pass; neither
-    J nor J J^T is formed.
+    logits in the parameters, the logits change by -eta J J^T g: each example moves all the others.
+    The product is taken by one reverse and one forward pass; neither J nor J J^T is formed.
 
     Args:
         logits_fn: params -> student logits `[..., K]`: the network on one batch.
@@ -128,19 +126,57 @@ def parameter_log_mass_ratio(
         learning_rate: eta, a number.
         where: `[...]` bool, the examples whose mean is descended; None for all. The others are
             moved as well.
-        exact: whether the change is the difference of the logits after and before the step, by the
-            network itself: right for a step of any size, but where that is tiny it has only the
-            digits that the subtraction leaves.
 
     Returns:
-        The reassignment by that change, which is its `target`.
+        The reassignment by the change -eta J J^T g, which is its `target`.
 
     Raises:
         AssertionError: if `where` is not bool `[...]`.
-        ValueError: if the teacher's logits do not broadcast to the student's.
 
     Source: Wang et al., "ABKD", ICML 2025, https://arxiv.org/abs/2505.04560, appendix C.
     """
+    step, _, lifted = _descent(logits_fn, params, teacher_logits, divergence, learning_rate, where)
+    _, change = jax.jvp(logits_fn, (params,), (step,))
+    return of_checked_change(lifted, change)
+
+
+def exact_parameter_log_mass_ratio(
+    logits_fn: Callable[[Any], Array],
+    params: Any,
+    teacher_logits: Array,
+    *,
+    divergence: Divergence,
+    learning_rate: NonNegative,
+    where: Array | None = None,
+) -> Reassignment:
+    """`parameter_log_mass_ratio` by the network itself, evaluated again after the step.
+
+    Its `target` is the difference of the logits after and before: exact for a step of any size, but
+    where that is tiny it has only the digits that the subtraction leaves.
+
+    Args:
+        logits_fn: params -> student logits `[..., K]`: the network on one batch.
+        params: any pytree of floating-point arrays.
+        teacher_logits: `[..., K]`, on the same batch.
+        divergence: D.
+        learning_rate: eta, a number.
+        where: `[...]` bool, the examples whose mean is descended; None for all.
+
+    Returns:
+        The reassignment.
+
+    Raises:
+        AssertionError: if `where` is not bool `[...]`.
+    """
+    step, logits, lifted = _descent(
+        logits_fn, params, teacher_logits, divergence, learning_rate, where
+    )
+    after = logits_fn(jax.tree.map(jnp.add, params, step))
+    return of_checked_change(lifted, jnp.where(jnp.isneginf(logits), 0.0, after - logits))
+
+
+def _descent(logits_fn, params, teacher_logits, divergence, learning_rate, where):
+    """The step of the parameters, and the logits before it, as they are and lifted to 32 bit."""
     logits, pull = jax.vjp(logits_fn, params)
     lifted, teacher = check_cached(logits, teacher_logits)
     expected = f"of a shape that broadcasts to {list(logits.shape)}, that of what logits_fn gives"
@@ -150,12 +186,7 @@ def parameter_log_mass_ratio(
     mean = jnp.where(where[..., None], gradient, 0.0) / jnp.maximum(jnp.sum(where), 1)
     (slope,) = pull(mean.astype(logits.dtype))
     step = jax.tree.map(lambda g: -jnp.asarray(learning_rate, g.dtype) * g, slope)
-    if exact:
-        after = logits_fn(jax.tree.map(jnp.add, params, step))
-        change = jnp.where(jnp.isneginf(logits), 0.0, after - logits)
-    else:
-        _, change = jax.jvp(logits_fn, (params,), (step,))
-    return of_checked_change(lifted, change)
+    return step, logits, lifted
 
 
 def _excess(log_q: Array, d: Array) -> Array:
