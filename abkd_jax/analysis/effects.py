@@ -190,13 +190,19 @@ def _weighted_gap(student_logits, teacher_logits, alpha, beta):
     log_p, log_q = _floored(teacher_logits), _floored(student_logits)
     # One exponent: powers apart could be 0 times infinity.
     log_scale = beta * log_q + jnp.maximum(alpha * log_p, alpha * log_q)
-    gap = jnp.maximum(alpha * u, -alpha * u)  # jnp.abs has the derivative +1 at 0
-    # The scale in two halves, each of which float32 can hold.
-    half = jnp.exp(jnp.minimum(0.5 * log_scale, 80.0))
-    value = u * numerics.psi(gap) * half * half
-    return jnp.clip(value, -numerics.SATURATION, numerics.SATURATION)
+    return _scaled(u * numerics.psi(_magnitude(alpha * u)), log_scale)
 
 
 def _floored(logits: Array) -> Array:
     """Log-probabilities, with a number of large magnitude where the probability is 0."""
     return jnp.maximum(numerics.log_probabilities(logits), -numerics.MAX_LOG_RATIO)
+
+
+def _scaled(x: Array, log_scale: Array) -> Array:
+    """x e^log_scale, saturated: the scale in two halves, each of which float32 can hold."""
+    half = jnp.exp(jnp.minimum(0.5 * log_scale, 80.0))
+    return jnp.clip(x * half * half, -numerics.SATURATION, numerics.SATURATION)
+
+
+def _magnitude(x: Array) -> Array:
+    return jnp.maximum(x, -x)  # jnp.abs has the derivative +1 at 0

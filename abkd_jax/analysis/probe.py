@@ -152,6 +152,7 @@ def _of_gradients(gradients, terms, probes):
         weights = [terms[name].weight for name in names]
         weighted_sum = lambda *g: sum(w * x for w, x in zip(weights, g, strict=True))  # noqa: E731
         summed = jax.tree.map(weighted_sum, *gradients.values())
-        noise = vars(gradient_noise(summed))
-        metrics |= {f"gradient_noise/{name}": value for name, value in noise.items()}
+        noise = gradient_noise(summed)
+        for name in ("variance", "squared_norm", "signal_to_noise"):
+            metrics[f"gradient_noise/{name}"] = getattr(noise, name)
     return metrics
