@@ -8,14 +8,14 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import scipy.optimize
 from flax import linen as nn
 from jax import numpy as jnp
+from reference_scores import agreement, class_accuracy, summary, temperature
 
 import abkd_jax
 from abkd_jax import analysis, data, models, optimizers, schedules
@@ -34,7 +34,7 @@ CACHED = "computed once for all steps"  # what a sweep says of the outputs of a 
 
 def group(net: "Net") -> dict[str, Any]:
     """A network's group of the config."""
-    model = dict(fn=net.model, **net.widths) if net.module is None else dict(fn="given")
+    model = dict(fn=net.model, **net.hypers) if net.module is None else dict(fn="given")
     written = dict(model=model)
     if net.optimizer:
         written |= dict(optimizer=net.optimizer, terms=net.terms)
@@ -60,10 +60,8 @@ def given(run: "Run") -> dict[str, Any]:
         for name, net in run.networks.items()
         if net.module is not None
     }
-    splits = dict(train=run.train, validation=run.validation, test=run.test)
-    return dict(
-        networks=networks, data=data.from_arrays(**splits, num_classes=run.classes, **run.how)
-    )
+    how = dict(train=run.train, validation=run.validation, test=run.test, **run.how)
+    return dict(networks=networks, data=data.from_arrays(num_classes=run.classes, **how))
 
 
 def train(run: "Run", workdir: pathlib.Path) -> None:
@@ -102,24 +100,30 @@ def column(run: "Run", split: str, learner: str, metric: str, other: str = "") -
     return f"{split}_{own}{metric}{f'_with_{other}' if other and several else ''}"
 
 
-def said_of_run(run: "Run", result: Mapping[str, Any]) -> None:
-    """Asserts what result.json says of the run as a whole."""
-    phases = result["phases"]
-    assert [(x["name"], tuple(x["learn"]), tuple(x["see"]), x["split"]) for x in phases] == [
-        (x.name, x.learners, x.frozen, SPLITS[x.split]) for x in run.phases
+def header(run: "Run") -> dict[str, Any]:
+    """What result.json says beside its networks."""
+    phases = [
+        dict(
+            name=phase.name,
+            folder="" if phase is run.phases[-1] else phase.name,
+            learn=list(phase.learners),
+            see=list(phase.frozen),
+            split=SPLITS[phase.split],
+        )
+        for phase in run.phases
     ]
-    assert [x["folder"] for x in phases] == [*(x.name for x in run.phases[:-1]), ""]
-    assert result["score"] == "accuracy"
-    assert result["evaluated_on"] == "test" and result["selected_on"] == run.selects
-    assert result["num_classes"] == run.classes and result["class_names"] == []
-    latest = {name: phase.name for phase in run.phases for name in phase.learners}
-    for name, found in result["networks"].items():
-        assert found["phase"] == latest.get(name)
+    on = dict(evaluated_on="test", selected_on=run.selects, score="accuracy")
+    return dict(phases=phases, num_classes=run.classes, class_names=[], **on)
 
 
 def selecting(accuracies: Mapping[str, float]) -> float:
     """The number by which a phase's best step is chosen, of the accuracies of its learners."""
     return accuracies.get("student", float(np.mean(list(accuracies.values()))))
+
+
+def stacked_outputs(parts: list[Outputs]) -> Outputs:
+    """The outputs for several batches, with a first axis over these; the head is that of all."""
+    return stacked([part.replace(head=None) for part in parts]).replace(head=parts[0].head)
 
 
 # --- What is run --------------------------------------------------------------------------------
@@ -130,7 +134,7 @@ class Net:
     """A network: by the name of its model, or handed over as a linen module of the test's own."""
 
     model: str = ""
-    widths: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    hypers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     module: nn.Module | None = None
     optimizer: Mapping[str, Any] | None = None
     terms: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -151,7 +155,7 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True, eq=False)  # each is a key of caches
 class Run:
-    """Networks, phases in order, arrays with what is done to them (`how`), the run's numbers."""
+    """Networks, phases in order, arrays and what is done to them (`how`), and the run's numbers."""
 
     networks: Mapping[str, Net]
     phases: tuple[Phase, ...]
@@ -185,6 +189,7 @@ class Course(NamedTuple):
 # --- Batches ------------------------------------------------------------------------------------
 
 
+@functools.cache
 def examples(run: Run, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Inputs, labels, and whether a label may be seen, of what a phase trains on."""
     inputs, labels = run.train
@@ -273,23 +278,22 @@ def objective(run: Run, phase: Phase, learner: str, step: int, frozen: Any) -> d
     present = [name for name in (*phase.learners, *phase.frozen) if name != learner] or [learner]
     terms = {}
     for name, group in run.networks[learner].terms.items():
-        group = dict(group)
-        options = dict(other=present[0]) | {
-            k: group.pop(k) for k in ("where", "other") if k in group
-        }
-        weight = number(group.pop("weight"), step, run.numbers["num_steps"])
-        if group.get("centers") == CLASS_MEANS:
-            group["centers"] = class_means(run, options["other"], frozen[options["other"]])
-        terms[name] = Term(loss=bound(run, group, step), weight=jnp.float32(weight), **options)
+        group = dict(where="where", other=present[0]) | group
+        where, other, weight = (group.pop(key) for key in ("where", "other", "weight"))
+        weight = jnp.float32(number(weight, step, run.numbers["num_steps"]))
+        centers = functools.partial(class_means, run, other, frozen.get(other))
+        terms[name] = Term(bound(run, group, step, centers), weight, where=where, other=other)
     return terms
 
 
-def bound(run: Run, group: Mapping[str, Any], step: int) -> Any:
+def bound(run: Run, group: Mapping[str, Any], step: int, centers: Callable[[], Any]) -> Any:
     """A loss or divergence with all its numbers, schedules among them, as they stand at a step."""
     values = {}
     for key, value in group.items():
-        if isinstance(value, Mapping) and not hasattr(schedules, value["fn"]):
-            values[key] = bound(run, value, step)
+        if isinstance(value, str) and value == CLASS_MEANS:
+            values[key] = centers()
+        elif isinstance(value, Mapping) and not hasattr(schedules, value["fn"]):
+            values[key] = bound(run, value, step, centers)
         elif key != "fn":
             values[key] = number(value, step, run.numbers["num_steps"])
     return bind(getattr(abkd_jax, group["fn"]), **values)
@@ -313,7 +317,7 @@ def module(run: Run, name: str, projections: bool = True) -> nn.Module:
     net = run.networks[name]
     if net.module is not None:
         return net.module
-    plain = getattr(models, net.model)(num_classes=run.classes, **net.widths)
+    plain = getattr(models, net.model)(num_classes=run.classes, **net.hypers)
     if not (projections and net.project):
         return plain
     width = {
@@ -385,13 +389,17 @@ def course(run: Run, phase: Phase, taught: Mapping[str, Any]) -> Course:
         states, averages = {name: after[name] for name in phase.learners}, {}
         for name, state in states.items():
             decay = run.networks[name].ema_decay or 0.0
-            average = lambda old, new, d=decay: d * old + (1 - d) * new  # noqa: E731
-            before = found.averages[-1][name]
-            averages[name] = jax.tree.map(average, before, doubled(state.params))
+            before, now = found.averages[-1][name], doubled(state.params)
+            averages[name] = jax.tree.map(functools.partial(averaged, decay), before, now)
         found.states.append(states)
         found.averages.append(averages)
         found.metrics.append({name: float(value) for name, value in metrics.items()})
     return found
+
+
+def averaged(decay: float, old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """The moving average after another value."""
+    return decay * old + (1 - decay) * new
 
 
 def doubled(tree: Any) -> Any:
@@ -416,71 +424,6 @@ def courses(run: Run) -> tuple[dict[str, Course], dict[str, Any]]:
     return found, last
 
 
-# --- Scores, in float64 -------------------------------------------------------------------------
-
-BINS = 15
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    return logits - scipy.special.logsumexp(logits, axis=-1, keepdims=True)
-
-
-def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: list) -> float:
-    """The mean distance of accuracy from confidence over bins, which are lists of rows."""
-    gaps = [
-        abs(correct[rows].mean() - confidence[rows].mean()) * len(rows)
-        for rows in bins
-        if len(rows)
-    ]
-    return sum(gaps) / len(confidence)
-
-
-def summary(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """The scores of logits on a set."""
-    log_p = log_softmax(logits)
-    p, rows = np.exp(log_p), np.arange(len(labels))
-    confidence, correct = p.max(-1), np.argmax(logits, -1) == labels
-    five = np.argsort(-logits, axis=-1, kind="stable")[:, :5]
-    edge = np.arange(BINS) / BINS
-    wide = [np.flatnonzero((confidence > low) & (confidence <= low + 1 / BINS)) for low in edge]
-    equal = np.array_split(np.argsort(confidence, kind="stable"), BINS)
-    mean = lambda x, rows: x[rows].mean() if len(rows) else None  # noqa: E731
-    return dict(
-        accuracy=correct.mean(),
-        top5=np.any(five == labels[:, None], -1).mean(),
-        nll=-log_p[rows, labels].mean(),
-        brier=np.sum((p - np.eye(p.shape[-1])[labels]) ** 2, -1).mean(),
-        entropy=-np.sum(p * log_p, -1).mean(),
-        ece=calibration_error(confidence, correct, wide),
-        adaptive_ece=calibration_error(confidence, correct, equal),
-        reliability=dict(
-            count=[len(rows) for rows in wide],
-            confidence=[mean(confidence, rows) for rows in wide],
-            accuracy=[mean(correct, rows) for rows in wide],
-        ),
-    )
-
-
-def temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """That which minimises the NLL, between 0.01 and 100."""
-
-    def nll(log_t):
-        return -log_softmax(logits / np.exp(log_t))[np.arange(len(labels)), labels].mean()
-
-    ends = (-np.log(100), np.log(100))
-    found = scipy.optimize.minimize_scalar(
-        nll, bounds=ends, method="bounded", options=dict(xatol=1e-9)
-    )
-    return float(np.exp(found.x))
-
-
-def agreement(logits: np.ndarray, others: np.ndarray) -> dict[str, float]:
-    """Of a network with another one, and KL(other || network)."""
-    log_q, log_p = log_softmax(logits), log_softmax(others)
-    same = np.argmax(logits, -1) == np.argmax(others, -1)
-    return dict(agreement=same.mean(), kl_at_1=np.sum(np.exp(log_p) * (log_p - log_q), -1).mean())
-
-
 def on_split(run: Run, name: str, variables: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Logits in float64, and labels, of a whole split."""
     inputs, labels = getattr(run, split)
@@ -491,6 +434,7 @@ def on_split(run: Run, name: str, variables: Any, split: str) -> tuple[np.ndarra
 
 
 def evaluated_steps(run: Run) -> list[int]:
+    """The steps at which there is a checkpoint, and an evaluation."""
     last, every = run.numbers["num_steps"], run.numbers["checkpoint_every"]
     return [*range(every, last, every), last]
 
@@ -508,8 +452,10 @@ def rows(run: Run, phase: Phase, found: Course, last: Mapping[str, Any]) -> list
             begin = (step - 1) // every * every  # of the interval, which the end may cut short
             names = found.metrics[0]
             means = {n: np.mean([m[n] for m in found.metrics[begin:step]]) for n in names}
-            rates = {name: run.networks[name].optimizer["learning_rate"] for name in phase.learners}
-            rates = {f"{n}/learning_rate": number(x, step - 1, end) for n, x in rates.items()}
+            rates = {}
+            for name in phase.learners:
+                rate = run.networks[name].optimizer["learning_rate"]
+                rates[f"{name}/learning_rate"] = number(rate, step - 1, end)
             probed = analysed(run, phase, found, step, last) if run.numbers["analysis"] else {}
             written.append(dict(step=step) | means | rates | probed)
         if step in evaluated_steps(run):
@@ -522,12 +468,17 @@ def rows(run: Run, phase: Phase, found: Course, last: Mapping[str, Any]) -> list
     return written
 
 
-def best_step(run: Run, phase: Phase, found: Course) -> int:
-    """Of the highest score on the split that selects; of equal ones the latest."""
-    scores = {
-        step: selecting({n: quick(run, found, n, step)["accuracy"] for n in phase.learners})
+def accuracies(run: Run, phase: Phase, found: Course) -> dict[int, dict[str, float]]:
+    """{step: {learner: its accuracy}} on the split that selects."""
+    return {
+        step: {name: quick(run, found, name, step)["accuracy"] for name in phase.learners}
         for step in evaluated_steps(run)
     }
+
+
+def best_step(run: Run, phase: Phase, found: Course, by: Callable = selecting) -> int:
+    """That of the highest score; of equal ones the latest."""
+    scores = {step: by(each) for step, each in accuracies(run, phase, found).items()}
     return max(scores, key=lambda step: (scores[step], step))
 
 
@@ -544,20 +495,21 @@ def analysed(run: Run, phase: Phase, found: Course, step: int, last: Any) -> dic
         how = dict(train=True, key=batch["key"]) if name in phase.learners else dict(train=False)
         return states[name].forward(params, batch["inputs"], **how)[0]
 
-    stack = lambda *x: jnp.stack(x)  # noqa: E731
     others = {}
     for name, state in states.items():
-        parts = [shown(name, state.params, part) for part in each]
-        rows = jax.tree.map(stack, *(part.replace(head=None) for part in parts))
-        others[name] = rows.replace(head=parts[0].head)
+        others[name] = stacked_outputs([shown(name, state.params, part) for part in each])
     written = {}
     for name in phase.learners:
         probes = [p for p in run.numbers["analysis"] if p != "gradient_noise" or count > 1]
         terms = objective(run, phase, name, step, last)
-        batches = jax.tree.map(stack, *each)
-        values = probed(states[name], others, batches, terms, probes=tuple(probes))
+        values = probed(states[name], others, stacked(each), terms, probes=tuple(probes))
         written |= {f"analysis/{name}/{key}": float(value) for key, value in values.items()}
     return {key: value for key, value in written.items() if key.split("/")[1] != key.split("/")[-1]}
+
+
+def stacked(trees: list[Any]) -> Any:
+    """The trees as one, its arrays with a first axis over them."""
+    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
 
 @functools.partial(jax.jit, static_argnames="probes")
@@ -573,12 +525,8 @@ def probed(state: Any, others: Any, batches: Any, terms: Any, *, probes: tuple[s
 def scores(run: Run, name: str, variables: Any) -> tuple[dict[str, Any], float]:
     """What result.json says of a network on test data, and its accuracy where it is selected."""
     logits, labels = on_split(run, name, variables, "test")
-    correct = np.argmax(logits, -1) == labels
-    found = summary(logits, labels) | dict(count=len(labels), temperature=None, scaled=None)
-    found["class_accuracy"] = [
-        correct[labels == label].mean() if np.any(labels == label) else None
-        for label in range(run.classes)
-    ]
+    found = summary(logits, labels) | dict(class_accuracy=class_accuracy(logits, labels))
+    found |= dict(count=len(labels), temperature=None, scaled=None)
     selected = on_split(run, name, variables, run.selects)
     if run.validation is not None:
         found["temperature"] = temperature(*selected)
@@ -625,23 +573,21 @@ def member_scores(run: Run, found: Course, taught: Any, step: int, split: str) -
     return written
 
 
-def digest(like: Any, raw: Any) -> str:
-    """The SHA-256 of a checkpoint's arrays, each by its path, type, shape and bytes."""
-    sha = hashlib.sha256()
-    for path, array in arranged(like, raw):
-        array = np.asarray(array)
-        sha.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        sha.update(array.tobytes())
-    return sha.hexdigest()
-
-
-def arranged(like: Any, raw: Any) -> list[tuple[Any, np.ndarray]]:
-    """(path, array) in the order of a tree, out of the nested dicts that a checkpoint has."""
+def paired(expected: Any, raw: Any) -> list[tuple[str, np.ndarray, Any]]:
+    """(path, array, expected leaf), from the nested dicts that a checkpoint has of such a tree."""
     found = []
-    for path, _ in jax.tree.leaves_with_path(like):
+    for path, leaf in jax.tree.leaves_with_path(expected):
         part = raw
         for key in path:
             key = getattr(key, "name", getattr(key, "key", getattr(key, "idx", None)))
             part = part[key] if not isinstance(part, Mapping) or key in part else part[str(key)]
-        found.append((path, np.asarray(part)))
+        found.append((jax.tree_util.keystr(path), np.asarray(part), leaf))
     return found
+
+
+def digest(like: Any, raw: Any) -> str:
+    """The SHA-256 of a checkpoint's arrays, each by its path, type, shape and bytes."""
+    sha = hashlib.sha256()
+    for path, array, _ in paired(like, raw):
+        sha.update(f"{path} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return sha.hexdigest()

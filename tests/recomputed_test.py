@@ -6,6 +6,7 @@ import dataclasses
 import io
 import itertools
 import json
+import operator
 
 import jax
 import numpy as np
@@ -13,10 +14,12 @@ import pytest
 import recompute
 from flax import linen as nn
 from recompute import Net, Phase, Run
+from reference_scores import log_softmax
 
 from abkd_jax.types import Outputs
 
 K = 7
+PARTS = ("params", "opt_state", "batch_stats")
 TASK = dict(fn="cross_entropy", weight=1.0, where="labelled")
 NUMBERS = dict(
     batch_size=20,
@@ -27,7 +30,7 @@ NUMBERS = dict(
     micro_batches=1,
     devices=1,
     init_seed=3,
-    data_seed=5,
+    data_seed=30,
     analysis=(),
 )
 
@@ -92,7 +95,7 @@ OFFLINE = (
 
 
 def offline():
-    """Vectors; a teacher of the test's own with dropout, batch norm and an average."""
+    """Vectors; a teacher of the test's own with dropout, batch norm and averaged parameters."""
     teacher = Net(
         module=Noisy(8, 0.3),
         optimizer=dict(fn="adam", learning_rate=dict(fn="cosine", start=0.05, end=0.01)),
@@ -103,9 +106,8 @@ def offline():
     baseline = Net(
         "mlp", dict(widths=(6,)), optimizer=sgd(0.2, momentum=0.9), terms=dict(task=TASK)
     )
-    near = dict(
-        fn="norm_and_direction", centers=recompute.CLASS_MEANS, weight=0.3, where="labelled"
-    )
+    near = dict(fn="norm_and_direction", centers=recompute.CLASS_MEANS)
+    near = dict(fn="with_teacher_labels", loss=near, weight=0.3)
     student = Net(
         "mlp",
         dict(widths=(6,)),
@@ -143,7 +145,8 @@ def unselected():
         K,
         dict(labelled=14, pad=1, flip=True, mean=(0.5, 0.4), std=(0.2, 0.3)),
         NUMBERS
-        | dict(num_steps=14, log_every=6, steps_per_call=3, analysis=("entropy", "gradient_norms")),
+        | dict(num_steps=14, log_every=6, steps_per_call=3, data_seed=31)
+        | dict(analysis=("entropy", "gradient_norms")),
     )
 
 
@@ -172,26 +175,47 @@ def online():
         vectors(45, 3, 2.0),
         K,
         {},
-        NUMBERS | dict(num_steps=18, log_every=8),
+        NUMBERS | dict(num_steps=18, log_every=8, data_seed=15),
     )
 
 
-RUNS = {"offline": offline, "unselected": unselected, "online": online}
+def peers():
+    """Two alone, neither of them the student."""
+    terms = dict(task=TASK, peer=kl())
+    net = Net("mlp", dict(widths=(6,)), optimizer=sgd(0.3), terms=terms)
+    run = online()
+    return dataclasses.replace(
+        run,
+        networks=dict(left=net, right=dataclasses.replace(net, ema_decay=0.6, init_seed=8)),
+        phases=(Phase("both", ("left", "right")),),
+        numbers=NUMBERS
+        | dict(num_steps=11, log_every=4, checkpoint_every=2, data_seed=106)
+        | dict(analysis=("entropy", "gradient_norms")),
+    )
+
+
+# What would choose another step as the best.
+FIRST, ON_TEST, BY_ANOTHER = "the first of equals", "test data", "another score of several learners"
+RUNS = {
+    "offline": (offline, {FIRST, ON_TEST}),
+    "unselected": (unselected, {FIRST}),
+    "online": (online, {ON_TEST, BY_ANOTHER}),
+    "peers": (peers, {ON_TEST, BY_ANOTHER}),
+}
 
 
 class Done:
     """A run that is complete, what it left, and what it should have."""
 
-    def __init__(self, run, workdir):
-        self.run, self.workdir = run, workdir
-        recompute.train(run, workdir)
-        self.courses, self.last = recompute.courses(run)
-        self.folders = {p.name: recompute.folder(workdir, run, p) for p in run.phases}
+    def __init__(self, name, workdir):
+        make, self.told = RUNS[name]
+        self.run, self.workdir = make(), workdir
+        recompute.train(self.run, workdir)
+        self.courses, self.last = recompute.courses(self.run)
+        self.folders = {p.name: recompute.folder(workdir, self.run, p) for p in self.run.phases}
         self.saved = {name: recompute.saved(folder) for name, folder in self.folders.items()}
-        self.networks = self.result()["networks"]
-
-    def result(self):
-        return json.loads((self.workdir / "result.json").read_text())
+        self.header = json.loads((workdir / "result.json").read_text())
+        self.networks = self.header.pop("networks")
 
     def learned(self):
         """The phase of each network that learned."""
@@ -205,9 +229,12 @@ class Done:
         return {"params": params, "batch_stats": state.get("batch_stats") or {}}
 
 
-@pytest.fixture(scope="module", params=RUNS)
+@pytest.fixture(
+    scope="module",
+    params=["offline", "unselected", "online", pytest.param("peers", marks=pytest.mark.slow)],
+)
 def done(request, tmp_path_factory):
-    return Done(RUNS[request.param](), tmp_path_factory.mktemp(request.param))
+    return Done(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def close(found, expected, rtol=1e-5, atol=1e-6, at=""):
@@ -242,63 +269,59 @@ def test_checkpoints(done):
     """Parameters, their averages, statistics and the optimiser's state, at every step there is."""
     end = done.run.numbers["num_steps"]
     for phase, name in done.learned():
-        course, steps = done.courses[phase.name], done.saved[phase.name]
-        assert {end, recompute.best_step(done.run, phase, course)} <= set(steps)
-        for step, networks in steps.items():
+        course, saved = done.courses[phase.name], done.saved[phase.name]
+        assert {end, recompute.best_step(done.run, phase, course)} <= set(saved)
+        for step, networks in saved.items():
             found, expected = networks[name], course.states[step][name]
             assert int(found["step"]) == step
-            for part in ("params", "batch_stats", "opt_state"):
-                tree = getattr(expected, part)
-                for path, array in recompute.arranged(tree, found.get(part)):
-                    value = dict(jax.tree.leaves_with_path(tree))[path]
-                    close(array, value, at=f"{name}.{part} at {step}: {path}")
-            averaged = found.get("ema_params")
-            assert (averaged is None) == (done.run.networks[name].ema_decay is None)
-            if averaged is not None:
-                tree = course.averages[step][name]
-                for (_, array), value in zip(
-                    recompute.arranged(tree, averaged), jax.tree.leaves(tree), strict=True
-                ):
-                    close(array, value, at=f"the average of {name} at {step}")
+            trees = {part: getattr(expected, part) for part in PARTS}
+            averaged = done.run.networks[name].ema_decay is not None
+            assert (found.get("ema_params") is not None) == averaged
+            if averaged:
+                trees["ema_params"] = course.averages[step][name]
+            for part, tree in trees.items():
+                for path, array, value in recompute.paired(tree, found.get(part)):
+                    close(array, value, at=f"{name}.{part}{path} at {step}")
+
+
+def test_the_best_step_tells(done):
+    """It is never the last, and differs in a phase of the run from what a mistake would choose."""
+    run, told = done.run, set()
+    on_test = dataclasses.replace(run, validation=None)
+    for phase in run.phases:
+        course = done.courses[phase.name]
+        best = recompute.best_step(run, phase, course)
+        assert best != run.numbers["num_steps"]
+        every = recompute.accuracies(run, phase, course)
+        score = recompute.selecting(every[best])
+        if any(recompute.selecting(x) == score for step, x in every.items() if step < best):
+            told.add(FIRST)
+        if recompute.best_step(on_test, phase, course) != best:
+            told.add(ON_TEST)
+        rivals = [lambda x: np.mean(list(x.values())), lambda x: max(x.values())]
+        rivals += [operator.itemgetter(name) for name in phase.learners]
+        if [recompute.best_step(run, phase, course, by) for by in rivals].count(best) == 1:
+            told.add(BY_ANOTHER)
+    assert told == done.told
 
 
 def test_scores(done):
     """Of the last states and of the best ones, on test data; what else the result says."""
-    run, end = done.run, done.run.numbers["num_steps"]
-    expected = {name: dict(last=(None, x), best=None) for name, x in done.last.items()}
-    for phase, name in done.learned():
-        best = recompute.best_step(run, phase, done.courses[phase.name])
-        expected[name] = dict(
-            last=(end, done.at(phase, name, end)), best=(best, done.at(phase, name, best))
-        )
-    assert set(done.networks) == set(expected)
-    for name, states in expected.items():
+    run, end, learned = done.run, done.run.numbers["num_steps"], done.learned()
+    assert set(done.networks) == set(run.networks)
+    for phase, name in learned:
+        found, best = done.networks[name], recompute.best_step(run, phase, done.courses[phase.name])
+        scores, _ = recompute.scores(run, name, done.at(phase, name, end))
+        close(found["last"], scores, at=name)
+        scores, accuracy = recompute.scores(run, name, done.at(phase, name, best))
+        close(found["best"], dict(step=best, score=accuracy, scores=scores), at=name)
+        assert found["best"]["step"] == best and found["steps"] == end
+    for name in set(run.networks).difference(name for _, name in learned):
         found = done.networks[name]
-        scores, _ = recompute.scores(run, name, states["last"][1])
-        close_scores(found["last"], scores, name)
-        if states["best"] is None:
-            assert found["best"] is None and found["sha256"] is None and found["steps"] == 0
-            continue
-        step, variables = states["best"]
-        scores, accuracy = recompute.scores(run, name, variables)
-        assert found["best"]["step"] == step and found["steps"] == end
-        close(found["best"]["score"], accuracy)
-        close_scores(found["best"]["scores"], scores, name)
-    recompute.said_of_run(run, done.result())
-
-
-def close_scores(found, expected, name):
-    """Also of the temperature, at whose minimum the NLL is flat: float32 knows half its digits."""
-    run_t, own_t = found["temperature"], expected["temperature"]
-    if own_t is not None:
-        close(run_t, own_t, rtol=1e-4, at=name)
-    parts = ("temperature", "scaled", "entropy")
-    close(
-        {k: x for k, x in found.items() if k not in parts},
-        {k: x for k, x in expected.items() if k not in parts},
-        at=name,
-    )
-    close(found["scaled"], expected["scaled"], rtol=1e-4, at=name)
+        scores, _ = recompute.scores(run, name, done.last[name])
+        close(found["last"], scores, at=name)
+        assert found["best"] is None and found["sha256"] is None and found["steps"] == 0
+    assert done.header == recompute.header(run)
 
 
 def test_digests_and_sizes(done):
@@ -306,10 +329,8 @@ def test_digests_and_sizes(done):
     for phase, name in done.learned():
         saved = done.saved[phase.name][done.run.numbers["num_steps"]][name]
         state = done.courses[phase.name].states[-1][name]
-        expected = {
-            part: recompute.digest(getattr(state, part), saved.get(part))
-            for part in ("params", "opt_state", "batch_stats")
-        }
+        trees = {part: (getattr(state, part), saved.get(part)) for part in PARTS}
+        expected = {part: recompute.digest(*pair) for part, pair in trees.items()}
         assert done.networks[name]["sha256"] == expected
     for name, found in done.networks.items():
         plain = recompute.first_variables(done.run, name, False)["params"]
@@ -326,7 +347,7 @@ def test_examples(done):
     expected = {}
     for name, variables in done.last.items():
         logits, _ = recompute.on_split(done.run, name, variables, "test")
-        expected[f"probabilities/{name}"] = np.exp(recompute.log_softmax(logits[:8]))
+        expected[f"probabilities/{name}"] = np.exp(log_softmax(logits[:8]))
     close(found, expected)
 
 
@@ -349,13 +370,19 @@ def cached():
         project=None,
     )
     teacher = Net(
-        "mlp", dict(widths=(6,)), optimizer=sgd(0.2), terms=dict(task=TASK), ema_decay=0.8
+        "mlp",
+        dict(widths=(6,)),
+        optimizer=sgd(ramp(0.2, 4.0)),
+        terms=dict(task=TASK),
+        ema_decay=0.8,
     )
     run = dataclasses.replace(
         run,
         networks=dict(teacher=teacher, student=student),
         phases=(OFFLINE[0], OFFLINE[2]),
-        numbers=SHORT | dict(steps_per_call=2),
+        train=vectors(1100, 1, 1.5),
+        test=vectors(1100, 3, 2.0),
+        numbers=SHORT | dict(batch_size=200, steps_per_call=2),
     )
     return run, {ALPHA: [1.0, 0.3], RATE: [0.1, 0.3]}, dict(init_seeds=2, chunk=4)
 
@@ -379,7 +406,7 @@ def cropped():
     run = online()
     peer = dataclasses.replace(run.networks["peer"], optimizer=sgd(0.2, momentum=0.0))
     student = dataclasses.replace(
-        run.networks["student"], module=None, model="mlp", widths=dict(widths=(6,))
+        run.networks["student"], module=None, model="mlp", hypers=dict(widths=(6,))
     )
     run = dataclasses.replace(
         run,
@@ -406,7 +433,7 @@ class Swept:
             self.rows = recompute.sweep(self.run, workdir, over=over, **options)
         self.workdir, self.cached = workdir, recompute.CACHED in said.getvalue()
         before = dataclasses.replace(self.run, phases=self.run.phases[:-1])
-        _, self.taught = recompute.courses(before)
+        self.before, self.taught = recompute.courses(before)
         self.members = []
         for *values, later in itertools.product(
             *over.values(), range(options.get("init_seeds", 1))
@@ -425,6 +452,9 @@ def swept(request, tmp_path_factory):
 def test_rows_of_members(swept):
     """Each is the row of the single run with its numbers and its seed."""
     assert swept.cached == (not swept.run.how.get("pad") and not swept.run.how.get("flip"))
+    for phase in swept.run.phases[:-1]:  # or the best teacher would be the last
+        best = recompute.best_step(swept.run, phase, swept.before[phase.name])
+        assert best != swept.run.numbers["num_steps"]
     expected = []
     for point, run, course in swept.members:
         scores = recompute.member_scores(run, course, swept.taught, -1, "test")
@@ -460,13 +490,10 @@ def test_states_of_members(swept):
     saved = recompute.saved_members(swept.workdir)
     for i, (_, run, course) in enumerate(swept.members):
         for name in run.phases[-1].learners:
-            for part in ("params", "batch_stats", "opt_state"):
+            for part in PARTS:
                 tree = getattr(course.states[-1][name], part)
-                values = jax.tree.leaves(tree)
-                for (path, array), value in zip(
-                    recompute.arranged(tree, saved[name].get(part)), values, strict=True
-                ):
-                    close(array[i], value, at=f"{name} of member {i}: {path}")
+                for path, array, value in recompute.paired(tree, saved[name].get(part)):
+                    close(array[i], value, at=f"{name}.{part}{path} of member {i}")
 
 
 def test_means_over_seeds(swept):
