@@ -246,10 +246,10 @@ def test_a_teacher_that_does_not_fit_is_refused(run, tmp_path):
         return refusal(train_and_evaluate, *args, tmp_path, **options)
 
     assert told(model=CNN | dict(widths=(5,))) == (
-        f"teacher.weights: {source} has params.BatchNorm_0.bias (4,), but this run has (5,)."
+        f"teacher.weights: {source} has batch_stats.BatchNorm_0.mean (4,), but this run has (5,)."
     )
     assert told(model=CNN | dict(widths=(4, 4))) == (
-        f"teacher.weights: {source} has params.BatchNorm_1.bias None, but this run has (4,)."
+        f"teacher.weights: {source} has batch_stats.BatchNorm_1.mean None, but this run has (4,)."
     )
     number = r"\[0\.[0-9]+\]"
     assert re.fullmatch(
