@@ -118,10 +118,11 @@ def test_the_sums_begin_anew_at_multiples_of_log_every(singles):
     assert losses_of[4] == float(alone.sums["student/loss"]) < losses_of[5]
 
 
-@pytest.mark.parametrize("count,micro_batches", [(1, 1), (5, 1), (5, 2)])
-def test_a_gradient_that_is_not_finite_is_found_before_the_update(count, micro_batches):
+@pytest.mark.parametrize(
+    "count,micro_batches,bad_step", [(1, 1, 2), (5, 1, 2), (5, 2, 2), (1, 1, 0)]
+)
+def test_a_gradient_that_is_not_finite_is_found_before_the_update(count, micro_batches, bad_step):
     """The loss is finite. No later step updates anything, and that step's metrics are kept."""
-    bad_step = 2
     zero = np.asarray(data.epoch_order(0, 0, 44))[bad_step * SIZE + 3]
     objectives, static = {"student": ROOT}, Static(micro_batches, log_every=5)
     call = functools.partial(ADVANCE, static=static, source=SOURCE, data_seed=0)

@@ -129,6 +129,9 @@ def _fitting(run: Run, name: str, weights: Weights) -> Mapping[str, Any]:
     expected = _shapes(jax.eval_shape(init, jax.random.key(0), _sample(run)))
     found, here = _shapes(weights.variables), _plain(run.data.preprocess)
     pairs = [(path, found.get(path), expected.get(path)) for path in {**expected, **found}]
+    if weights.model is not None:
+        own = run.plan.config[name]["model"]
+        pairs.insert(0, ("the model", weights.model["fn"], own["fn"]))
     if weights.preprocess is not None:
         pairs.insert(0, ("the normalisation", dict(weights.preprocess), here))
     for what, there, here in pairs:
