@@ -68,11 +68,7 @@ def tfds(
     require(stream in _STREAM, "data.stream", f"one of {', '.join(_STREAM)}", stream)
     require(image_size >= 0, "data.image_size", "at least 0", image_size)
     builder = _prepared(name, data_dir, download)
-    splits = builder.info.splits
-    found = f"{name} with {', '.join(splits)}"
-    require("train" in splits, "data.name", "a set with a split 'train'", found)
-    require(test_split in splits, "data.test_split", f"one of {', '.join(splits)}", test_split)
-    sizes = [splits[split].num_examples for split in ("train", test_split)]
+    sizes = _sizes(builder.info, test_split)
     check_held_out(validation, sizes[0])
     shape, classes = _features(builder.info)
     streamed = _is_streamed(name, shape, sum(sizes), stream, image_size)
@@ -125,6 +121,15 @@ def _resident(
         class_names=description.class_names,
         **vars(options),
     )
+
+
+def _sizes(info: Any, test_split: str) -> list[int]:
+    """How many images there are to train on, and to test on."""
+    splits = info.splits
+    found = f"{info.name} with {', '.join(splits)}"
+    require("train" in splits, "data.name", "a set with a split 'train'", found)
+    require(test_split in splits, "data.test_split", f"one of {', '.join(splits)}", test_split)
+    return [splits[split].num_examples for split in ("train", test_split)]
 
 
 def _features(info: Any) -> tuple[tuple[int | None, int | None, int], Any]:

@@ -137,28 +137,33 @@ def _conclude(run: Run, states: Networks, results: Mapping[str, Result]) -> dict
             found[name]["phase"] = phase.name
             parts = ("params", "opt_state", "batch_stats")
             found[name]["sha256"] = {p: digest(getattr(state, p)) for p in parts}
-    value = {
-        "phases": [
-            {
-                "name": phase.name,
-                "folder": phase.folder,
-                "learn": list(phase.learners),
-                "see": list(phase.see),
-                "split": phase.split,
-            }
-            for phase in run.plan.phases
-        ],
+    value = _header(run) | {"networks": found}
+    folders.write_json(run.workdir / "result.json", value)
+    _write_examples(run, rows)
+    report.write(run.workdir, run.plan.task)
+    return value
+
+
+def _header(run: Run) -> dict[str, Any]:
+    """What result.json says of the run as a whole."""
+    phases = [
+        {
+            "name": phase.name,
+            "folder": phase.folder,
+            "learn": list(phase.learners),
+            "see": list(phase.see),
+            "split": phase.split,
+        }
+        for phase in run.plan.phases
+    ]
+    return {
+        "phases": phases,
         "num_classes": run.data.num_classes,
         "class_names": list(run.data.class_names),
         "evaluated_on": "test",
         "selected_on": selecting(run.data)[0],
         "score": run.plan.task.score_column.key,
-        "networks": found,
     }
-    folders.write_json(run.workdir / "result.json", value)
-    _write_examples(run, rows)
-    report.write(run.workdir, run.plan.task)
-    return value
 
 
 def _scored(run: Run, networks: Networks) -> tuple[dict[str, Any], dict[str, Any], Rows]:
