@@ -103,7 +103,8 @@ def apart(q: np.ndarray, p: np.ndarray) -> np.ndarray:
 
 def _visible(teacher: np.ndarray) -> list[int]:
     """The classes to show, the likeliest first."""
-    return [int(k) for k in np.argsort(-teacher) if teacher[k] >= _VISIBLE]
+    visible = [int(k) for k in np.argsort(-teacher) if teacher[k] >= _VISIBLE]
+    return visible[: len(figures.COLOURS)]
 
 
 def draw(teacher: np.ndarray, masses: Mapping[str, np.ndarray]) -> Figure:
