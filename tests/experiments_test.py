@@ -42,7 +42,7 @@ def test_a_sweep_by_command(tmp_path):
         (["--workdir=w"], "--config is missing."),
         (["--over=a"], "--over must be PATH=START:END:STEP or PATH=A,B,C; found 'a'."),
         (["--over=a=1:0:1"], "--over must be PATH=START:END:STEP or PATH=A,B,C; found 'a=1:0:1'."),
-        (["--over=a.b=1"], "over a.b: a sweep has no 'a'; it has student."),
+        (["--over=a.b=1"], "over a.b: a sweep has no 'a' to sweep; it has student."),
         (["--overs=a"], "unknown flag --overs (did you mean 'over'?); the flags are --config, "),
     ],
 )
