@@ -476,9 +476,9 @@ def accuracies(run: Run, phase: Phase, found: Course) -> dict[int, dict[str, flo
     }
 
 
-def best_step(run: Run, phase: Phase, found: Course, by: Callable = selecting) -> int:
+def best_step(run: Run, phase: Phase, found: Course) -> int:
     """That of the highest score; of equal ones the latest."""
-    scores = {step: by(each) for step, each in accuracies(run, phase, found).items()}
+    scores = {step: selecting(each) for step, each in accuracies(run, phase, found).items()}
     return max(scores, key=lambda step: (scores[step], step))
 
 

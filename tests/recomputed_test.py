@@ -175,7 +175,7 @@ def online():
         vectors(45, 3, 2.0),
         K,
         {},
-        NUMBERS | dict(num_steps=18, log_every=8, data_seed=15),
+        NUMBERS | dict(num_steps=18, log_every=8, data_seed=64),
     )
 
 
@@ -189,7 +189,7 @@ def peers():
         networks=dict(left=net, right=dataclasses.replace(net, ema_decay=0.6, init_seed=8)),
         phases=(Phase("both", ("left", "right")),),
         numbers=NUMBERS
-        | dict(num_steps=11, log_every=4, checkpoint_every=2, data_seed=106)
+        | dict(num_steps=11, log_every=4, checkpoint_every=2, data_seed=306)
         | dict(analysis=("entropy", "gradient_norms")),
     )
 
@@ -300,7 +300,8 @@ def test_the_best_step_tells(done):
             told.add(ON_TEST)
         rivals = [lambda x: np.mean(list(x.values())), lambda x: max(x.values())]
         rivals += [operator.itemgetter(name) for name in phase.learners]
-        if [recompute.best_step(run, phase, course, by) for by in rivals].count(best) == 1:
+        highest = [max(map(by, every.values())) for by in rivals]
+        if np.sum(np.isclose([by(every[best]) for by in rivals], highest)) == 1:
             told.add(BY_ANOTHER)
     assert told == done.told
 
