@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 from jax import numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -85,12 +86,33 @@ def spread(fn: Callable, members: Any, *shared: Any) -> Any:
         return _mapped(fn, len(shared), False)(members, *shared)
     each = -(-size // count)
 
-    def dealt(x):
-        x = jnp.concatenate([x, *[x[-1:]] * (count * each - size)])
-        return jax.device_put(x.reshape(count, each, *x.shape[1:]), _on_local(PartitionSpec("i")))
+    each, sharding = -(-size // count), _on_local(PartitionSpec("i"))
+    dealt = jax.tree.map(
+        lambda x: _in_turn(jax.device_put(_dealt(x, count, each), sharding)), members
+    )
+    results = _mapped(fn, len(shared), True)(dealt, *everywhere(shared))
+    return _in_turn(_gathered(_in_turn(results), size))
 
-    results = _mapped(fn, len(shared), True)(jax.tree.map(dealt, members), *everywhere(shared))
-    return jax.tree.map(lambda x: x.reshape(count * each, *x.shape[2:])[:size], results)
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _dealt(x: Array, count: int, each: int) -> Array:
+    """`[members, ...]`, padded by the last one, as `[count, each, ...]`."""
+    x = jnp.concatenate([x, *[x[-1:]] * (count * each - len(x))])
+    return x.reshape(count, each, *x.shape[1:])
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _gathered(results: Any, size: int) -> Any:
+    """The results of the members, without those of the padding."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:size], results)
+
+
+def _in_turn(tree: Any) -> Any:
+    """The tree; on a CPU once it is ready, where several programs at once wait for ever.
+
+    Each runs on all forced devices, with one thread for each core between them.
+    """
+    return jax.block_until_ready(tree) if jax.default_backend() == "cpu" else tree
 
 
 def everywhere(tree: Any) -> Any:
