@@ -1,6 +1,6 @@
 """Did a change that should change no result change one? The runs of two checkouts, compared.
 
-    python -m experiments.same_results --other=/tmp/before
+    python -m experiments.same_results --other=../before
 
 For each network the SHA-256 of its last state and every score are to be the same; else it exits 1.
 """
