@@ -156,6 +156,22 @@ def test_a_source_is_not_refilled_after_a_bad_step():
         assert refill(changed, {}, fed(), 0, 4).source == expected
 
 
+def test_a_refill_sees_every_network():
+    """Those that learn, as they are now, and those that do not."""
+
+    def refill(state, networks, *_):
+        return {name: network.params for name, network in networks.items()}
+
+    networks = learners()
+    teacher = jax.tree.map(lambda x: x + 1, networks["student"].params)
+    frozen = {"teacher": train.frozen(networks["student"].replace(ema_params=teacher))}
+    init = lambda: {"student": networks["student"].params, "teacher": teacher}  # noqa: E731
+    source = Source(batch=SOURCE.batch, init=init, refill=refill)
+    carry = begin(networks, {"student": TASK}, source)
+    nothing = carry.replace(source=jax.tree.map(jnp.zeros_like, carry.source))
+    assert_equal(Programs(source, Static()).refill(nothing, frozen, fed(), 0, 0).source, init())
+
+
 # --- an update that overflows -------------------------------------------------------------------
 
 

@@ -475,6 +475,8 @@ def test_a_source_goes_on_where_a_run_was_stopped(tmp_path, step):
     train_and_evaluate(made, tmp_path / "expected", data=dataset())
     with stopped_at(step):
         train_and_evaluate(made, tmp_path / "run", data=dataset())
+    with Checkpoints(tmp_path / "run" / FOLDER) as checkpoints:
+        assert checkpoints.steps() == [step]
     train_and_evaluate(made, tmp_path / "run", data=dataset())
     assert digest(newest(tmp_path / "run")) == digest(newest(tmp_path / "expected"))
     assert rows(tmp_path / "run") == rows(tmp_path / "expected")
@@ -507,6 +509,18 @@ def test_steps_of_one_call_are_steps(tmp_path):
     close(learned[1, 0.3], learned[5, 0.3], rtol=1e-6)
     with pytest.raises(AssertionError):  # so much that a schedule held still would show
         close(learned[5, 1.0], learned[5, 0.3], rtol=1e-4)
+
+
+def test_calls_of_several_steps_end_where_something_is_told(tmp_path):
+    intervals = dict(steps_per_call=5, log_every=4, checkpoint_every=6)
+    made = config(teacher=GIVEN, num_steps=10, **intervals)
+    given = {"teacher": function_teacher()}
+    train_and_evaluate(made, tmp_path, networks=given, data=dataset())
+    found = {kind: [] for kind in ("student/loss", "validation/student/accuracy")}
+    for row in rows(tmp_path):
+        for kind, steps in found.items():
+            steps += [row["step"]] if kind in row else []
+    assert list(found.values()) == [[4, 8, 10], [6, 10]]
 
 
 PLUGIN = '''
