@@ -1,6 +1,7 @@
 """Checkpoints: which are kept, what comes back, and what is said when one cannot be written."""
 
 import shutil
+import threading
 
 import jax
 import numpy as np
@@ -144,13 +145,15 @@ def test_a_failed_write_is_one_sentence_that_names_what_is_kept(reopen, monkeypa
 
 
 def test_a_failed_first_write_says_that_there_is_none_before_it(reopen, tmp_path):
-    checkpoints = reopen()
+    checkpoints, before = reopen(), set(threading.enumerate())
     (tmp_path / "checkpoints").rmdir()
     (tmp_path / "checkpoints").write_text("in the way")
     with pytest.raises(OSError, match=r"could not be written .*there is none before it") as error:
         checkpoints.save(1, tree())
         checkpoints.wait()
     assert "\n" not in str(error.value)
+    left = set(threading.enumerate()) - before
+    assert not [t.name for t in left if not t.daemon]  # what would hold the process
     (tmp_path / "checkpoints").unlink()
 
 

@@ -482,6 +482,21 @@ def test_a_source_goes_on_where_a_run_was_stopped(tmp_path, step):
     assert rows(tmp_path / "run") == rows(tmp_path / "expected")
 
 
+def test_a_wish_to_stop_at_the_last_step_comes_too_late(tmp_path, monkeypatch):
+    """The run is done, and says its result."""
+    update = Progress.update
+
+    def stopping(self, at, **shown):
+        if at == 5:
+            signal.raise_signal(signal.SIGTERM)
+        update(self, at, **shown)
+
+    monkeypatch.setattr(Progress, "update", stopping)
+    given = {"teacher": function_teacher()}
+    train_and_evaluate(config(teacher=GIVEN), tmp_path, networks=given, data=dataset())
+    assert (tmp_path / "result.json").exists()
+
+
 # --- steps in a call, and devices ---------------------------------------------------------------
 
 

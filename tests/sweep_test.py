@@ -294,6 +294,35 @@ def test_a_sweep_with_such_a_source_goes_on_where_it_was_stopped(sampled, tmp_pa
     assert digest(newest(folders[0])) == digest(newest(folders[1]))
 
 
+MIRRORED = '''
+from abkd_jax import sources
+
+
+def mirrored() -> sources.Source:
+    """The examples with their inputs' signs changed."""
+
+    def batch(state, examples, data_seed, step):
+        found = examples.batch(data_seed, step)
+        return found | {"inputs": -found["inputs"]}
+
+    return sources.Source(batch)
+'''
+
+
+def test_a_teacher_sees_what_a_source_makes_of_the_examples(tmp_path, monkeypatch):
+    """Whose outputs of the examples themselves may not stand for it."""
+    (tmp_path / "mirrored_of_a_test.py").write_text(MIRRORED)
+    monkeypatch.syspath_prepend(tmp_path)
+    made = config(plugins=("mirrored_of_a_test",))
+    made["phases"]["distill"] |= dict(source=dict(fn="mirrored_of_a_test.mirrored"))
+    sweep.sweep(made, tmp_path / "sweep", over={RATE: [0.1, 0.5]}, data=dataset())
+    train_and_evaluate(set_at(made, RATE, 0.5), tmp_path / "single", data=dataset())
+    carry, alone = newest(tmp_path / "sweep" / "members_00000"), newest(tmp_path / "single")
+    found, expected = (x["learners"]["student"]["params"] for x in (carry, alone))
+    for a, b in zip(*map(jax.tree.leaves, (expected, found)), strict=True):
+        np.testing.assert_allclose(b[1], a, rtol=1e-5, atol=1e-5)
+
+
 # --- refusals, and more -------------------------------------------------------------------------
 
 

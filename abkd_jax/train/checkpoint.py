@@ -40,7 +40,11 @@ class Checkpoints:
         # `max_to_keep` with `best_fn` would delete the newest steps whenever the score falls.
         kept = AnyPreservationPolicy([LatestN(2), BestN(get_metric_fn=_score, n=1)])
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=kept, best_fn=_score, cleanup_tmp_directories=True
+            preservation_policy=kept,
+            best_fn=_score,
+            cleanup_tmp_directories=True,
+            # Else threads wait 300 s for a folder that could not be made, and the process for them.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._saved = self._manager.latest_step()
