@@ -484,10 +484,11 @@ def test_a_source_goes_on_where_a_run_was_stopped(tmp_path, step):
 
 def test_a_wish_to_stop_at_the_last_step_comes_too_late(tmp_path, monkeypatch):
     """The run is done, and says its result."""
-    update = Progress.update
+    update, sent = Progress.update, []
 
     def stopping(self, at, **shown):
-        if at == 5:
+        if at == 5 and not sent:
+            sent.append(at)
             signal.raise_signal(signal.SIGTERM)
         update(self, at, **shown)
 
