@@ -6,7 +6,6 @@ from jax import numpy as jnp
 
 from abkd_jax import numerics
 from abkd_jax.binding import Unit
-from abkd_jax.divergences.alpha_beta import alpha_beta
 from abkd_jax.divergences.pair import checked_logs, close_kl_terms, probabilities, saturated
 
 
@@ -19,7 +18,11 @@ def forward_kl(student_logits: Array, teacher_logits: Array) -> Array:
 
     Source: Hinton et al., "Distilling the knowledge in a neural network", 2015.
     """
-    return alpha_beta(student_logits, teacher_logits, alpha=1.0, beta=0.0)
+    log_p, log_q, u = checked_logs(student_logits, teacher_logits)
+    p, _, p_less_q = probabilities(log_p, log_q, u)
+    near = jnp.abs(u) < 0.5
+    terms = jnp.where(near, close_kl_terms(p, u, near), p * u - p_less_q)
+    return jnp.sum(numerics.with_slopes(terms, (log_p, log_q), (p * u, -p_less_q)), axis=-1)
 
 
 @jax.jit
@@ -31,7 +34,11 @@ def reverse_kl(student_logits: Array, teacher_logits: Array) -> Array:
 
     Source: Gu et al., "MiniLLM", 2024, https://arxiv.org/abs/2306.08543.
     """
-    return alpha_beta(student_logits, teacher_logits, alpha=0.0, beta=1.0)
+    log_p, log_q, u = checked_logs(student_logits, teacher_logits)
+    _, q, p_less_q = probabilities(log_p, log_q, u)
+    near = jnp.abs(u) < 0.5
+    terms = jnp.where(near, close_kl_terms(q, -u, near), p_less_q - q * u)
+    return jnp.sum(numerics.with_slopes(terms, (log_p, log_q), (p_less_q, -q * u)), axis=-1)
 
 
 @jax.jit
