@@ -58,7 +58,7 @@ from abkd_jax.losses import (
     total,
     with_teacher_labels,
 )
-from abkd_jax.models import as_outputs
+from abkd_jax.models import as_outputs, from_nnx
 from abkd_jax.run.loop import train_and_evaluate
 from abkd_jax.run.workdir import load
 from abkd_jax.sources import Source

@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import nnx
 from jax import numpy as jnp
 
-from abkd_jax import models
+from abkd_jax import bind, models, optimizers, train
 from abkd_jax.models import as_outputs, split_variables
 from abkd_jax.types import Outputs
 
@@ -46,6 +46,28 @@ class Dropped(nn.Module):
     @nn.compact
     def __call__(self, x, *, train=False):
         return nn.Dense(K)(nn.Dropout(0.5, deterministic=not train)(nn.relu(nn.Dense(8)(x))))
+
+
+class Told(nn.Module):
+    """Batch norm and dropout by the words of other libraries."""
+
+    @nn.compact
+    def __call__(self, x, use_running_average=True, *, deterministic=True):
+        x = nn.BatchNorm(use_running_average=use_running_average, momentum=0.9)(nn.Dense(8)(x))
+        return nn.Dense(K)(nn.Dropout(0.5)(nn.relu(x), deterministic=deterministic))
+
+
+class NnxDropped(nnx.Module):
+    """Batch norm, and dropout of two streams, with a list of layers."""
+
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(D, 8, rngs=rngs), nnx.Linear(8, K, rngs=rngs)])
+        self.norm = nnx.BatchNorm(8, momentum=0.9, rngs=rngs)
+        self.drops = nnx.List([nnx.Dropout(0.3, rngs=rngs), nnx.Dropout(0.3, rngs=nnx.Rngs(5))])
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.layers[0](x)))
+        return self.layers[1](self.drops[1](self.drops[0](x)))
 
 
 class Nnx(nnx.Module):
@@ -135,7 +157,14 @@ NETWORKS = {
     "linen, dropout": lambda seed=0: linen(Dropped(), seed),
     "a function around linen": around_plain_linen,
     "a function around linen with batch norm": around_linen,
+    "linen, told otherwise": lambda seed=0: (
+        Told().apply,
+        Told().init(jax.random.key(seed), jnp.zeros((1, D))),
+    ),
     "NNX": nnx_network,
+    "NNX, as it is": lambda seed=0: models.from_nnx(Nnx(nnx.Rngs(seed))),
+    "NNX, batch norm": lambda seed=0: models.from_nnx(Nnx(nnx.Rngs(seed), batch_norm=True)),
+    "NNX, batch norm and dropout": lambda seed=0: models.from_nnx(NnxDropped(nnx.Rngs(seed))),
     "NNX, batch norm in evaluation": nnx_batch_norm,
     "a pure function of dictionaries": haiku_style,
     "a pure function of tuples": equinox_style,
@@ -228,6 +257,86 @@ def test_dropout_has_the_steps_key_in_training_only():
     evaluations = [forward(train=False, key=k)[0].logits for k in (None, jax.random.key(1))]
     np.testing.assert_array_equal(*evaluations)
     assert np.any(evaluations[0] != logits[0])
+
+
+def test_a_module_is_told_by_its_own_words_that_it_trains():
+    apply_fn, variables = NETWORKS["linen, told otherwise"]()
+    state, inputs, key = adopt(apply_fn, variables), make_batch()["inputs"], jax.random.key(3)
+    outputs, stats = state.forward(state.params, inputs, train=True, key=key)
+    expected, moved = apply_fn(
+        variables, inputs, use_running_average=False, deterministic=False,
+        rngs={"dropout": key}, mutable=["batch_stats"],
+    )  # fmt: skip
+    np.testing.assert_array_equal(outputs.logits, expected)
+    jax.tree.map(np.testing.assert_array_equal, stats, moved["batch_stats"])
+    outputs, stats = state.forward(state.params, inputs, train=False)
+    np.testing.assert_array_equal(outputs.logits, apply_fn(variables, inputs))
+    assert not any(changed(stats, state.batch_stats))
+
+
+def test_an_nnx_model_trains_as_nnx_trains_it():
+    """Parameters, and statistics under the dropout of each step's key, by `nnx` itself."""
+    model, batch = NnxDropped(nnx.Rngs(0)), make_batch()
+    network = adopt(*models.from_nnx(model))
+    model = nnx.clone(model)
+    model.train()
+
+    def loss(model):
+        logs = jax.nn.log_softmax(model(batch["inputs"]))
+        return -jnp.mean(logs[jnp.arange(B), batch["labels"]])
+
+    for step in range(3):
+        key = jax.random.key(step)
+        value, network = stepped(network, batch, key)
+        nnx.reseed(model, default=key)
+        expected, grads = nnx.value_and_grad(loss)(model)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, nnx.state(model, nnx.Param), grads)
+        nnx.update(model, params)
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+    _, params, _, stats = nnx.split(model, nnx.Param, nnx.RngState, ...)
+    for found, wanted in ((network.params, params), (network.batch_stats, stats)):
+        for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert len(jax.tree.leaves(stats)) == 2
+
+
+def test_an_nnx_models_dropout_has_the_steps_key_in_training_only():
+    model, inputs = NnxDropped(nnx.Rngs(0)), make_batch()["inputs"]
+    state = adopt(*models.from_nnx(model))
+    forward = functools.partial(state.forward, state.params, inputs)
+    logits = [forward(train=True, key=jax.random.key(k))[0].logits for k in (0, 0, 1)]
+    np.testing.assert_array_equal(logits[0], logits[1])
+    assert np.any(logits[0] != logits[2])
+    evaluated = forward(train=False)[0].logits
+    model.eval()
+    np.testing.assert_allclose(evaluated, model(inputs), rtol=1e-6)
+
+
+class Untold(nn.Module):
+    """Batch norm that is always in training."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(K)(nn.BatchNorm(use_running_average=True)(x))
+
+
+def test_a_learner_that_cannot_learn_is_refused():
+    sgd = bind(optimizers.sgd, learning_rate=0.1)
+    module, inputs = Untold(), jnp.zeros((1, D))
+    with pytest.raises(ValueError, match=r"^Untold has batch_stats, but its call takes none of tr"):
+        train.adopt(module.apply, module.init(jax.random.key(0), inputs), optimizer=sgd)
+    graphdef, state = nnx.split(NnxDropped(nnx.Rngs(0)))
+    apply_fn = lambda state, x: nnx.merge(graphdef, state)(x)  # noqa: E731
+    with pytest.raises(ValueError, match=r"^the parameter .* must be .*from_nnx.*; found .RngC"):
+        train.adopt(apply_fn, state, optimizer=sgd)
+    with pytest.raises(ValueError, match=r"^the parameter \['n'\] must be .*found .int32"):
+        train.adopt(lambda v, x: x * v["n"], {"n": jnp.zeros((), jnp.int32)}, optimizer=sgd)
+
+
+@pytest.mark.parametrize("module", [Plain(), Nnx(nnx.Rngs(0))], ids=["linen", "NNX"])
+def test_a_module_in_place_of_a_function_is_refused(module):
+    with pytest.raises(ValueError, match=r"^a network must be module\.apply .*from_nnx\(model\)"):
+        train.adopt(module, {})
 
 
 @pytest.mark.parametrize("make", [around_linen, nnx_batch_norm])

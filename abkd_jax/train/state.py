@@ -13,7 +13,7 @@ from jax import numpy as jnp
 
 from abkd_jax import optimizers
 from abkd_jax.binding import Bound, Domain, Schedule, as_number, at_step, domain_of
-from abkd_jax.models import Module, as_outputs, split_variables
+from abkd_jax.models import Module, as_outputs, check_learner, split_variables
 from abkd_jax.types import Outputs
 
 Decay = Annotated[float | Array, Domain(0, 1, open_high=True)]
@@ -121,14 +121,15 @@ def adopt(
 
     Raises:
         TypeError: if the optimiser is not one of this library, bound.
-        ValueError: if a linen module has collections that a state has no place for, or the decay
-            lies outside of its domain.
+        ValueError: if a linen module has collections that a state has no place for, a learner
+            cannot learn (`models.check_learner`), or the decay lies outside of its domain.
     """
     params, batch_stats = split_variables(apply_fn, variables)
     params, batch_stats = jax.tree.map(jnp.asarray, (params, batch_stats))
     apply = as_outputs(apply_fn)
     if optimizer is None:
         return _inert(apply, params, batch_stats)
+    check_learner(apply_fn, params, batch_stats)
     return _learner(apply, params, batch_stats, optimizer=optimizer, ema_decay=ema_decay)
 
 
