@@ -570,6 +570,12 @@ def test_outputs_without_logits_are_refused_by_name(loss):
         call(loss, None, None, {"labels": LABELS})
 
 
+def test_logits_in_place_of_outputs_are_refused():
+    logits = np.zeros((2, 3), np.float32)
+    with pytest.raises(TypeError, match=r"^on_logits takes two Outputs, .*; found ndarray\.$"):
+        on_logits(logits, logits, {}, divergence=forward_kl)
+
+
 def test_a_weight_that_is_still_a_schedule_is_refused_by_name():
     student, teacher, batch = make()
     weight = schedule(constant, value=1.0)

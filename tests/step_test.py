@@ -170,7 +170,13 @@ def test_batch_norm_statistics_move_for_learners_only():
         after["teacher"].batch_stats, networks["teacher"].batch_stats, rtol=0, atol=0
     )
     parts, _ = train_step(networks, batch, {"student": make_terms()}, micro_batches=2)
-    assert not np.allclose(jax.tree.leaves(before)[0], jax.tree.leaves(parts["student"])[0].sum())
+    halves = networks["student"]
+    for half in (batch["inputs"][: B // 2], batch["inputs"][B // 2 :]):
+        _, stats = halves.forward(halves.params, half, train=True)
+        halves = halves.replace(batch_stats=stats)
+    assert_trees_equal(parts["student"].batch_stats, halves.batch_stats, rtol=1e-5)
+    with pytest.raises(AssertionError):
+        assert_trees_equal(parts["student"].batch_stats, moved, rtol=1e-5)
 
 
 def test_one_compile_for_fifty_numbers():
@@ -263,6 +269,21 @@ def test_scanned_steps_equal_single_steps():
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)
     scanned, _ = jax.lax.scan(lambda n, b: train_step(n, b, objectives), networks, stacked)
     assert_trees_equal(scanned["student"].params, single["student"].params, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_without_a_mask_every_row_counts(labels):
+    networks, batch = offline(), make_batch()
+    terms = {"distill": make_terms()["distill"]}
+    if not labels:
+        del batch["labels"]
+    bare = {name: batch[name] for name in batch if name not in ("where", "labelled")}
+    whole = bare | {"where": jnp.ones(B, bool)}
+    found, expected = (train_step(networks, x, {"student": terms}) for x in (bare, whole))
+    assert_trees_equal(found, expected)  # the constant mask is compiled into the program
+    masked, _ = train_step(networks, batch, {"student": terms})
+    with pytest.raises(AssertionError):
+        assert_trees_equal(found[0]["student"].params, masked["student"].params)
 
 
 def test_a_fully_masked_batch_moves_nothing_and_is_finite():

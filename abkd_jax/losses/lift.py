@@ -31,8 +31,17 @@ def on_logits(
 
     Returns:
         `[...]`, one value per example.
+
+    Raises:
+        TypeError: if it is given logits as they are.
     """
     del batch
+    for network in (student, teacher):
+        if not isinstance(network, Outputs):
+            found = type(network).__name__
+            raise TypeError(
+                f"on_logits takes two Outputs, such as Outputs(logits=x); found {found}."
+            )
     return tempered(
         student.logits,
         teacher.logits,

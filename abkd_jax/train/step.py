@@ -35,10 +35,11 @@ def train_step(
 
     Args:
         networks: by name.
-        batch: `inputs`, the masks that the terms name, what the losses read, and optionally `key`
-            (for dropout) and `outputs` {name: Outputs}, which replace the forward pass of frozen
-            networks (these are still to be named in `networks`). A term that needs
-            `input_gradient` needs `labels`, and that part of outputs which come with the batch.
+        batch: `inputs`, the masks that the terms name (without `where` every row counts), what the
+            losses read, and optionally `key` (for dropout) and `outputs` {name: Outputs}, which
+            replace the forward pass of frozen networks (these are still to be named in
+            `networks`). A term that needs `input_gradient` needs `labels`, and that part of outputs
+            which come with the batch.
         objectives: {name of a learner: {name: Term}}.
         micro_batches: into how many parts of equal size to split the batch, one after the other;
             the gradient is that of the whole batch, whatever the masks (batch norm sees the parts).
@@ -54,6 +55,7 @@ def train_step(
             split evenly, or a loss that couples the batch would see only a part of it.
     """
     _check(networks, batch, objectives, micro_batches)
+    batch = {"where": _every_row(batch)} | batch
     terms = {name: at_step(dict(objectives[name]), networks[name].step) for name in objectives}
     counts = {name: term_counts(terms[name], batch) for name in terms}
     learn = functools.partial(_gradients, networks, terms, counts)
@@ -113,6 +115,12 @@ def outputs_of(
     if not _of_input_gradient(objectives):
         return outputs
     return outputs.replace(input_gradient=_input_gradient(state, params, batch))
+
+
+def _every_row(batch: Batch) -> Array:
+    """A mask of all rows, of which each has a label, or without labels an input."""
+    inputs = jnp.shape(jax.tree.leaves(batch["inputs"])[0])
+    return jnp.ones(jnp.shape(batch["labels"]) if "labels" in batch else inputs[:1], bool)
 
 
 def _gradients(networks, terms, counts, batch_stats, batch):
@@ -214,7 +222,7 @@ def _check(networks, batch, objectives, micro_batches):
     require(by_name, "objectives", "{learner: {name: Term}}", objectives)
     require(micro_batches >= 1, "micro_batches", "at least 1", micro_batches)
     known, given = ", ".join(networks), batch.get("outputs", {})
-    wanted, masks = _of_input_gradient(objectives), {"where"}
+    wanted, masks = _of_input_gradient(objectives), set()
     for learner, terms in objectives.items():
         require(learner in networks, "a learner of objectives", f"one of {known}", learner)
         require(terms, f"the objective of {learner!r}", "of at least one term", terms)
@@ -228,6 +236,7 @@ def _check(networks, batch, objectives, micro_batches):
                 raise ValueError(f"{at} needs an other network; name one of {known}.")
             require(term.other in (None, *networks), f"{at}.other", f"one of {known}", term.other)
             masks.add(term.where)
+    masks.discard("where")
     for entry in ("inputs", *sorted(masks), *(["labels"] if wanted else [])):
         if entry not in batch:
             raise ValueError(f"the batch lacks {entry!r}; it has {', '.join(batch)}.")
