@@ -72,8 +72,7 @@ def draw_pairs(classes: int, kind: str) -> Pairs:
     rng, count = np.random.default_rng(classes), _PAIRS.value
     sharpness = rng.choice(_SHARPNESSES, (count, 1))
     student = _normalised(np.exp(sharpness * rng.normal(size=(count, classes))))
-    larger = student[:, 0] > student[:, 1]
-    student[:, :2] = np.where(larger[:, None], student[:, :2], student[:, 1::-1])
+    student[:, :2] = -np.sort(-student[:, :2], axis=1)
     of_two, rest = student[:, :2], student[:, 2:].sum(axis=1, keepdims=True)
     under = np.arange(count)[:, None] % 2 == 0
     share = rng.uniform(0.01, 0.99, (count, 1))
