@@ -121,6 +121,10 @@ class Bound:
                 )
         return self.fn(*args, **self.numbers, **dict(self.static), **fixed)
 
+    def domain(self, name: str) -> Domain | None:
+        """The domain of one of its numbers; None for an array."""
+        return domain_of(hyperparameters(self.fn)[name].annotation)
+
     @property
     def needs(self) -> Needs:
         """What the function and those nested in it read; their `needs` is a tuple, of both

@@ -16,11 +16,11 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from abkd_jax.binding import Bound, hyperparameters, nearest
 from abkd_jax.checks import require
-from abkd_jax.config.build import Builder
+from abkd_jax.config.build import TERM_FIELDS, Builder
 from abkd_jax.config.schema import ordered
 from abkd_jax.types import Divergence, Loss
 
@@ -59,11 +59,11 @@ def parse(argument: str) -> dict[str, Any]:
 
 
 def apply(
-    config: ml_collections.ConfigDict,
+    config: ConfigDict,
     values: Mapping[str, Any],
     *,
     beside: str | os.PathLike | None = None,
-) -> ml_collections.ConfigDict:
+) -> ConfigDict:
     """Puts the values of `parse` into the config, and checks that the student's terms fit them.
 
     Args:
@@ -82,35 +82,35 @@ def apply(
     builder = Builder(config.get("plugins", ()), config.num_steps)
     with config.unlocked(), config.ignore_type():
         for name, group in config.items():
-            if name in values and isinstance(group, ml_collections.ConfigDict) and "model" in group:
+            if name in values and isinstance(group, ConfigDict) and "model" in group:
                 _from_run(config, name, values.pop(name))
         if by_method:
             name = values.pop("method")
             name = name.get("fn") if isinstance(name, Mapping) else name
             if beside is None:
                 raise ValueError(f"this config takes no method; found method={name}.")
-            config.student.terms = ml_collections.ConfigDict(method_terms(config, name, beside))
+            config.student.terms = ConfigDict(method_terms(config, name, beside))
         if "divergence" in values:
             _put_divergence(config, values.pop("divergence"), builder)
         if values or by_method:
             with config.ignore_type():  # of groups that have just been put there, too
                 losses = _put_numbers(config, values, builder)
             if by_method and any("hidden" in loss.needs.own for loss in losses.values()):
-                config.student.project = ml_collections.ConfigDict({"hidden": "teacher"})
+                config.student.project = ConfigDict({"hidden": "teacher"})
     return config.lock()
 
 
-def _from_run(config: ml_collections.ConfigDict, name: str, workdir: Any) -> None:
+def _from_run(config: ConfigDict, name: str, workdir: Any) -> None:
     """Takes a network from a run, in place of the phase in which it alone learns."""
     if not isinstance(workdir, str):
         raise _refused(f"gives {name} no folder of a run; write {name}='runs/digits/{name}'")
-    config[name].weights = ml_collections.ConfigDict({"fn": "run", "workdir": workdir})
+    config[name].weights = ConfigDict({"fn": "run", "workdir": workdir})
     for phase, group in list(config.phases.items()):
         if tuple(group.get("learn", ())) == (name,):
             del config.phases[phase]
 
 
-def _put_divergence(config: ml_collections.ConfigDict, group: Any, builder: Builder) -> None:
+def _put_divergence(config: ConfigDict, group: Any, builder: Builder) -> None:
     """The divergence of the term."""
     term = config[_LEARNER].terms[_TERM]
     if "divergence" not in term:
@@ -121,7 +121,7 @@ def _put_divergence(config: ml_collections.ConfigDict, group: Any, builder: Buil
 
 
 def _put_numbers(
-    config: ml_collections.ConfigDict, values: Mapping[str, Any], builder: Builder
+    config: ConfigDict, values: Mapping[str, Any], builder: Builder
 ) -> dict[str, Bound]:
     """The numbers of the term, by their keys; the losses that result."""
     term, loss = config[_LEARNER].terms[_TERM], _losses(config, builder)[_TERM]
@@ -144,15 +144,13 @@ def _put_numbers(
     return _losses(config, builder)  # what was put there fits
 
 
-def _made(
-    group: Mapping[str, Any], kind: str, field: str, builder: Builder
-) -> ml_collections.ConfigDict:
+def _made(group: Mapping[str, Any], kind: str, field: str, builder: Builder) -> ConfigDict:
     """The group of a function that can be built, every value under its keyword."""
     group = _named(group, kind, field, builder)
-    return ml_collections.ConfigDict(_with_floats(group, builder.bound(group, kind, field)))
+    return ConfigDict(_with_floats(group, builder.bound(group, kind, field)))
 
 
-def _losses(config: ml_collections.ConfigDict, builder: Builder) -> dict[str, Bound]:
+def _losses(config: ConfigDict, builder: Builder) -> dict[str, Bound]:
     """The losses of the student's terms, in the last phase in which it learns."""
     phases = [config.phases[name] for name in ordered(config.phases)]
     phases = [phase for phase in phases if _LEARNER in phase.get("learn", ())]
@@ -195,7 +193,7 @@ def _with_floats(group: Mapping[str, Any], bound: Bound) -> dict[str, Any]:
 
 
 def method_terms(
-    config: ml_collections.ConfigDict, name: Any, beside: str | os.PathLike
+    config: ConfigDict, name: Any, beside: str | os.PathLike
 ) -> dict[str, dict[str, Any]]:
     """The student's terms of a published method, as the labels that it sees allow.
 
@@ -224,9 +222,7 @@ def method_terms(
     return {term: _for_withheld_labels(group, builder) for term, group in known[name].items()}
 
 
-def methods(
-    config: ml_collections.ConfigDict, beside: str | os.PathLike
-) -> dict[str, dict[str, Any]]:
+def methods(config: ConfigDict, beside: str | os.PathLike) -> dict[str, dict[str, Any]]:
     """All published methods, {name: terms}, for the config's batch_size and num_steps."""
     path = pathlib.Path(beside).with_name("methods.py")
     length = {"batch_size": config.batch_size, "num_steps": config.num_steps}
@@ -236,7 +232,7 @@ def methods(
 def _for_withheld_labels(group: dict[str, Any], builder: Builder) -> dict[str, Any]:
     if group["fn"] == "cross_entropy":
         return group | {"where": "labelled"}
-    options = {key: group[key] for key in ("weight", "where", "other") if key in group}
+    options = {key: group[key] for key in TERM_FIELDS if key in group}
     loss = {key: value for key, value in group.items() if key not in options}
     if not builder.bound(loss, "loss", "method").needs_labels:
         return group

@@ -34,7 +34,7 @@ from abkd_jax.tasks import Task
 from abkd_jax.types import Divergence, Loss, Term
 
 STATISTICS = ("class_means",)  # of the term's other network
-_TERM_FIELDS = ("weight", "where", "other")
+TERM_FIELDS = ("weight", "where", "other")  # of a term's group; the rest is its loss
 
 
 class Kind(NamedTuple):
@@ -197,7 +197,7 @@ class Builder:
             raise ValueError(f"{at}.weight is missing; give the term's factor, such as 1.0.")
         where = group.get("where", "where")
         require(where in masks, f"{at}.where", f"one of {', '.join(masks)}", where)
-        loss = {key: value for key, value in group.items() if key not in _TERM_FIELDS}
+        loss = {key: value for key, value in group.items() if key not in TERM_FIELDS}
         loss = self.bound(loss, "loss", at)
         weight = self.number(group["weight"], f"{at}.weight", Domain())
         return Term(loss, weight, where, _other(group, loss, at, others))

@@ -10,16 +10,7 @@ import numpy as np
 from jax import numpy as jnp
 from jax.tree_util import GetAttrKey, KeyPath, keystr
 
-from abkd_jax.binding import (
-    Bound,
-    Number,
-    Schedule,
-    Statistic,
-    as_number,
-    domain_of,
-    hyperparameters,
-    nearest,
-)
+from abkd_jax.binding import Bound, Domain, Schedule, Statistic, as_number, domain_of, nearest
 from abkd_jax.checks import require
 from abkd_jax.config.plan import Learner, Plan
 from abkd_jax.train.state import Decay
@@ -117,11 +108,11 @@ def _check(path: str, values: list[float], learners: Mapping[str, Learner], num_
     known = {_name(found): found for found, x in leaves if not isinstance(x, Statistic)}
     if path not in known:
         raise ValueError(f"over {path}: {_missing(path.split('.'), known)}.")
-    node, owner, domain, schedule = learners, None, domain_of(Number), None
+    node, owner, domain, schedule = learners, None, Domain(), None
     for key in known[path]:
         name = getattr(key, "key", getattr(key, "name", None))
         if isinstance(owner, Bound):  # and this is one of its numbers
-            domain = domain_of(hyperparameters(owner.fn)[name].annotation)
+            domain = owner.domain(name)
         elif isinstance(node, Learner) and name == "ema_decay":
             domain = domain_of(Decay)
         owner, node = node, node[name] if isinstance(node, Mapping) else getattr(node, name)
