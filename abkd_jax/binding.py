@@ -121,33 +121,35 @@ class Bound:
                 )
         return self.fn(*args, **self.numbers, **dict(self.static), **fixed)
 
+    def domain(self, name: str) -> Domain | None:
+        """The domain of one of its numbers; None for an array."""
+        return domain_of(hyperparameters(self.fn)[name].annotation)
+
     @property
     def needs(self) -> Needs:
         """What the function and those nested in it read; their `needs` is a tuple, of both
         networks, or {"own": parts, "other": parts}."""
-        found = getattr(self.fn, "needs", ())
-        found = found if isinstance(found, Mapping) else {"own": found, "other": found}
-        nested = [part.needs for part in self.numbers.values() if isinstance(part, Bound)]
-        return Needs(
-            *(
-                frozenset(found.get(side, ())).union(*(getattr(part, side) for part in nested))
-                for side in Needs._fields
-            )
-        )
+        said = [
+            parts if isinstance(parts, Mapping) else dict.fromkeys(Needs._fields, parts)
+            for parts in self._said("needs")
+        ]
+        sides = ([parts.get(side, ()) for parts in said] for side in Needs._fields)
+        return Needs(*(frozenset().union(*parts) for parts in sides))
 
     @property
     def needs_labels(self) -> bool:
         """Whether the function, or one nested in it, reads a label of every row."""
-        return self._says("needs_labels")
+        return any(self._said("needs_labels"))
 
     @property
     def couples_batch(self) -> bool:
         """Whether a row's value depends on the other rows."""
-        return self._says("couples_batch")
+        return any(self._said("couples_batch"))
 
-    def _says(self, attribute: str) -> bool:
-        nested = (part for part in self.numbers.values() if isinstance(part, Bound))
-        return getattr(self.fn, attribute, False) or any(getattr(p, attribute) for p in nested)
+    def _said(self, attribute: str) -> list[Any]:
+        """What the function and those nested in it say of themselves."""
+        nested = [part for part in self.numbers.values() if isinstance(part, Bound)]
+        return [getattr(self.fn, attribute, ()), *(x for p in nested for x in p._said(attribute))]
 
 
 @struct.dataclass
@@ -184,7 +186,7 @@ def bound(
     *,
     field: str,
     kind: type[Bound] = Bound,
-    fixed: Iterable[str] = (),
+    fixed: str = "",
 ) -> Bound:
     """`bind` with the name under which messages speak of the function.
 
@@ -193,7 +195,7 @@ def bound(
         hypers: values for its keyword-only parameters.
         field: "student.terms.distill", say.
         kind: `Bound` or `Schedule`.
-        fixed: keywords that the caller gives when it calls the result, and nobody else.
+        fixed: a keyword that the caller gives when it calls the result, and nobody else.
 
     Returns:
         The function, bound.
@@ -205,7 +207,7 @@ def bound(
     if isinstance(fn, Bound):
         hypers = dict(fn.numbers) | dict(fn.static) | dict(hypers)
         return bound(fn.fn, hypers, field=field, kind=type(fn), fixed=fixed)
-    known = {key: p for key, p in hyperparameters(fn).items() if key not in fixed}
+    known = {key: p for key, p in hyperparameters(fn).items() if key != fixed}
     takes = f"{_name(fn)} takes {', '.join(known) or 'none'}"
     for key in hypers:
         if key not in known:
@@ -231,16 +233,21 @@ def at_step(tree: Any, step: int | Array) -> Any:
     return jax.tree.map(value, tree, is_leaf=is_schedule)
 
 
+def signature_of(fn: Any) -> inspect.Signature | None:
+    """The signature of a function, annotations resolved; None for what has none."""
+    try:
+        return inspect.signature(fn.fn if isinstance(fn, Bound) else fn, eval_str=True)
+    except Exception:  # annotations are expressions, which may raise anything
+        return None
+
+
 def kind_of(fn: Any) -> Any:
     """`Divergence`, `Loss`, or None for anything that is not annotated as one of them."""
-    try:
-        signature = inspect.signature(fn.fn if isinstance(fn, Bound) else fn, eval_str=True)
-    except Exception:  # annotations are expressions, which may raise anything
+    signature = signature_of(fn)
+    if signature is None or signature.return_annotation is not Array:
         return None
     parameters = signature.parameters.values()
     positional = [p.annotation for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    if signature.return_annotation is not Array:
-        return None
     kinds = {Divergence: [Array, Array], Loss: [Outputs, Outputs, Batch]}
     return next((kind for kind, expected in kinds.items() if positional == expected), None)
 

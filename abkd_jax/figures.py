@@ -118,8 +118,8 @@ def heat_map(
     figure = new(6.2)
     axes = figure.subplots()
     finite = values[np.isfinite(values)]
-    low = np.percentile(finite, 10) if len(finite) else 0.0  # outliers leave no colours to the rest
-    limits = (low, finite.max() if len(finite) else 1.0)
+    # Outliers below would leave no colours to the rest.
+    limits = (np.percentile(finite, 10), finite.max()) if len(finite) else (0.0, 1.0)
     _draw_map(axes, xs, ys, values, limits, score_label)
     if special:
         _mark_special(axes, xs, ys)
@@ -259,10 +259,15 @@ def say(axes: Axes, text: str) -> None:
     axes.set(xticks=(), yticks=())
 
 
-def save(figure: Figure, path: Any) -> None:
-    """Writes a PNG file, whose bytes depend on the picture alone, and makes its folder."""
+def save(figure: Figure, path: Any) -> Any:
+    """Writes a PNG file, whose bytes depend on the picture alone, and makes its folder.
+
+    Returns:
+        The path, as it was given.
+    """
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI, metadata={"Software": None})  # no version of matplotlib
+    return path
 
 
 def _edges(centres: Sequence[float]) -> np.ndarray:

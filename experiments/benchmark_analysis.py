@@ -40,13 +40,11 @@ def main() -> None:
     print(f"{shape[0]} x {shape[1]}, {points} (alpha, beta), float32, {jax.default_backend()}")
     print(f"{'':24}{'first s':>10}{'again s':>10}{'compiles':>10}{'peak MB':>10}")
     for name in _summaries(0.0):
-        seconds = []
         fns = [_summaries(shift)[name] for shift in (0.0, 0.05)]
-        before = len(compiled)
+        seconds, before = [], len(compiled)
         for fn in fns:
             start = time.perf_counter()
-            result = analysis.over_grid(fn, student, teacher, chunk=_CHUNK.value)
-            jax.block_until_ready(result)
+            jax.block_until_ready(analysis.over_grid(fn, student, teacher, chunk=_CHUNK.value))
             seconds.append(time.perf_counter() - start)
         count = len(compiled) - before
         print(f"{name:24}{seconds[0]:>10.1f}{seconds[1]:>10.1f}{count:>10}{_peak():>10.0f}")
@@ -57,12 +55,10 @@ def _summaries(shift: float) -> dict[str, Bound]:
     axis = np.linspace(0.0, 1.2, _POINTS.value) + shift
     alpha, beta = (x.ravel() for x in np.meshgrid(axis, axis))
     divergence = bind(alpha_beta, alpha=alpha, beta=beta)
-    numbers = dict(alpha=alpha, beta=beta, learning_rate=0.1)
+    reassignment = bind(analysis.reassignment_summary, divergence=divergence, learning_rate=0.1)
     return {
-        "reassignment_summary": bind(
-            analysis.reassignment_summary, divergence=divergence, learning_rate=0.1
-        ),
-        "bound_summary": bind(analysis.bound_summary, **numbers),
+        "reassignment_summary": reassignment,
+        "bound_summary": bind(analysis.bound_summary, alpha=alpha, beta=beta, learning_rate=0.1),
         "gradient_summary": bind(analysis.gradient_summary, divergence=divergence),
     }
 

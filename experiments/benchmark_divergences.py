@@ -14,7 +14,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch's idle threads slow down the rest
 
 import importlib.util
-import time
 from collections.abc import Callable
 
 import jax
@@ -22,7 +21,7 @@ import numpy as np
 from absl import flags
 from jax import numpy as jnp
 
-from abkd_jax import divergences
+from abkd_jax import divergences, timing
 from abkd_jax.config import command
 
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds, each with a turn of everyone.", lower_bound=2)
@@ -58,22 +57,21 @@ def main() -> None:
         print("torch is not installed: its rows are skipped (pip install -e '.[torch]')")
     for shape in _SHAPES.value:
         batch, classes = map(int, shape.split("x"))
-        seconds = _measure(_competitors(batch, classes))
+        competitors = _competitors(batch, classes)
+        seconds = timing.in_turn(competitors, _ROUNDS.value, repeats=_CALLS.value, seconds=0.1)
         base = _TORCH if _TORCH in seconds else _TEXTBOOK
         print(f"\n{shape}, float32: value and student gradient of the batch mean, alpha {_ALPHA}, ")
         print(f"beta {_BETA}; median [quartiles] of {_ROUNDS.value} rounds")
         print(f"{'':26}{'ms':>26}{'/ forward_kl':>14}{'speed / ' + base:>42}")
         for name, times in seconds.items():
-            ms = "{1:.3f} [{0:.3f}, {2:.3f}]".format(*np.percentile(times, [25, 50, 75]) * 1e3)
-            ratio = "{1:.2f} [{0:.2f}, {2:.2f}]".format(
-                *np.percentile(seconds[base] / times, [25, 50, 75])
-            )
-            factor = f"{np.median(times / seconds['forward_kl']):.2f}"
-            print(f"{name:26}{ms:>26}{factor:>14}{ratio:>42}", flush=True)
+            ms = timing.quartiles(1e3 * times, ".3f")
+            factor = np.median(times / seconds["forward_kl"])
+            speed = timing.quartiles(seconds[base] / times, ".2f")
+            print(f"{name:26}{ms:>26}{factor:>14.2f}{speed:>42}", flush=True)
 
 
 def _competitors(batch: int, classes: int) -> dict[str, Callable[[], object]]:
-    """By name, a call that returns when its result is there."""
+    """By name, a call that returns its value and gradient."""
     rng = np.random.default_rng(0)
     student, teacher = (
         (2.0 * rng.normal(size=(batch, classes))).astype(np.float32) for _ in range(2)
@@ -86,7 +84,7 @@ def _competitors(batch: int, classes: int) -> dict[str, Callable[[], object]]:
             return jnp.mean(divergence(s, t, a, b))
 
         compiled = jax.jit(jax.value_and_grad(mean))
-        return lambda: jax.block_until_ready(compiled(s, t, *numbers))
+        return lambda: compiled(s, t, *numbers)
 
     competitors = {name: call(divergence) for name, divergence in _LIBRARY.items()}
     competitors[_TEXTBOOK] = call(lambda s, t, a, b: _textbook(jax.nn.softmax, s, t, a, b))
@@ -108,19 +106,6 @@ def _textbook(softmax: Callable, student, teacher, a, b):
     p, q = softmax(teacher, -1), softmax(student, -1)
     terms = p**a * q**b - a / (a + b) * p ** (a + b) - b / (a + b) * q ** (a + b)
     return -terms.sum(-1) / (a * b)
-
-
-def _measure(competitors: dict[str, Callable[[], object]]) -> dict[str, np.ndarray]:
-    """Seconds a call in each round, by name, after a round to warm up."""
-    seconds, calls = {name: [] for name in competitors}, {}
-    for _ in range(_ROUNDS.value + 1):
-        for name, call in competitors.items():
-            start = time.perf_counter()
-            for _ in range(calls.get(name, _CALLS.value)):
-                call()
-            seconds[name].append((time.perf_counter() - start) / calls.get(name, _CALLS.value))
-            calls[name] = max(_CALLS.value, round(0.1 / min(seconds[name])))
-    return {name: np.asarray(times[1:]) for name, times in seconds.items()}
 
 
 if __name__ == "__main__":

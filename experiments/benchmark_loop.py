@@ -28,7 +28,7 @@ import numpy as np
 from absl import flags
 
 from abkd_jax import config as configs
-from abkd_jax import data, models, train, train_and_evaluate
+from abkd_jax import data, models, timing, train, train_and_evaluate
 from abkd_jax.config import command
 from abkd_jax.run.log import writer
 
@@ -74,7 +74,8 @@ def main() -> None:
     print(f"{'':20}{'images/s':>28}{'speed / bare step':>26}")
     bare = np.asarray(rates)[:, 0]
     for name, values in zip(_TURNS, np.transpose(rates), strict=True):
-        print(f"{name:20}{_cell(values, ',.0f'):>28}{_cell(values / bare, '.3f'):>26}")
+        speed, ratio = timing.quartiles(values, ",.0f"), timing.quartiles(values / bare, ".3f")
+        print(f"{name:20}{speed:>28}{ratio:>26}")
 
 
 def _compare_trees(trees: list[pathlib.Path]) -> None:
@@ -84,8 +85,8 @@ def _compare_trees(trees: list[pathlib.Path]) -> None:
     print(f"median [quartiles] of {_ROUNDS.value} rounds, each of one process here and one there")
     print(f"{'':20}{'here':>28}{'there':>28}{'here / there':>26}")
     for name, values in zip(_TURNS, np.transpose(rounds), strict=True):  # [trees, rounds] each
-        cells = "".join(f"{_cell(x, ',.0f'):>28}" for x in values)
-        print(f"{name:20}{cells}{_cell(values[0] / values[1], '.3f'):>26}")
+        cells = "".join(f"{timing.quartiles(x, ',.0f'):>28}" for x in values)
+        print(f"{name:20}{cells}{timing.quartiles(values[0] / values[1], '.3f'):>26}")
 
 
 def _measured(tree: pathlib.Path) -> list[float]:
@@ -98,11 +99,6 @@ def _measured(tree: pathlib.Path) -> list[float]:
     if None in found:
         raise ValueError(f"{tree} does not print a table of benchmark_loop; see above.")
     return [float(row[1].replace(",", "")) for row in found]
-
-
-def _cell(values: np.ndarray, form: str) -> str:
-    low, middle, high = (format(x, form) for x in np.percentile(values, [25, 50, 75]))
-    return f"{middle} [{low}, {high}]"
 
 
 def _dataset() -> data.DataSet:

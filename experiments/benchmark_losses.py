@@ -8,7 +8,6 @@ cheap, so its line is of a whole `train_step` of an MLP with 128 hidden units, w
 without it: the step takes the gradients at the inputs.
 """
 
-import time
 from collections.abc import Callable
 
 import jax
@@ -17,7 +16,7 @@ from absl import flags
 from jax import Array
 from jax import numpy as jnp
 
-from abkd_jax import Bound, Head, Outputs, Term, bind, divergences, losses
+from abkd_jax import Bound, Head, Outputs, Term, bind, divergences, losses, timing
 from abkd_jax.config import command
 from abkd_jax.models import mlp
 from abkd_jax.optimizers import sgd
@@ -34,13 +33,13 @@ def main() -> None:
     """Prints a line for each loss."""
     batch_size, classes = map(int, _SHAPE.value.split("x"))
     calls = _losses(batch_size, classes) | _steps(batch_size, classes)
-    seconds = _measure(calls)
+    seconds = timing.in_turn(calls, _ROUNDS.value, repeats=2, seconds=0.1)
     print(f"{_SHAPE.value}, float32, {jax.default_backend()}; value and student gradient; ")
     print(f"median [quartiles] of {_ROUNDS.value} rounds")
     print(f"{'':40}{'ms':>10}{'factor':>24}")
     for name, times in seconds.items():
         base = seconds[_STEP if name.startswith("train_step") else _BASE]
-        factor = "{1:.2f} [{0:.2f}, {2:.2f}]".format(*np.percentile(times / base, [25, 50, 75]))
+        factor = timing.quartiles(times / base, ".2f")
         print(f"{name:40}{1e3 * np.median(times):>10.3f}{factor:>24}")
 
 
@@ -82,7 +81,7 @@ def _bound(centers: Array) -> dict[str, Bound]:
 
 
 def _losses(batch_size: int, classes: int) -> dict[str, Callable[[], object]]:
-    """By name, a call that returns when its result is there."""
+    """By name, a call that returns its value and gradient."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(2 * rng.normal(size=shape), jnp.float32)  # noqa: E731
     student, teacher = (
@@ -101,7 +100,7 @@ def _losses(batch_size: int, classes: int) -> dict[str, Callable[[], object]]:
         return jax.value_and_grad(lambda s: jnp.mean(loss(s, teacher, batch)))(student)
 
     def call(loss):
-        return lambda: jax.block_until_ready(value_and_slope(loss, student, teacher, batch))
+        return lambda: value_and_slope(loss, student, teacher, batch)
 
     return {name: call(loss) for name, loss in _bound(draw(classes, _WIDTH)).items()}
 
@@ -120,23 +119,9 @@ def _steps(batch_size: int, classes: int) -> dict[str, Callable[[], object]]:
     networks = {"student": student, "teacher": frozen(teacher)}
 
     def call(terms):
-        args = (networks, batch, {"student": terms})
-        return lambda: jax.block_until_ready(train_step(*args))
+        return lambda: train_step(networks, batch, {"student": terms})
 
     return {_STEP: call(terms), "train_step, forward_kl and KDIGA": call(terms | kdiga)}
-
-
-def _measure(calls: dict[str, Callable[[], object]]) -> dict[str, np.ndarray]:
-    """Seconds a call in each round, by name, after a round to warm up."""
-    seconds = {name: [] for name in calls}
-    for _ in range(_ROUNDS.value + 1):
-        for name, call in calls.items():
-            repeats = 20 if not seconds[name] or seconds[name][-1] < 0.01 else 2
-            start = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            seconds[name].append((time.perf_counter() - start) / repeats)
-    return {name: np.asarray(times[1:]) for name, times in seconds.items()}
 
 
 if __name__ == "__main__":

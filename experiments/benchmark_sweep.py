@@ -15,7 +15,6 @@ The cost of computing the outputs once, a pass over the data, is in none of them
 
 import functools
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from abkd_jax import data, models
+from abkd_jax import data, models, timing
 from abkd_jax.config import command
 from abkd_jax.sweep import Program, opened
 from abkd_jax.train import Programs, run_steps
@@ -64,14 +63,12 @@ def main() -> None:
     over = {"student.terms.distill.divergence.alpha": alphas}
     with tempfile.TemporaryDirectory() as folder, opened(_CONFIG, folder, over=over, **given) as it:
         for count in counts:
-            seconds = _measure(_arms(it, count))
-            ratios = (
-                seconds[name] / seconds["sweep"] for name in ("runs, teacher", "runs, cached")
-            )
-            times = (1e3 * seconds[name] for name in ("sweep", "sweep, teacher"))
-            cells = (np.percentile(x, [50, 25, 75]) for x in (*times, *ratios))
-            cells = ("{:.2f} [{:.2f}, {:.2f}]".format(*cell) for cell in cells)
-            print(f"{count:>8}" + "".join(f"{cell:>26}" for cell in cells), flush=True)
+            seconds = timing.in_turn(_arms(it, count), _ROUNDS.value)
+            of_step, own = 1e3 / _STEPS.value, seconds["sweep"]
+            times = [of_step * own, of_step * seconds["sweep, teacher"]]
+            ratios = [seconds["runs, teacher"] / own, seconds["runs, cached"] / own]
+            cells = "".join(f"{timing.quartiles(x, '.2f'):>26}" for x in times + ratios)
+            print(f"{count:>8}{cells}", flush=True)
 
 
 def _arms(program: Program, count: int) -> dict[str, Callable[[], Any]]:
@@ -101,17 +98,6 @@ def _arms(program: Program, count: int) -> dict[str, Callable[[], Any]]:
         "runs, teacher": functools.partial(in_turn, "teacher"),
         "runs, cached": functools.partial(in_turn, "cached"),
     }
-
-
-def _measure(arms: dict[str, Callable[[], Any]]) -> dict[str, np.ndarray]:
-    """Seconds for one step of all members, in each round, by arm."""
-    seconds = {name: [] for name in arms}
-    for _ in range(_ROUNDS.value + 1):
-        for name, arm in arms.items():
-            started = time.perf_counter()
-            jax.block_until_ready(arm())
-            seconds[name].append((time.perf_counter() - started) / _STEPS.value)
-    return {name: np.asarray(times[1:]) for name, times in seconds.items()}  # the first compiles
 
 
 if __name__ == "__main__":

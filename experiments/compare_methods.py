@@ -59,7 +59,7 @@ def main() -> None:
     alone = schema.needed(schema.plain(config) | phases)
     result = train_and_evaluate(alone, folder / "teacher")["networks"]["teacher"]["last"]
     row = {f"test_{key}": x for key, x in (result | {"agreement": 1.0}).items()}
-    _print("teacher", row | {f"{key}_std": float("nan") for key in row}, "", "")
+    _print("teacher", row, "", "")
     for method in _METHODS.value or [_ALONE, *arguments.methods(config, _BESIDE)]:
         started = time.monotonic()
         taught = config.copy_and_resolve_references()

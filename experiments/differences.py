@@ -14,7 +14,8 @@ import numpy as np
 from jax import Array, nn
 from jax import numpy as jnp
 
-from abkd_jax import Outputs, alpha_beta, bind, divergences, forward_kl, losses
+from abkd_jax import Outputs, alpha_beta, analysis, bind, divergences, forward_kl, losses, numerics
+from abkd_jax.config import command
 
 _BATCH, _CLASSES = 64, 100
 
@@ -34,9 +35,9 @@ def main() -> None:
         (a, slope_a), (b, slope_b) = (
             jax.value_and_grad(fn)(student, teacher) for fn in (paper, code)
         )
-        norms = [jnp.linalg.norm(slope) for slope in (slope_a, slope_b)]
-        cosine = jnp.sum(slope_a * slope_b) / (norms[0] * norms[1])
-        print(f"{name:46}{a:>12.4g}{b:>12.4g}{norms[1] / norms[0]:>10.3g}{cosine:>8.3f}")
+        ratio = jnp.linalg.norm(slope_b) / jnp.linalg.norm(slope_a)
+        cosine = analysis.tree_cosine(slope_a, slope_b)
+        print(f"{name:46}{a:>12.4g}{b:>12.4g}{ratio:>10.3g}{cosine:>8.3f}")
 
 
 def _rows(labels: Array) -> list[tuple[str, Callable, Callable]]:
@@ -55,10 +56,11 @@ def _rows(labels: Array) -> list[tuple[str, Callable, Callable]]:
     mean = lambda loss: lambda s, t: jnp.mean(per_example(loss)(s, t))  # noqa: E731
 
     def er_dkd(s, t):  # [B] times [B, 1] is [B, B]: the mean of a product becomes one of means
-        return jnp.mean(_entropy(t, 4.0)[:, None] * per_example(dkd)(s, t)[None])
+        return jnp.mean(numerics.entropy(t / 4.0)[:, None] * per_example(dkd)(s, t)[None])
 
     def ea_kd(s, t):  # 100 where the paper has ln 100
-        weight = 0.5 * _entropy(t, 3.0) * (1 + jax.lax.stop_gradient(_entropy(s, 3.0)) / 100.0)
+        of_student = jax.lax.stop_gradient(numerics.entropy(s / 3.0))
+        weight = 0.5 * numerics.entropy(t / 3.0) * (1 + of_student / 100.0)
         return jnp.mean(weight * per_example(kd)(s, t))
 
     def limit(alpha):  # the branch for beta = 0 divides by alpha, not by its square
@@ -88,10 +90,5 @@ def _rows(labels: Array) -> list[tuple[str, Callable, Callable]]:
     ]
 
 
-def _entropy(logits: Array, temperature: float) -> Array:
-    log_p = nn.log_softmax(logits / temperature)
-    return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
-
-
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -8,7 +8,6 @@ The seeds of a row are one program, with one teacher for all. Forward and revers
 the runs are kept, and a stopped table goes on.
 """
 
-import math
 import pathlib
 import tempfile
 import time
@@ -101,8 +100,7 @@ def _teacher(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[st
     result = train_and_evaluate(schema.needed(schema.plain(config) | phases), folder)
     last, scores = writer.read(folder)[-1], result["networks"]["teacher"]["last"]
     row = {f"test_{key}": scores[key] for key, *_ in _COLUMNS}
-    row |= {f"validation_{key}": last[f"validation/teacher/{key}"] for key, *_ in _COLUMNS}
-    return row | {f"{key}_std": math.nan for key in row}
+    return row | {f"validation_{key}": last[f"validation/teacher/{key}"] for key, *_ in _COLUMNS}
 
 
 if __name__ == "__main__":

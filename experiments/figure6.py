@@ -35,8 +35,7 @@ def main() -> None:
         *_panels("alpha", _ALPHAS, ("beta", _BETA), "accuracy", "accuracy (%)", 100),
         *_panels("beta", _BETAS, ("alpha", _ALPHA), "entropy", "entropy (nats)", 1),
     ]
-    figures.save(figures.lines(panels, height=3.6), _OUT.value)
-    print(_OUT.value)
+    print(figures.save(figures.lines(panels, height=3.6), _OUT.value))
 
 
 def _panels(name: str, values: tuple, fixed: tuple, metric: str, label: str, factor: float) -> list:

@@ -61,14 +61,12 @@ def main() -> None:
         )
     grid = [(a, b) for b in _AXIS for a in _AXIS]
     alphas, betas = jnp.asarray(grid).T
-    images, temperature = dataset.validation.inputs, _TEMPERATURE.value
-    logits = (network(images).logits / temperature for network in (student, teacher))
+    images = dataset.validation.inputs
+    logits = (network(images).logits / _TEMPERATURE.value for network in (student, teacher))
     maps = of_logits(*logits, alphas, betas)
-    noise = signal_to_noise(student, teacher, dataset.train, alphas, betas, temperature)
-    maps["signal to noise"] = noise
+    maps["signal to noise"] = signal_to_noise(student, teacher, dataset.train, alphas, betas)
     _print_table(maps, grid, len(images))
-    figures.save(draw(maps), _OUT.value)
-    print(_OUT.value)
+    print(figures.save(draw(maps), _OUT.value))
 
 
 def of_logits(student: Array, teacher: Array, alphas: Array, betas: Array) -> dict[str, np.ndarray]:
@@ -115,12 +113,7 @@ def _median_tightness(
 
 
 def signal_to_noise(
-    student: Any,
-    teacher: Any,
-    split: data.Split,
-    alphas: Array,
-    betas: Array,
-    temperature: float,
+    student: Any, teacher: Any, split: data.Split, alphas: Array, betas: Array
 ) -> np.ndarray:
     """|G|^2 over the variance of a batch's gradient in the student's parameters, `[G]`.
 
@@ -128,13 +121,13 @@ def signal_to_noise(
     """
     orders = jax.vmap(lambda epoch: data.epoch_order(0, epoch, len(split)))(jnp.arange(_EPOCHS))
     chosen = orders[:, : len(split) // _BATCH * _BATCH].reshape(_EPOCHS, -1, _BATCH)
-    taught = teacher(split.inputs).logits / temperature
+    taught = teacher(split.inputs).logits / _TEMPERATURE.value
     fixed = {name: part for name, part in student.variables.items() if name != "params"}
 
     def noise(point):
         def loss(params, x, t):
             logits = student.module.apply({"params": params, **fixed}, x, train=False).logits
-            logits /= temperature
+            logits /= _TEMPERATURE.value
             return jnp.mean(alpha_beta(logits, t, alpha=point[0], beta=point[1]))
 
         def of_epoch(batches):

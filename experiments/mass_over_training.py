@@ -58,8 +58,7 @@ def main() -> None:
 
     print(f"validation image {image}, label {validation.labels[image]}; {config.num_steps} steps")
     _print_table(np.asarray(taught[image]), masses)
-    figures.save(draw(np.asarray(taught[image]), masses), _OUT.value)
-    print(_OUT.value)
+    print(figures.save(draw(np.asarray(taught[image]), masses), _OUT.value))
 
 
 def seen(program: Program, points: list[tuple[float, float]], image: Array) -> np.ndarray:

@@ -44,8 +44,7 @@ def main() -> None:
         ratios[name], changes[name] = 1e3 * step.log_ratio, 100 * change
         cells = "".join(f"{value:>8.0f}" for value in ratios[name])
         print(f"{name:22}{rate:>7.3f}{cells}{1e3 * float(step.normaliser):>8.1f}")
-    figures.save(draw(ratios, changes), _OUT.value)
-    print(_OUT.value)
+    print(figures.save(draw(ratios, changes), _OUT.value))
 
 
 def moving(divergence: Bound, mass: float) -> tuple[float, analysis.Reassignment, np.ndarray]:

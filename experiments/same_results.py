@@ -12,7 +12,10 @@ import subprocess
 import sys
 import tempfile
 
-from absl import app, flags
+import jax
+from absl import flags
+
+from abkd_jax.config import command
 
 _SHRUNK = [f"{name}.py:runlocal" for name in ("fashion_mnist", "online_fashion_mnist", "cifar100")]
 _CONFIGS = [f"configs/{x}" for x in ("digits.py", "digits.py:runlocal", *_SHRUNK)]
@@ -20,9 +23,8 @@ _OTHER = flags.DEFINE_string("other", None, "The folder of the other checkout.",
 _WHICH = flags.DEFINE_multi_string("configs", _CONFIGS, "Config files, with their arguments.")
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Runs each config here, then there, and prints a line for each of its networks."""
-    del argv
     checkouts, same = [pathlib.Path(__file__).parents[1], pathlib.Path(_OTHER.value)], True
     for config in _WHICH.value:
         here, there = (networks(checkout.resolve(), config) for checkout in checkouts)
@@ -36,18 +38,16 @@ def main(argv: list[str]) -> None:
 def networks(checkout: pathlib.Path, config: str) -> dict:
     """What result.json says of each network after a run of the config."""
     with tempfile.TemporaryDirectory() as workdir:
-        command = [sys.executable, "-m", "abkd_jax.main", f"--config={config}"]
+        argv = [sys.executable, "-m", "abkd_jax.main", f"--config={config}"]
         env = os.environ | {"PYTHONPATH": str(checkout), "JAX_PLATFORMS": "cpu"}
-        subprocess.run([*command, f"--workdir={workdir}"], cwd=checkout, env=env, check=True)
+        subprocess.run([*argv, f"--workdir={workdir}"], cwd=checkout, env=env, check=True)
         return json.loads(pathlib.Path(workdir, "result.json").read_text())["networks"]
 
 
-def leaves(value: object, path: str = "") -> dict[str, object]:
+def leaves(value: object) -> dict[str, object]:
     """{dotted path: leaf}."""
-    if not isinstance(value, dict | list):
-        return {path[1:]: value}
-    parts = value if isinstance(value, dict) else dict(enumerate(value))
-    return {p: x for key in parts for p, x in leaves(parts[key], f"{path}.{key}").items()}
+    found = jax.tree.leaves_with_path(value, is_leaf=lambda x: x is None)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in found}
 
 
 def differences(here: dict, there: dict) -> str:
@@ -60,4 +60,4 @@ def differences(here: dict, there: dict) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -48,8 +48,7 @@ def main() -> None:
     over = dict(map(parsed, _OVER.value))
     if len(over) < len(_OVER.value):
         raise ValueError("--over names a path twice; give all its values at once.")
-    how = {"init_seeds": _SEEDS.value, "chunk": _CHUNK.value}
-    rows = sweep(_CONFIG.value, folder, over=over, **how)
+    rows = sweep(_CONFIG.value, folder, over=over, init_seeds=_SEEDS.value, chunk=_CHUNK.value)
     winner = best(rows)
     score = next(key for key in winner if key not in over)  # that which selects
     selects = score.removesuffix("accuracy")
@@ -110,9 +109,7 @@ def _draw(folder: pathlib.Path, table: list, best: dict, paths: tuple, score: st
         panel = {"title": paths[0], "x": paths[0].rpartition(".")[2], "y": f"{_words(score)} (%)"}
         panel["curves"] = {score: (xs, ys, np.nan_to_num(spreads))}
         figure = figures.lines([panel], columns=1)
-    path = folder / ("heat_map.png" if len(paths) == 2 else "curve.png")
-    figures.save(figure, path)
-    print(path)
+    print(figures.save(figure, folder / ("heat_map.png" if len(paths) == 2 else "curve.png")))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from absl import flags
 from jax import Array
 from jax import numpy as jnp
 from matplotlib.figure import Figure
+from scipy import stats
 
 from abkd_jax import alpha_beta, analysis, bind, figures
 from abkd_jax.config import command
@@ -56,27 +57,22 @@ class Pairs(NamedTuple):
 def main() -> None:
     """Prints the tables, and draws the figure."""
     jax.config.update("jax_enable_x64", True)
-    drawn = {
-        (kind, k): draw_pairs(np.random.default_rng(k), _PAIRS.value, k, kind)
-        for kind in _KINDS
-        for k in _CLASSES
-    }
+    drawn = {(kind, k): draw_pairs(k, kind) for kind in _KINDS for k in _CLASSES}
     total = sum(len(pairs.student) for pairs in drawn.values())
     print(f"{total:,} random pairs, half under-, half overestimated; one step on the logits")
     _print_comparisons(drawn)
     regimes = _regimes(drawn)
     _print_regimes(regimes)
     _print_signs({k: drawn["equal gap", k] for k in _CLASSES})
-    figures.save(draw(drawn, regimes), _OUT.value)
-    print(_OUT.value)
+    print(figures.save(draw(drawn, regimes), _OUT.value))
 
 
-def draw_pairs(rng: np.random.Generator, count: int, classes: int, kind: str) -> Pairs:
+def draw_pairs(classes: int, kind: str) -> Pairs:
     """Students, and teachers that agree with them as `kind` says on the classes 0 and 1."""
+    rng, count = np.random.default_rng(classes), _PAIRS.value
     sharpness = rng.choice(_SHARPNESSES, (count, 1))
     student = _normalised(np.exp(sharpness * rng.normal(size=(count, classes))))
-    larger = student[:, 0] > student[:, 1]
-    student[:, :2] = np.where(larger[:, None], student[:, :2], student[:, 1::-1])
+    student[:, :2] = -np.sort(-student[:, :2], axis=1)
     of_two, rest = student[:, :2], student[:, 2:].sum(axis=1, keepdims=True)
     under = np.arange(count)[:, None] % 2 == 0
     share = rng.uniform(0.01, 0.99, (count, 1))
@@ -112,18 +108,17 @@ def _print_comparisons(drawn: dict[tuple[str, int], Pairs]) -> None:
     """How often the class with the larger q has the larger LogR, of each kind and divergence."""
     print("\nthe class with the larger q has the larger LogR, % of pairs (the same at every eta);")
     print("'=': all differences are below 1e-12")
-    columns = [f"{side} K={k}" for side in ("under", "over") for k in _CLASSES]
-    _line("", columns)
-    for kind in _KINDS:
-        for name in _POINTS:
-            cells = []
-            for under in (True, False):
-                for k in _CLASSES:
-                    pairs = drawn[kind, k]
-                    found = difference(pairs, name)[pairs.under == under]
-                    same = bool(jnp.max(jnp.abs(found)) < 1e-12)
-                    cells.append("=" if same else f"{100 * float(jnp.mean(found > 0)):.2f}")
-            _line(f"{kind:14}{name}", cells)
+    columns = [(side, k) for side in ("under", "over") for k in _CLASSES]
+    _line("", [f"{side} K={k}" for side, k in columns])
+    for kind, name in itertools.product(_KINDS, _POINTS):
+        cells = [_share(drawn[kind, k], name, side == "under") for side, k in columns]
+        _line(f"{kind:14}{name}", cells)
+
+
+def _share(pairs: Pairs, name: str, under: bool) -> str:
+    found = difference(pairs, name)[pairs.under == under]
+    same = bool(jnp.max(jnp.abs(found)) < 1e-12)
+    return "=" if same else f"{100 * float(jnp.mean(found > 0)):.2f}"
 
 
 def _regimes(drawn: dict[tuple[str, int], Pairs]) -> dict[str, list[float]]:
@@ -215,11 +210,8 @@ def _equal_gap_panel(pairs: Pairs) -> dict:
     curves = {}
     for name in _POINTS:
         values = np.asarray(difference(pairs, name)) / (pairs.student - pairs.teacher)[:, 0]
-        medians = [
-            np.median(values[~pairs.under & (ratio > a) & (ratio <= b)])
-            for a, b in itertools.pairwise(edges)
-        ]
-        curves[name] = (np.sqrt(edges[1:] * edges[:-1]), medians)
+        medians = stats.binned_statistic(ratio[~pairs.under], values[~pairs.under], "median", edges)
+        curves[name] = (np.sqrt(edges[1:] * edges[:-1]), medians.statistic)
     panel = {"title": "overestimated by the same q - p", "x": "ratio of the two q"}
     return panel | {"y": "LogR apart / eta (q - p)", "log_x": True, "curves": curves}
 

@@ -63,8 +63,7 @@ def main() -> None:
         f"{_STARTS} ended\nwithin 1 % of the lowest value; optima: how many values there are, more "
         "than 1 % of the lowest apart."
     )
-    figures.save(draw(np.exp(teacher), students), _OUT.value)
-    print(_OUT.value)
+    print(figures.save(draw(np.exp(teacher), students), _OUT.value))
 
 
 def teacher_probabilities() -> np.ndarray:
@@ -85,13 +84,13 @@ def trained(teacher_logits: Array, alpha: Array, beta: Array) -> tuple[Array, Ar
         return alpha_beta(basis @ coefficients, teacher_logits, alpha=alpha, beta=beta)
 
     def descend(start):
-        def step(carry, _):
+        def step(_, carry):
             coefficients, state = carry
             updates, state = optimizer.update(jax.grad(loss)(coefficients), state)
-            return (optax.apply_updates(coefficients, updates), state), None
+            return optax.apply_updates(coefficients, updates), state
 
         carry = start, optimizer.init(start)
-        (coefficients, _), _ = jax.lax.scan(step, carry, length=_STEPS)
+        coefficients, _ = jax.lax.fori_loop(0, _STEPS, step, carry)
         return basis @ coefficients, loss(coefficients)
 
     return jax.vmap(descend)(3 * jax.random.normal(jax.random.key(0), (_STARTS, _DEGREE)))

@@ -19,6 +19,7 @@ FLOORS = {
     "schedules": 0,
     "figures": 0,
     "markdown": 0,
+    "timing": 0,
     "parallel": 0,
     "divergences": 1,
     "models": 1,

@@ -8,6 +8,7 @@ import jax
 from flax import struct
 from jax import Array
 from jax import numpy as jnp
+from jax.flatten_util import ravel_pytree
 
 from abkd_jax import checks, numerics
 from abkd_jax.analysis.checks import check_cached
@@ -71,7 +72,7 @@ def tree_cosine(a: Any, b: Any) -> Array:
         ValueError: if the structures or shapes differ.
     """
     _check_alike(a=a, b=b)
-    return cosine(_flat(a), _flat(b))
+    return cosine(ravel_pytree(a)[0], ravel_pytree(b)[0])
 
 
 def logit_cosines(
@@ -126,7 +127,7 @@ def parameter_cosines(
 
 def tree_cosines(trees: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
     """`tree_cosine` between each two of several pytrees, as {name: {name: scalar}}."""
-    units = _unit(jnp.stack([_flat(tree) for tree in trees.values()]))
+    units = _unit(jnp.stack([ravel_pytree(tree)[0] for tree in trees.values()]))
     return _by_names(trees, jnp.matmul(units, units.T, precision=jax.lax.Precision.HIGHEST))
 
 
@@ -303,12 +304,12 @@ def _ratio(a: Array, b: Array) -> Array:
 
 def _rows(name: str, gradients: Any) -> Array:
     """A pytree of `[N, ...]` as `[N, P]`."""
-    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(gradients)]
-    counts = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves}
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(gradients)]
+    counts = {shape[0] if shape else 0 for shape in shapes}
     fits = len(counts) == 1 and min(counts) >= 2
     expected = "the gradients of at least 2 batches, stacked along the first axis of every array"
     checks.require(fits, name, expected, sorted(counts))
-    return jnp.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=-1)
+    return jax.vmap(lambda tree: ravel_pytree(tree)[0])(gradients)
 
 
 def _check_alike(**trees: Any) -> None:
@@ -320,10 +321,6 @@ def _check_alike(**trees: Any) -> None:
     for found in itertools.zip_longest(*parts, fillvalue="nothing"):
         expected = "of the same structure and shapes"
         checks.require(found[0] == found[1], " and ".join(trees), expected, found)
-
-
-def _flat(tree: Any) -> Array:
-    return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def _scaled(x: Array) -> tuple[Array, Array]:

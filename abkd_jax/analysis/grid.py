@@ -15,6 +15,7 @@ from abkd_jax.analysis.gradients import cosine, gradient_norm, logit_gradient
 from abkd_jax.analysis.reassignment import log_mass_ratio
 from abkd_jax.binding import Bound, NonNegative, Number
 from abkd_jax.divergences import forward_kl
+from abkd_jax.losses.total import chunked
 from abkd_jax.types import Divergence
 
 
@@ -87,21 +88,16 @@ def over_grid(
 @functools.partial(jax.jit, static_argnames="chunk")
 def _over_grid(fn, student_logits, teacher_logits, where, *, chunk):
     axes = jax.tree.map(lambda leaf: 0 if leaf.ndim else None, fn)
-    classes = student_logits.shape[-1]
     at_all_points = jax.vmap(lambda f, s, t: f(s, t), in_axes=(axes, None, None))
-
-    def split(x, *trailing):
-        flat = x.reshape(-1, *trailing)
-        padding = [(0, -len(flat) % chunk)] + [(0, 0)] * len(trailing)
-        return jnp.pad(flat, padding).reshape(-1, chunk, *trailing)
 
     def step(carry, part):
         s, t, kept = part
         values = at_all_points(fn, s, t)
         return {n: _joined(carry[n], _moments(v, kept)) for n, v in values.items()}, None
 
-    parts = split(student_logits, classes), split(teacher_logits, classes), split(where)
-    some = jax.ShapeDtypeStruct((chunk, classes), student_logits.dtype)  # there may be no rows
+    split = functools.partial(chunked, leading=where.ndim, chunk=chunk)
+    parts = jax.tree.map(split, (student_logits, teacher_logits, where))
+    some = jax.ShapeDtypeStruct(parts[0].shape[1:], parts[0].dtype)  # there may be no rows
     shapes = jax.eval_shape(at_all_points, fn, some, some)
     nothing = jnp.zeros(chunk, bool)
     start = {n: _moments(jnp.zeros(v.shape, v.dtype), nothing) for n, v in shapes.items()}

@@ -138,21 +138,19 @@ def _flows(logits, change, teachers, batches):
 
 def _of_gradients(gradients, terms, probes):
     """The metrics of {term: a pytree of `[N, ...]`}."""
-    metrics, names = {}, list(gradients)
-    means = {n: jax.tree.map(lambda g: jnp.mean(g, axis=0), gradients[n]) for n in names}
+    metrics, means = {}, jax.tree.map(lambda g: jnp.mean(g, axis=0), gradients)
     if "gradient_norms" in probes:
-        for name in names:
-            norm = optax.tree.norm(means[name])
+        for name, mean in means.items():
+            norm = optax.tree.norm(mean)
             metrics[f"gradient_norm/{name}"] = jnp.abs(terms[name].weight) * norm
     if "gradient_cosines" in probes:
         cosines = tree_cosines(means)
-        for a, b in itertools.combinations(sorted(names), 2):
+        for a, b in itertools.combinations(sorted(means), 2):
             metrics[f"gradient_cosine/{a}/{b}"] = cosines[a][b]
     if "gradient_noise" in probes:
-        weights = [terms[name].weight for name in names]
+        weights = [terms[name].weight for name in gradients]
         weighted_sum = lambda *g: sum(w * x for w, x in zip(weights, g, strict=True))  # noqa: E731
-        summed = jax.tree.map(weighted_sum, *gradients.values())
-        noise = gradient_noise(summed)
+        noise = gradient_noise(jax.tree.map(weighted_sum, *gradients.values()))
         for name in ("variance", "squared_norm", "signal_to_noise"):
             metrics[f"gradient_noise/{name}"] = getattr(noise, name)
     return metrics

@@ -9,7 +9,6 @@ it stands.
 """
 
 import ast
-import functools
 import os
 import pathlib
 import runpy
@@ -17,15 +16,16 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from abkd_jax.binding import Bound, hyperparameters, nearest
 from abkd_jax.checks import require
-from abkd_jax.config.build import Builder
+from abkd_jax.config.build import TERM_FIELDS, Builder
 from abkd_jax.config.schema import ordered
 from abkd_jax.types import Divergence, Loss
 
 _LEARNER, _TERM = "student", "distill"
+_FIELD = f"{_LEARNER}.terms.{_TERM}"
 _LONGEST = 2000
 _POSITIONAL = "*"  # the key of those values of a call whose keywords are not known yet
 
@@ -45,9 +45,7 @@ def parse(argument: str) -> dict[str, Any]:
         ValueError: naming the part that cannot be read.
     """
     if len(argument) > _LONGEST:
-        raise ValueError(
-            f"the config's argument has {len(argument)} characters; the longest has {_LONGEST}."
-        )
+        raise _refused(f"has {len(argument)} characters; the longest has {_LONGEST}")
     values = {}
     for part in _parts(argument):
         key, equals, value = part.partition("=")
@@ -61,11 +59,11 @@ def parse(argument: str) -> dict[str, Any]:
 
 
 def apply(
-    config: ml_collections.ConfigDict,
+    config: ConfigDict,
     values: Mapping[str, Any],
     *,
     beside: str | os.PathLike | None = None,
-) -> ml_collections.ConfigDict:
+) -> ConfigDict:
     """Puts the values of `parse` into the config, and checks that the student's terms fit them.
 
     Args:
@@ -83,78 +81,76 @@ def apply(
     values, by_method = dict(values), "method" in values
     builder = Builder(config.get("plugins", ()), config.num_steps)
     with config.unlocked(), config.ignore_type():
-        groups = {key: group for key, group in config.items() if key in values}
-        for name, group in groups.items():
-            if isinstance(group, ml_collections.ConfigDict) and "model" in group:
+        for name, group in config.items():
+            if name in values and isinstance(group, ConfigDict) and "model" in group:
                 _from_run(config, name, values.pop(name))
         if by_method:
             name = values.pop("method")
             name = name.get("fn") if isinstance(name, Mapping) else name
             if beside is None:
                 raise ValueError(f"this config takes no method; found method={name}.")
-            config.student.terms = ml_collections.ConfigDict(method_terms(config, name, beside))
+            config.student.terms = ConfigDict(method_terms(config, name, beside))
         if "divergence" in values:
             _put_divergence(config, values.pop("divergence"), builder)
         if values or by_method:
             with config.ignore_type():  # of groups that have just been put there, too
-                _put_numbers(config, values, builder)
-        if by_method and any("hidden" in t.needs.own for t in _losses(config, builder).values()):
-            config.student.project = ml_collections.ConfigDict({"hidden": "teacher"})
+                losses = _put_numbers(config, values, builder)
+            if by_method and any("hidden" in loss.needs.own for loss in losses.values()):
+                config.student.project = ConfigDict({"hidden": "teacher"})
     return config.lock()
 
 
-def _from_run(config: ml_collections.ConfigDict, name: str, workdir: Any) -> None:
+def _from_run(config: ConfigDict, name: str, workdir: Any) -> None:
     """Takes a network from a run, in place of the phase in which it alone learns."""
     if not isinstance(workdir, str):
         raise _refused(f"gives {name} no folder of a run; write {name}='runs/digits/{name}'")
-    config[name].weights = ml_collections.ConfigDict({"fn": "run", "workdir": workdir})
+    config[name].weights = ConfigDict({"fn": "run", "workdir": workdir})
     for phase, group in list(config.phases.items()):
         if tuple(group.get("learn", ())) == (name,):
             del config.phases[phase]
 
 
-def _put_divergence(config: ml_collections.ConfigDict, group: Any, builder: Builder) -> None:
+def _put_divergence(config: ConfigDict, group: Any, builder: Builder) -> None:
     """The divergence of the term."""
-    term, field = config[_LEARNER].terms[_TERM], f"{_LEARNER}.terms.{_TERM}"
+    term = config[_LEARNER].terms[_TERM]
     if "divergence" not in term:
-        raise ValueError(f"{field} takes no divergence; its loss is {term.fn!r}.")
+        raise ValueError(f"{_FIELD} takes no divergence; its loss is {term.fn!r}.")
     expected = "a function, such as forward_kl"
-    require(isinstance(group, Mapping), f"{field}.divergence", expected, group)
-    group = _named(group, "divergence", f"{field}.divergence", builder)
-    bound = builder.bound(group, "divergence", f"{field}.divergence")
-    term.divergence = ml_collections.ConfigDict(_with_floats(group, bound))
+    require(isinstance(group, Mapping), f"{_FIELD}.divergence", expected, group)
+    term.divergence = _made(group, "divergence", f"{_FIELD}.divergence", builder)
 
 
 def _put_numbers(
-    config: ml_collections.ConfigDict, values: Mapping[str, Any], builder: Builder
-) -> None:
-    """The numbers of the term, by their keys."""
-    term, field = config[_LEARNER].terms[_TERM], f"{_LEARNER}.terms.{_TERM}"
-    loss = _losses(config, builder)[_TERM]
+    config: ConfigDict, values: Mapping[str, Any], builder: Builder
+) -> dict[str, Bound]:
+    """The numbers of the term, by their keys; the losses that result."""
+    term, loss = config[_LEARNER].terms[_TERM], _losses(config, builder)[_TERM]
     # A number that the config gives, before one that is left to its default.
     found = sorted(_places(loss, term.to_dict()), key=lambda place: place[2])
-    places = {name: path for name, path, _ in found} | {"weight": ("weight",)}
+    places = {name: path for name, path, _ in found} | {"weight": "weight"}
     for key, value in values.items():
         if key not in places:
             raise _refused(
-                f"has {key!r}, which is no number of {field}{nearest(key, places)}; it takes "
+                f"has {key!r}, which is no number of {_FIELD}{nearest(key, places)}; it takes "
                 f"divergence, {', '.join(places)}"
             )
         if isinstance(value, bool):
             raise _refused(f"gives {key} no number; write {key}=1.0")
-        *path, name = places[key]
         if isinstance(value, Mapping):
-            at = ".".join((field, *places[key]))
-            value = _named(value, "schedule", at, builder)
-            schedule = builder.bound(value, "schedule", at)
-            value = ml_collections.ConfigDict(_with_floats(value, schedule))
+            value = _made(value, "schedule", f"{_FIELD}.{places[key]}", builder)
         elif isinstance(value, int):
             value = float(value)
-        functools.reduce(lambda group, part: group[part], path, term)[name] = value
-    _losses(config, builder)  # what was put there fits
+        term.update_from_flattened_dict({places[key]: value})
+    return _losses(config, builder)  # what was put there fits
 
 
-def _losses(config: ml_collections.ConfigDict, builder: Builder) -> dict[str, Bound]:
+def _made(group: Mapping[str, Any], kind: str, field: str, builder: Builder) -> ConfigDict:
+    """The group of a function that can be built, every value under its keyword."""
+    group = _named(group, kind, field, builder)
+    return ConfigDict(_with_floats(group, builder.bound(group, kind, field)))
+
+
+def _losses(config: ConfigDict, builder: Builder) -> dict[str, Bound]:
     """The losses of the student's terms, in the last phase in which it learns."""
     phases = [config.phases[name] for name in ordered(config.phases)]
     phases = [phase for phase in phases if _LEARNER in phase.get("learn", ())]
@@ -171,34 +167,33 @@ def _losses(config: ml_collections.ConfigDict, builder: Builder) -> dict[str, Bo
     return {name: term.loss for name, term in terms.items()}
 
 
-def _places(bound: Bound, group: Any) -> Iterator[tuple[str, tuple[str, ...], bool]]:
-    """(name, path, whether the config gives it) for each number of a function.
+def _places(bound: Bound, group: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
+    """(name, dotted path, whether the config gives it) for each number of a function.
 
     The outermost of a name comes last.
     """
-    group = group if isinstance(group, Mapping) else {}
-    for name, part in bound.numbers.items():
+    inner_first = sorted(bound.numbers.items(), key=lambda item: type(item[1]) is not Bound)
+    for name, part in inner_first:
         if type(part) is Bound:
-            for inner, path, given in _places(part, group.get(name)):
-                yield inner, (name, *path), given
-    for name, part in bound.numbers.items():
-        if type(part) is not Bound:
-            yield name, (name,), name in group
+            for inner, path, given in _places(part, group.get(name, {})):
+                yield inner, f"{name}.{path}", given
+        else:
+            yield name, name, name in group
 
 
 def _with_floats(group: Mapping[str, Any], bound: Bound) -> dict[str, Any]:
     """The group with whole numbers as floats, wherever the function takes a number."""
     values = dict(group)
-    for name, part in bound.numbers.items():
-        if isinstance(values.get(name), Mapping):
-            values[name] = _with_floats(values[name], part)
-        elif isinstance(values.get(name), int):
+    for name in bound.numbers.keys() & values.keys():
+        if isinstance(values[name], Mapping):
+            values[name] = _with_floats(values[name], bound.numbers[name])
+        elif isinstance(values[name], int):
             values[name] = float(values[name])
     return values
 
 
 def method_terms(
-    config: ml_collections.ConfigDict, name: Any, beside: str | os.PathLike
+    config: ConfigDict, name: Any, beside: str | os.PathLike
 ) -> dict[str, dict[str, Any]]:
     """The student's terms of a published method, as the labels that it sees allow.
 
@@ -227,9 +222,7 @@ def method_terms(
     return {term: _for_withheld_labels(group, builder) for term, group in known[name].items()}
 
 
-def methods(
-    config: ml_collections.ConfigDict, beside: str | os.PathLike
-) -> dict[str, dict[str, Any]]:
+def methods(config: ConfigDict, beside: str | os.PathLike) -> dict[str, dict[str, Any]]:
     """All published methods, {name: terms}, for the config's batch_size and num_steps."""
     path = pathlib.Path(beside).with_name("methods.py")
     length = {"batch_size": config.batch_size, "num_steps": config.num_steps}
@@ -239,7 +232,7 @@ def methods(
 def _for_withheld_labels(group: dict[str, Any], builder: Builder) -> dict[str, Any]:
     if group["fn"] == "cross_entropy":
         return group | {"where": "labelled"}
-    options = {key: group[key] for key in ("weight", "where", "other") if key in group}
+    options = {key: group[key] for key in TERM_FIELDS if key in group}
     loss = {key: value for key, value in group.items() if key not in options}
     if not builder.bound(loss, "loss", "method").needs_labels:
         return group
@@ -261,36 +254,31 @@ def _parts(argument: str) -> Iterator[str]:
 
 def _read(text: str) -> Any:
     """What a value's text stands for; nothing in it is evaluated."""
+    unreadable = _refused(f"has {text!r}, which cannot be read")
+    if "\0" in text:  # a plain ValueError of Python 3.11
+        raise unreadable
     try:
         with warnings.catch_warnings(action="ignore"):
-            node = ast.parse(text.strip(), mode="eval").body
-        return _value(node)
+            return _value(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, RecursionError, MemoryError, UnicodeError):
-        node = None
-    except ValueError as error:
-        if "null byte" not in str(error):
-            raise
-        node = None
-    raise _refused(f"has {text!r}, which cannot be read")
+        raise unreadable from None
 
 
 def _value(node: ast.expr) -> Any:
     """A literal, or the group that a name or a call stands for."""
-    sign = 1
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-        sign, node = (-1 if isinstance(node.op, ast.USub) else 1), node.operand
-        if not (isinstance(node, ast.Constant) and type(node.value) in (int, float)):
-            raise _refused(f"has a sign before {ast.unparse(node)!r}")
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return sign * node.value
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, ast.Tuple):
-        return tuple(_value(part) for part in node.elts)
-    if isinstance(node, ast.Name | ast.Attribute):
-        return {"fn": ast.unparse(node)}
-    if isinstance(node, ast.Call):
-        return _group(node)
+    match node:
+        case ast.Constant(value):
+            return value
+        case ast.UnaryOp(ast.USub() | ast.UAdd(), operand):
+            if not (isinstance(operand, ast.Constant) and type(operand.value) in (int, float)):
+                raise _refused(f"has a sign before {ast.unparse(operand)!r}")
+            return ast.literal_eval(node)
+        case ast.Tuple(parts):
+            return tuple(_value(part) for part in parts)
+        case ast.Name() | ast.Attribute():
+            return {"fn": ast.unparse(node)}
+        case ast.Call():
+            return _group(node)
     raise _refused(f"has {ast.unparse(node)!r}, which is no number, name, function or quoted text")
 
 
@@ -311,8 +299,8 @@ def _group(node: ast.Call) -> dict[str, Any]:
 def _named(group: Mapping[str, Any], kind: str, field: str, builder: Builder) -> dict[str, Any]:
     """The group with positional values under their keywords, groups in it included."""
     fn = builder.lookup(group["fn"], kind, f"{field}.fn")
-    values = {key: x for key, x in group.items() if key != _POSITIONAL}
-    positional, known = group.get(_POSITIONAL, ()), hyperparameters(fn)
+    values, known = dict(group), hyperparameters(fn)
+    positional = values.pop(_POSITIONAL, ())
     if len(positional) > len(known):
         raise _refused(
             f"gives {group['fn']} {len(positional)} numbers without names; it takes "

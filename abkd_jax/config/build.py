@@ -11,27 +11,20 @@ end=0.3), whose `steps` are those of the phase unless given. An array may be the
 statistic, such as "class_means", which the run computes.
 """
 
+import contextlib
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
-import optax
 from jax import Array
+from optax import GradientTransformation
 
 from abkd_jax import binding
-from abkd_jax.binding import (
-    Bound,
-    Domain,
-    Schedule,
-    Statistic,
-    domain_of,
-    hyperparameters,
-    kind_of,
-    nearest,
-)
+from abkd_jax.binding import Bound, Domain, Schedule, Statistic, hyperparameters, nearest
 from abkd_jax.checks import require
 from abkd_jax.config.weights import Weights
 from abkd_jax.data import DataSet
@@ -41,84 +34,61 @@ from abkd_jax.tasks import Task
 from abkd_jax.types import Divergence, Loss, Term
 
 STATISTICS = ("class_means",)  # of the term's other network
-_TERM_FIELDS = ("weight", "where", "other")
+TERM_FIELDS = ("weight", "where", "other")  # of a term's group; the rest is its loss
 
 
 class Kind(NamedTuple):
     """What a group may name.
 
     Attributes:
-        package: where its name is looked up.
+        package: of the library, where its name is looked up.
         signature: of its functions, in words.
-        matches: whether a function is annotated so.
-        fixed: keywords that are the library's to give, not the config's.
+        returns: what they are annotated to return; for `Divergence` and `Loss`, the kind itself.
+        fixed: a keyword that they have, the library's to give, not the config's; "" for none.
+        positional: the name of their only parameter that is no keyword; "" for none.
     """
 
     package: str
     signature: str
-    matches: Callable[[Any], bool]
-    fixed: tuple[str, ...] = ()
+    returns: Any
+    fixed: str = ""
+    positional: str = ""
 
-
-def _returns(kind: type, *, takes: str | None = None, positional: str = "") -> Callable:
-    """Whether a function is annotated to return such a thing.
-
-    Args:
-        kind: of what is returned.
-        takes: a keyword that it has.
-        positional: the name of its only parameter that is no keyword; "" for none.
-    """
-
-    def matches(fn: Any) -> bool:
-        if not inspect.isfunction(fn):
-            return False
-        try:
-            signature = inspect.signature(fn, eval_str=True)
-        except Exception:  # annotations are expressions, which may raise anything
+    def matches(self, fn: Any) -> bool:
+        """Whether a function is annotated so."""
+        if self.returns in (Divergence, Loss):
+            return binding.kind_of(fn) == self.returns
+        signature = binding.signature_of(fn) if inspect.isfunction(fn) else None
+        if signature is None:
             return False
         found, parameters = signature.return_annotation, signature.parameters
         others = [name for name, p in parameters.items() if p.kind is not p.KEYWORD_ONLY]
-        fits = others == positional.split() and takes in (None, *parameters)
-        return fits and isinstance(found, type) and issubclass(found, kind)
-
-    return matches
+        fits = others == self.positional.split() and {*self.fixed.split()} <= {*parameters}
+        return fits and isinstance(found, type) and issubclass(found, self.returns)
 
 
 KINDS = {
-    "loss": Kind(
-        "abkd_jax.losses",
-        "(Outputs, Outputs, Batch, *, numbers) -> Array",
-        lambda fn: kind_of(fn) == Loss,
-    ),
-    "divergence": Kind(
-        "abkd_jax.divergences",
-        "(Array, Array, *, numbers) -> Array",
-        lambda fn: kind_of(fn) == Divergence,
-    ),
-    "schedule": Kind(
-        "abkd_jax.schedules", "(step, *, numbers) -> Array", _returns(Array, positional="step")
-    ),
-    "model": Kind(
-        "abkd_jax.models",
-        "(*, num_classes, ...) -> flax.linen.Module",
-        _returns(Module, takes="num_classes"),
-        ("num_classes",),
-    ),
+    "loss": Kind("losses", "(Outputs, Outputs, Batch, *, numbers) -> Array", Loss),
+    "divergence": Kind("divergences", "(Array, Array, *, numbers) -> Array", Divergence),
+    "schedule": Kind("schedules", "(step, *, numbers) -> Array", Array, positional="step"),
+    "model": Kind("models", "(*, num_classes, ...) -> flax.linen.Module", Module, "num_classes"),
     "optimizer": Kind(
-        "abkd_jax.optimizers",
-        "(*, numbers) -> optax.GradientTransformation",
-        _returns(optax.GradientTransformation),
+        "optimizers", "(*, numbers) -> optax.GradientTransformation", GradientTransformation
     ),
-    "data": Kind(
-        "abkd_jax.data",
-        "(*, data_seed, ...) -> DataSet",
-        _returns(DataSet, takes="data_seed"),
-        ("data_seed",),
-    ),
-    "source": Kind("abkd_jax.sources", "(*, ...) -> Source", _returns(Source)),
-    "task": Kind("abkd_jax.tasks", "(*, ...) -> Task", _returns(Task)),
-    "weights": Kind("abkd_jax.config.weights", "(*, ...) -> Weights", _returns(Weights)),
+    "data": Kind("data", "(*, data_seed, ...) -> DataSet", DataSet, "data_seed"),
+    "source": Kind("sources", "(*, ...) -> Source", Source),
+    "task": Kind("tasks", "(*, ...) -> Task", Task),
+    "weights": Kind("config.weights", "(*, ...) -> Weights", Weights),
 }
+
+
+@contextlib.contextmanager
+def refusing(error: type[Exception], before: str = "") -> Iterator[None]:
+    """Tells an error as a ValueError, its sentence after what stands before it."""
+    try:
+        yield
+    except error as found:
+        raise ValueError(f"{before}{found}") from None
 
 
 @dataclass(frozen=True)
@@ -162,10 +132,8 @@ class Builder:
         for key, value in hypers.items():
             hypers[key] = self._value(value, known.get(key), f"{field}.{key}")
         made = Schedule if kind == "schedule" else Bound
-        try:
+        with refusing(TypeError):
             return binding.bound(fn, hypers, field=field, kind=made, fixed=KINDS[kind].fixed)
-        except TypeError as error:
-            raise ValueError(f"{error}") from None
 
     def number(self, value: Any, field: str, domain: Domain) -> Array | Schedule:
         """A number of a config, or the schedule that a group stands for.
@@ -174,15 +142,11 @@ class Builder:
             ValueError: naming the field, if it is neither, or leaves the domain.
         """
         if not isinstance(value, Mapping):
-            try:
+            with refusing(TypeError):
                 return binding.as_number(value, field, domain)
-            except TypeError as error:
-                raise ValueError(f"{error}") from None
         built = self.bound(value, "schedule", field)
-        try:
+        with refusing(ValueError, f"{field}: "):
             visited = [built(self.num_steps * part // 8) for part in range(9)]
-        except ValueError as error:
-            raise ValueError(f"{field}: {error}") from None
         for part in visited:
             if not isinstance(part, jax.core.Tracer) and not domain.has(part):
                 raise ValueError(f"{field} must stay {domain}; found {part} on its way.")
@@ -233,7 +197,7 @@ class Builder:
             raise ValueError(f"{at}.weight is missing; give the term's factor, such as 1.0.")
         where = group.get("where", "where")
         require(where in masks, f"{at}.where", f"one of {', '.join(masks)}", where)
-        loss = {key: value for key, value in group.items() if key not in _TERM_FIELDS}
+        loss = {key: value for key, value in group.items() if key not in TERM_FIELDS}
         loss = self.bound(loss, "loss", at)
         weight = self.number(group["weight"], f"{at}.weight", Domain())
         return Term(loss, weight, where, _other(group, loss, at, others))
@@ -246,11 +210,9 @@ class Builder:
                 one of its kind.
         """
         require(isinstance(name, str), field, f"the name of {_a(kind)}", name)
-        package, signature, matches, _ = KINDS[kind]
         module, _, short = name.rpartition(".")
-        fn = self._imported(module, name, field) if module else importlib.import_module(package)
-        fn = vars(fn).get(short)
-        if matches(fn):
+        fn = vars(self._imported(module, name, field) if module else _package(kind)).get(short)
+        if KINDS[kind].matches(fn):
             return fn
         is_of = lambda kind: KINDS[kind].matches(fn) if module else name in names(kind)  # noqa: E731
         wrong = next(filter(is_of, KINDS), None)
@@ -259,7 +221,8 @@ class Builder:
             hint = hint if (wrong, kind) == ("divergence", "loss") else ""
             raise ValueError(f"{field} must name {_a(kind)}; {name} is {_a(wrong)}{hint}.")
         if module and fn is not None:
-            raise ValueError(f"{field} must name {_a(kind)}; {name} is not annotated {signature}.")
+            expected = KINDS[kind].signature
+            raise ValueError(f"{field} must name {_a(kind)}; {name} is not annotated {expected}.")
         known = sorted(names(kind))
         raise ValueError(
             f"{field}: there is no {kind} {name!r}{nearest(name, known)}; known are "
@@ -275,10 +238,9 @@ class Builder:
             )
         try:
             return importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"{field}: cannot import {module!r}: {error}.") from None
         except Exception as error:  # a plugin is a program, which may raise anything
-            reason = f"{type(error).__name__} ({error})"
+            missing = isinstance(error, ModuleNotFoundError)
+            reason = f"{error}" if missing else f"{type(error).__name__} ({error})"
             raise ValueError(f"{field}: cannot import {module!r}: {reason}.") from error
 
     def _value(self, value: Any, annotation: Any, field: str) -> Any:
@@ -288,7 +250,7 @@ class Builder:
         if annotation is Array and isinstance(value, str):
             require(value in STATISTICS, field, f"an array or {' or '.join(STATISTICS)}", value)
             return Statistic(value)
-        domain = domain_of(annotation)
+        domain = binding.domain_of(annotation)
         return value if domain is None else self.number(value, field, domain)
 
 
@@ -300,9 +262,12 @@ def _a(kind: str) -> str:
 
 def names(kind: str) -> dict[str, Callable]:
     """The library's own functions of a kind, by name."""
-    package, _, matches, _ = KINDS[kind]
-    found = vars(importlib.import_module(package)).items()
+    found, matches = vars(_package(kind)).items(), KINDS[kind].matches
     return {name: fn for name, fn in found if not name.startswith("_") and matches(fn)}
+
+
+def _package(kind: str) -> ModuleType:
+    return importlib.import_module(f"abkd_jax.{KINDS[kind].package}")
 
 
 def _other(group: Mapping[str, Any], loss: Bound, at: str, others: list[str]) -> str | None:
@@ -318,6 +283,6 @@ def _other(group: Mapping[str, Any], loss: Bound, at: str, others: list[str]) ->
     reads = bool(loss.needs.other)
     if not reads and any(loss.needs):
         return None  # it says what it reads, and that is nothing of another
-    if (reads and len(others) != 1) or len(others) > 1:
+    if len(others) > 1:
         raise ValueError(f"{at}.other is missing; name the network that the loss reads: {known}.")
     return others[0] if others else None

@@ -107,13 +107,12 @@ def _parsed(argv: list[str], known: Sequence[str]) -> list[str]:
         if kind == "ValueError":  # a sentence of this library
             sys.exit(f"--config: {reason}")
         sys.exit(f"--config: the file raises {kind} ({reason}); mend it.")
-    if "config" not in flags.FLAGS:
+    if "config" not in flags.FLAGS or not flags.FLAGS["config"].present:
         return rest
-    given = flags.FLAGS["config"]
-    path = given.config_filename.partition(":")[0] if given.present else None
-    if path is not None and not pathlib.Path(path).is_file():
+    path = flags.FLAGS["config"].config_filename.partition(":")[0]
+    if not pathlib.Path(path).is_file():
         sys.exit(f"--config: there is no file {path!r}; give one, such as configs/digits.py.")
-    if path is not None and not isinstance(flags.FLAGS.config, ConfigDict | Mapping):
+    if not isinstance(flags.FLAGS.config, ConfigDict | Mapping):
         sys.exit(f"--config: get_config of {path} must return a ConfigDict.")
     return rest
 

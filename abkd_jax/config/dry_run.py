@@ -1,6 +1,5 @@
 """A phase on shapes alone: what does not fit is refused before anything is read or made."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,7 +7,7 @@ import jax
 from jax import numpy as jnp
 
 from abkd_jax import optimizers
-from abkd_jax.binding import Bound, Statistic, bind
+from abkd_jax.binding import Statistic, bind
 from abkd_jax.config.plan import Learner, Network, Phase, Plan
 from abkd_jax.data import Description
 from abkd_jax.sources import Source
@@ -33,18 +32,18 @@ def dry_run(plan: Plan, phase: Phase) -> None:
     states, outputs = {}, {}
     for name in (*phase.learners, *phase.see):
         learner = phase.learners.get(name)
-        states[name] = _state(name, plan.networks[name], learner, description)
-        outputs[name] = _outputs(name, states[name], description, train=learner is not None)
+        states[name], outputs[name] = _tried(name, plan.networks[name], learner, description)
         plan.task.check(name, outputs[name], description)
-    for name, terms in phase.objectives.items():
+    for name in phase.learners:
         own = "terms" in plan.config["phases"][phase.name].get(name, ())
         at = f"phases.{phase.name}.{name}.terms" if own else f"{name}.terms"
-        _check_needs(at, name, terms, outputs)
+        _check_needs(at, name, phase, outputs)
 
     def width(statistic: Statistic, term: Term) -> Any:
         return jnp.zeros((description.num_classes, outputs[term.other].hidden.shape[-1]))
 
-    source, static = Source(batch=_as_it_is), Static(plan.config["micro_batches"])
+    source = Source(batch=lambda state, examples, data_seed, step: examples)
+    static = Static(plan.config["micro_batches"])
 
     def step(states, batch):
         learners = {name: states.pop(name) for name in phase.learners}
@@ -58,15 +57,9 @@ def dry_run(plan: Plan, phase: Phase) -> None:
         raise ValueError(f"{' and '.join(phase.learners)}: {error}") from error
 
 
-def _as_it_is(state: Any, examples: Any, data_seed: int, step: int) -> Any:
-    """The batch of a source that is handed one."""
-    return examples
-
-
 def hidden_width(name: str, network: Network, description: Description) -> int | None:
     """The width of the features that a network shows; None if it shows none."""
-    state = _state(name, network, None, description)
-    outputs = _outputs(name, state, description, train=False)
+    _, outputs = _tried(name, network, None, description)
     return None if outputs.hidden is None else outputs.hidden.shape[-1]
 
 
@@ -79,40 +72,31 @@ def with_statistics(
         put = lambda leaf: value(leaf, term) if isinstance(leaf, Statistic) else leaf  # noqa: E731
         return jax.tree.map(put, term)
 
-    return {
-        learner: {name: filled(term) for name, term in terms.items()}
-        for learner, terms in objectives.items()
-    }
+    return jax.tree.map(filled, dict(objectives), is_leaf=lambda x: isinstance(x, Term))
 
 
-def _state(
+def _tried(
     name: str, network: Network, learner: Learner | None, description: Description
-) -> TrainState:
-    """A network's state as shapes."""
-    options = {} if learner is None else learner._asdict()
-    options.pop("terms", None)
+) -> tuple[TrainState, Outputs]:
+    """A network's state and what it shows of a batch, as shapes."""
+    options, inputs = {}, _inputs(description, _ROWS)
+    if learner is not None:
+        options = {"optimizer": learner.optimizer, "ema_decay": learner.ema_decay}
+
+    def new(inputs):
+        some = {"optimizer": bind(optimizers.sgd, learning_rate=0.0)}  # of one without its own
+        state = create(network.module, inputs, init_seed=0, **some | options)
+        return state if learner else frozen(state)
+
+    def forward(state, inputs):
+        key = jax.random.key(0)
+        return state.forward(state.params, inputs, train=learner is not None, key=key)
+
     if network.given:
-        return jax.eval_shape(lambda: adopt(*network.given, **options))
-    some = {"optimizer": bind(optimizers.sgd, learning_rate=0.0)}  # of a network without its own
-    make = functools.partial(create, network.module, init_seed=0, **some | options)
-    fn = functools.partial(jax.eval_shape, make)
-    state = _fitting(name, fn, _inputs(description, _ROWS), description)
-    return frozen(state) if learner is None else state
-
-
-def _outputs(name: str, state: TrainState, description: Description, *, train: bool) -> Outputs:
-    """What a network shows of a batch, as shapes."""
-    forward = lambda state, x: state.forward(  # noqa: E731
-        state.params, x, train=train, key=jax.random.key(0)
-    )
-    fn = functools.partial(jax.eval_shape, forward, state)
-    outputs, _ = _fitting(name, fn, _inputs(description, _ROWS), description)
-    return outputs
-
-
-def _fitting(name: str, fn: Callable, inputs: Any, description: Description) -> Any:
+        state = jax.eval_shape(lambda: adopt(*network.given, **options))
     try:
-        return fn(inputs)
+        state = state if network.given else jax.eval_shape(new, inputs)
+        return state, jax.eval_shape(forward, state, inputs)[0]
     except (TypeError, ValueError, IndexError) as error:
         shapes = " and ".join(f"{x.shape}" for x in jax.tree.leaves(description.inputs))
         reason = f"{error}".strip().splitlines()[0].rstrip(".")
@@ -136,13 +120,10 @@ def _batch(description: Description, size: int) -> dict[str, Any]:
     }
 
 
-def _check_needs(
-    at: str, learner: str, terms: Mapping[str, Term], outputs: Mapping[str, Outputs]
-) -> None:
+def _check_needs(at: str, learner: str, phase: Phase, outputs: Mapping[str, Outputs]) -> None:
     """Refuses a loss that reads what a network does not show, or statistics of that."""
-    for name, term in terms.items():
-        loss: Bound = term.loss
-        for network, parts in zip((learner, term.other), loss.needs, strict=True):
+    for name, term in phase.objectives[learner].items():
+        for network, parts in zip((learner, term.other), term.loss.needs, strict=True):
             for part in sorted(parts.difference(_OF_THE_STEP)):
                 if part not in Outputs.__dataclass_fields__:
                     raise ValueError(
@@ -153,9 +134,14 @@ def _check_needs(
                     raise ValueError(
                         f"{at}.{name} needs {part!r} of {network!r}, which its model does not give."
                     )
-        statistics = [leaf for leaf in jax.tree.leaves(loss) if isinstance(leaf, Statistic)]
-        if statistics and outputs[term.other].hidden is None:
-            raise ValueError(
-                f"{at}.{name} takes {statistics[0].name!r} of the 'hidden' of {term.other!r}, "
-                "which its model does not give."
-            )
+        for leaf in jax.tree.leaves(term.loss):
+            if isinstance(leaf, Statistic) and term.other not in phase.see:
+                raise ValueError(
+                    f"{at}.{name}: {leaf.name!r} are those of another network that does not learn "
+                    f"at the same time; found {term.other!r}."
+                )
+            if isinstance(leaf, Statistic) and outputs[term.other].hidden is None:
+                raise ValueError(
+                    f"{at}.{name} takes {leaf.name!r} of the 'hidden' of {term.other!r}, "
+                    "which its model does not give."
+                )

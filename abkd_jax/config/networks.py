@@ -4,28 +4,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from abkd_jax.checks import require
-from abkd_jax.config.build import Builder
+from abkd_jax.config.build import refusing
 from abkd_jax.config.dry_run import hidden_width
-from abkd_jax.config.plan import GIVEN, Network
-from abkd_jax.data import Description
+from abkd_jax.config.plan import GIVEN, Network, Plan, network_groups
 from abkd_jax.models import projected
 
 
-def networks_of(
-    config: Mapping[str, Any],
-    groups: Mapping[str, Mapping[str, Any]],
-    given: Mapping[str, Any],
-    builder: Builder,
-    description: Description,
-) -> dict[str, Network]:
+def networks_of(plan: Plan, given: Mapping[str, Any]) -> dict[str, Network]:
     """The networks, their modules with the projections that they ask for.
 
     Args:
-        config: of the run, as a plain dict.
-        groups: of its networks, by name.
+        plan: of the run, so far.
         given: {name: (apply_fn, variables)} that the caller hands over.
-        builder: of groups.
-        description: of the data.
 
     Returns:
         By name.
@@ -33,6 +23,7 @@ def networks_of(
     Raises:
         ValueError: one sentence that names the field, what was found and what was expected.
     """
+    groups, builder = network_groups(plan.config), plan.builder
     for name, pair in given.items():
         expected = "(apply_fn, variables)"
         fits = isinstance(pair, tuple | list) and len(pair) == 2 and callable(pair[0])
@@ -52,33 +43,22 @@ def networks_of(
         module = weights = None
         if name not in given:
             model = builder.bound(group["model"], "model", f"{name}.model")
-            try:
-                module = model(num_classes=description.num_classes)
-            except ValueError as error:
-                raise ValueError(f"{name}.model: {error}") from None
+            with refusing(ValueError, f"{name}.model: "):
+                module = model(num_classes=plan.description.num_classes)
         if group.get("weights"):
             weights = builder.bound(group["weights"], "weights", f"{name}.weights")
-        seed = group.get("init_seed", config["init_seed"])
+        seed = group.get("init_seed", plan.config["init_seed"])
         built[name] = Network(module, given.get(name), weights, seed)
-    plain = dict(built)
-    for name, group in groups.items():
-        if group.get("project") is not None:
-            width = _projected_width(name, group["project"], plain, description)
-            if width is not None:
-                module = projected(built[name].module, hidden=width)
-                built[name] = built[name]._replace(module=module)
-    return built
+    return {name: _projecting(name, plan, built) for name in built}
 
 
-def _projected_width(
-    name: str,
-    project: Any,
-    networks: Mapping[str, Network],
-    description: Description,
-) -> int | None:
-    """The width to project a network's features to; None where they have it already."""
-    if networks[name].given or networks[name].weights:
-        found = "given" if networks[name].given else "with weights"
+def _projecting(name: str, plan: Plan, networks: Mapping[str, Network]) -> Network:
+    """The network, its features projected to a width if that is asked for and not theirs."""
+    network, project = networks[name], plan.config[name].get("project")
+    if project is None:
+        return network
+    if network.given or network.weights:
+        found = "given" if network.given else "with weights"
         raise ValueError(
             f"{name}.project is for a network of the library with new parameters; found {name} "
             f"{found}."
@@ -90,15 +70,17 @@ def _projected_width(
             f"{name}.project must be dict(hidden=WIDTH), with the width of the other network's "
             f"features, or dict(hidden=NAME), with its name; found {project!r}."
         )
-    own = hidden_width(name, networks[name], description)
-    other = hidden_width(width, networks[width], description) if named else width
-    for network, found, use in ((name, own, "project"), (width, other, "project to")):
+    own = hidden_width(name, network, plan.description)
+    other = hidden_width(width, networks[width], plan.description) if named else width
+    for shown, found, use in ((name, own, "project"), (width, other, "project to")):
         if found is None:
             raise ValueError(
-                f"{name}.project: the model of {network!r} does not give 'hidden', the features to "
+                f"{name}.project: the model of {shown!r} does not give 'hidden', the features to "
                 f"{use}."
             )
-    return None if named and other == own else other
+    if named and other == own:
+        return network
+    return network._replace(module=projected(network.module, hidden=other))
 
 
 def check_twins(networks: Mapping[str, Network], learners: Iterable[str]) -> None:

@@ -102,3 +102,8 @@ class Plan(NamedTuple):
     description: Description
     networks: Mapping[str, Network]
     phases: tuple[Phase, ...]
+
+
+def network_groups(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The groups of a config that stand for networks, by name: those with a model."""
+    return {key: x for key, x in config.items() if isinstance(x, Mapping) and "model" in x}

@@ -8,20 +8,18 @@ checked, and is not checked again further on.
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import jax
 import ml_collections
 
 from abkd_jax import data as datasets
 from abkd_jax.analysis.probe import check_probes
-from abkd_jax.binding import Statistic, domain_of, nearest
+from abkd_jax.binding import domain_of, nearest
 from abkd_jax.checks import require
-from abkd_jax.config.build import Builder
+from abkd_jax.config.build import Builder, refusing
 from abkd_jax.config.dry_run import dry_run
 from abkd_jax.config.networks import check_twins, networks_of
-from abkd_jax.config.plan import GIVEN, SPLITS, Learner, Network, Phase, Plan
+from abkd_jax.config.plan import GIVEN, SPLITS, Learner, Phase, Plan, network_groups
 from abkd_jax.train.checkpoint import FOLDER, digest
 from abkd_jax.train.state import Decay
-from abkd_jax.types import Term
 
 DEFAULTS = {
     "task": {"fn": "classification"},
@@ -98,31 +96,25 @@ def resolve(
     expected = "a mapping {name: (apply_fn, variables)}"
     require(isinstance(networks, Mapping | None), "networks", expected, networks)
     config, given = plain(config), dict(networks or {})
-    found = {
-        name: group
-        for name, group in config.items()
-        if isinstance(group, Mapping) and "model" in group
-    }
     if data is not None:
         expected = "a DataSet, such as data.from_arrays makes"
         require(isinstance(data, datasets.DataSet), "data", expected, data)
         config["data"] = GIVEN | {"sha256": digest(data)}
-    _check(config, found)
+    _check(config)
     builder = Builder(config["plugins"], config["num_steps"])
     read, description = _data(config, builder, data)
     task = builder.bound(config["task"], "task", "task")()
-    built = networks_of(config, found, given, builder, description)
-    phases = _phases(config, built, builder, description)
-    plan = Plan(config, builder, task, read, description, built, phases)
-    for phase in phases:
+    plan = Plan(config, builder, task, read, description, networks={}, phases=())
+    plan = plan._replace(networks=networks_of(plan, given))
+    plan = plan._replace(phases=tuple(_phases(plan)))
+    for phase in plan.phases:
         dry_run(plan, phase)
     return plan
 
 
-def _check(config: Mapping[str, Any], networks: Mapping[str, Any]) -> None:
+def _check(config: Mapping[str, Any]) -> None:
     """Refuses unknown keys, and numbers of the run that are none."""
-    known = (*GROUPS, *DEFAULTS)
-    phases = config.get("phases")
+    known, networks, phases = (*GROUPS, *DEFAULTS), network_groups(config), config.get("phases")
     expected = "a group of phases by name, in order, such as dict(distill=dict(learn=('student',)))"
     require(isinstance(phases, Mapping) and phases, "phases", expected, phases)
     for key, value in config.items():
@@ -138,10 +130,8 @@ def _check(config: Mapping[str, Any], networks: Mapping[str, Any]) -> None:
     batch_size, parts = config["batch_size"], config["micro_batches"]
     expected = f"a multiple of micro_batches, {parts}"
     require(batch_size % parts == 0, "batch_size", expected, batch_size)
-    try:
+    with refusing(ValueError, "analysis: "):
         check_probes(config["analysis"])
-    except ValueError as error:
-        raise ValueError(f"analysis: {error}") from None
     if not networks:
         raise ValueError("the config has no network, a group with a model; it needs at least one.")
     for name, group in networks.items():
@@ -184,46 +174,33 @@ def _data(
     return lambda: read, datasets.describe(read)
 
 
-def _phases(
-    config: Mapping[str, Any],
-    networks: Mapping[str, Network],
-    builder: Builder,
-    description: datasets.Description,
-) -> tuple[Phase, ...]:
+def _phases(plan: Plan) -> list[Phase]:
     """The phases, their objectives bound."""
+    networks, groups = plan.networks, plan.config["phases"]
     phases, ready = [], {name for name, x in networks.items() if x.weights or x.given}
-    last = list(config["phases"])[-1]
-    for name, group in config["phases"].items():
+    for name, group in groups.items():
         folder = isinstance(name, str) and name.isidentifier() and name not in _FOLDERS
         expected = f"an identifier, for the phase's folder, and none of {', '.join(_FOLDERS)}"
         require(folder, "a phase's name", expected, name)
-        _check_keys(group, (*_PHASE, *networks), f"phases.{name}")
-        phase = _phase(name, group, config, networks, builder, description)
+        phase = _phase(plan, name, group, folder="" if name == list(groups)[-1] else name)
         for other in phase.see:
             if other not in ready:
                 raise ValueError(
                     f"phases.{name} sees {other}, which has not learned by then; give it a phase "
                     f"before, or {other}.weights."
                 )
-        new = [learner for learner in phase.learners if learner not in ready]
-        check_twins(networks, new)
+        check_twins(networks, [learner for learner in phase.learners if learner not in ready])
         ready.update(phase.learners)
-        phases.append(phase._replace(folder="" if name == last else name))
+        phases.append(phase)
     for name in networks:
         if not any(name in (*phase.learners, *phase.see) for phase in phases):
             raise ValueError(f"no phase names the network {name}; leave it out, or let it learn.")
-    return tuple(phases)
+    return phases
 
 
-def _phase(
-    name: str,
-    group: Mapping[str, Any],
-    config: Mapping[str, Any],
-    networks: Mapping[str, Network],
-    builder: Builder,
-    description: datasets.Description,
-) -> Phase:
-    at = f"phases.{name}"
+def _phase(plan: Plan, name: str, group: Any, folder: str) -> Phase:
+    at, networks = f"phases.{name}", plan.networks
+    _check_keys(group, (*_PHASE, *networks), at)
     learn, see = _names(group, "learn", at, networks), _names(group, "see", at, networks)
     require(learn, f"{at}.learn", f"at least one network, of {', '.join(networks)}", learn)
     both = [other for other in see if other in learn]
@@ -231,26 +208,19 @@ def _phase(
     split, start = group.get("split", "train"), group.get("start", "last")
     require(split in list(SPLITS), f"{at}.split", f"one of {', '.join(SPLITS)}", split)
     require(start in _STARTS, f"{at}.start", f"one of {', '.join(_STARTS)}", start)
-    num_steps = group.get("num_steps", config["num_steps"])
+    num_steps = group.get("num_steps", plan.config["num_steps"])
     check_integer(f"{at}.num_steps", num_steps, least=1)
     select = group.get("select", learn[0] if len(learn) == 1 else None)
     expected = f"one of {', '.join(learn)}, which learn here"
     require(select in (None, *learn), f"{at}.select", expected, select)
-    source = builder.bound(group.get("source", {"fn": "dataset"}), "source", f"{at}.source")()
-    builder = Builder(builder.plugins, num_steps)
-    learners = {}
-    for learner in learn:
-        own = group.get(learner, {})
-        _check_keys(own, _LEARNING, f"{at}.{learner}")
-        fields = {key: learner if key not in own else f"{at}.{learner}" for key in _LEARNING}
-        own = {**config[learner], **own}
-        present = {"networks": (*learn, *see), "masks": description.masks}
-        learners[learner] = _learner(learner, own, fields, builder, present)
-        _check_statistics(learners[learner].terms, f"{fields['terms']}.terms", learn)
+    source = group.get("source", {"fn": "dataset"})
+    source = plan.builder.bound(source, "source", f"{at}.source")()
+    phase = Phase(name, folder, {}, see, split, num_steps, source, start, select)
+    learners = {key: _learner(plan, phase, key, group.get(key, {}), learn) for key in learn}
     for key in networks:
         if key in group and key not in learn:
             raise ValueError(f"{at}.{key} is for a network that learns here; {at} has {learn!r}.")
-    return Phase(name, "", learners, see, split, num_steps, source, start, select)
+    return phase._replace(learners=learners)
 
 
 def _names(group: Mapping[str, Any], key: str, at: str, known: Iterable[str]) -> tuple[str, ...]:
@@ -261,32 +231,20 @@ def _names(group: Mapping[str, Any], key: str, at: str, known: Iterable[str]) ->
     return tuple(names)
 
 
-def _learner(
-    name: str,
-    group: Mapping[str, Any],
-    fields: Mapping[str, str],
-    builder: Builder,
-    present: Mapping[str, Any],
-) -> Learner:
-    """How a network with such a group learns; `fields` say where its parts stand."""
-    decay, at = group.get("ema_decay"), f"{fields['optimizer']}.optimizer"
+def _learner(plan: Plan, phase: Phase, name: str, own: Any, learn: Iterable[str]) -> Learner:
+    """How a network learns in a phase, which may replace some of its parts by its own."""
+    at, builder = f"phases.{phase.name}.{name}", Builder(plan.builder.plugins, phase.num_steps)
+    _check_keys(own, _LEARNING, at)
+    group = plan.config[name] | own
+    fields = {key: f"{at if key in own else name}.{key}" for key in _LEARNING}
+    decay = group.get("ema_decay")
     if decay is not None:
-        decay = builder.number(decay, f"{fields['ema_decay']}.ema_decay", domain_of(Decay))
-    terms = builder.objective(
-        group.get("terms"), field=f"{fields['terms']}.terms", learner=name, **present
-    )
-    return Learner(terms, builder.bound(group.get("optimizer"), "optimizer", at), decay)
-
-
-def _check_statistics(terms: Mapping[str, Term], at: str, learn: Iterable[str]) -> None:
-    """Refuses statistics of a network that learns at the same time."""
-    for name, term in terms.items():
-        for leaf in jax.tree.leaves(term.loss):
-            if isinstance(leaf, Statistic) and (term.other is None or term.other in learn):
-                raise ValueError(
-                    f"{at}.{name}: {leaf.name!r} are those of another network that does not learn "
-                    f"at the same time; found {term.other!r}."
-                )
+        decay = builder.number(decay, fields["ema_decay"], domain_of(Decay))
+    others, masks = [*learn, *phase.see], plan.description.masks
+    options = {"field": fields["terms"], "learner": name, "networks": others, "masks": masks}
+    terms = builder.objective(group.get("terms"), **options)
+    optimizer = builder.bound(group.get("optimizer"), "optimizer", fields["optimizer"])
+    return Learner(terms, optimizer, decay)
 
 
 def needed(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -299,9 +257,6 @@ def needed(config: Mapping[str, Any]) -> dict[str, Any]:
         if not kept or wanted & set(phase.get("learn", ())):
             wanted |= {*phase.get("learn", ()), *phase.get("see", ())}
             kept = {name: phase} | kept
-    rest = {
-        key: value
-        for key, value in config.items()
-        if key in wanted or not (isinstance(value, Mapping) and "model" in value)
-    }
+    unwanted = network_groups(config).keys() - wanted
+    rest = {key: value for key, value in config.items() if key not in unwanted}
     return rest | {"phases": kept}

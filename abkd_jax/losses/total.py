@@ -125,7 +125,7 @@ def chunked_total(
         checks.require(shows, f"what {name} shows", "logits, or hidden and head", found)
     where = batch["where"]
     counts = term_counts(terms, batch) if counts is None else dict(counts)
-    split = functools.partial(_chunks, leading=where.ndim, chunk=chunk)
+    split = functools.partial(chunked, leading=where.ndim, chunk=chunk)
     per_token = {n: x for n, x in batch.items() if getattr(x, "shape", None) == where.shape}
     rows = lambda o: Outputs(logits=o.logits, hidden=o.hidden).map_rows(split)  # noqa: E731
     chunks = {n: rows(o) for n, o in others.items()}, jax.tree.map(split, per_token)
@@ -205,8 +205,8 @@ def _chunk_total(rows, shared, chunk, heads, counts):
     return total(terms, student, others, batch, counts=counts)
 
 
-def _chunks(x: Array, *, leading: int, chunk: int) -> Array:
-    """`[..., *]` with `leading` axes of tokens to `[chunks, chunk, *]`, padded with zeros."""
+def chunked(x: Array, *, leading: int, chunk: int) -> Array:
+    """`[..., *]` with `leading` axes of rows to `[chunks, chunk, *]`, padded with zeros."""
     flat = x.reshape(-1, *x.shape[leading:])
     padding = -len(flat) % chunk
     padded = jnp.pad(flat, [(0, padding)] + [(0, 0)] * (flat.ndim - 1))

@@ -6,6 +6,7 @@ Students are stacked and advanced by one compiled step, by vmap and over the loc
 
 import contextlib
 import functools
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from abkd_jax import data as datasets
-from abkd_jax import parallel
+from abkd_jax import parallel, train
 from abkd_jax.config.dry_run import with_statistics
 from abkd_jax.config.plan import Phase
 from abkd_jax.config.schema import check_integer, needed, plain, resolve
@@ -34,18 +35,7 @@ from abkd_jax.sources import dataset
 from abkd_jax.sweep import memory
 from abkd_jax.sweep.plan import Members, map_numbers, planned
 from abkd_jax.sweep.table import column, read_rows, shown, write_csv
-from abkd_jax.train import (
-    Carry,
-    Networks,
-    Objectives,
-    Programs,
-    Static,
-    advance,
-    begin,
-    create,
-    eval_outputs,
-    frozen,
-)
+from abkd_jax.tasks import Task
 from abkd_jax.train.checkpoint import FOLDER, Checkpoints
 from abkd_jax.types import Outputs
 
@@ -95,11 +85,11 @@ def sweep(
     """
     handed = {"networks": networks, "data": data}
     with opened(config, workdir, over=over, init_seeds=init_seeds, chunk=chunk, **handed) as found:
-        rows = found.rows()
-        folder = found.run.workdir
-        write_csv(folder / TABLE, [row["last"] for row in rows])
+        rows, folder = found.rows(), found.run.workdir
+        table = [row["last"] for row in rows]
+        write_csv(folder / TABLE, table)
         write_csv(folder / HISTORY, [line for row in rows for line in row["history"]])
-        return [row["last"] for row in rows]
+        return table
 
 
 @contextlib.contextmanager
@@ -122,7 +112,7 @@ def opened(
     check_integer("chunk", chunk, least=0)
     plan = resolve(needed(plain(config)), networks=networks, data=data)
     *before, phase = plan.phases
-    members = planned(phase, plan.networks, over, init_seeds, plan.config["init_seed"])
+    members = planned(plan, over, init_seeds)
     with phases.opened(plan, workdir) as run:
         states, results = phases.ready(run), {}
         values = [[path, list(map(float, numbers))] for path, numbers in members.over.items()]
@@ -150,10 +140,12 @@ class Program:
         feed: of their examples, see `data.Feed`.
     """
 
-    def __init__(self, run: Run, phase: Phase, states: Networks, members: Members, chunk: int):
+    def __init__(
+        self, run: Run, phase: Phase, states: train.Networks, members: Members, chunk: int
+    ):
         self.run, self.phase, self.members = run, phase, members
         self._states, self._chunk, config = states, chunk, run.plan.config
-        self.frozen = parallel.everywhere({name: frozen(states[name]) for name in phase.see})
+        self.frozen = parallel.everywhere({name: train.frozen(states[name]) for name in phase.see})
         self._means = functools.cache(lambda name: phases.class_means(run, self.frozen[name]))
         split, size = phases.examples(run, phase)
         if _cacheable(run, phase, split):
@@ -164,8 +156,8 @@ class Program:
         split = parallel.everywhere(split) if isinstance(split, datasets.Split) else split
         seed = config["data_seed"]
         self.feed = datasets.Feed(split, run.data.preprocess, data_seed=seed, size=size)
-        self._size, self._static = size, Static(config["micro_batches"], config["log_every"])
-        self.programs = Programs(phase.source, self._static, members=True)
+        self._size, self._static = size, train.Static(config["micro_batches"], config["log_every"])
+        self.programs = train.Programs(phase.source, self._static, members=True)
 
     def rows(self) -> list[dict[str, Any]]:
         """Trains all members, or goes on with them: {"last": a row, "history": rows} of each."""
@@ -177,12 +169,11 @@ class Program:
 
     def _fitting(self) -> int:
         """How many members memory holds at once."""
-        stacked = jax.tree.map(lambda x: x[0], self.stacked(slice(0, 1)))
-        step = functools.partial(advance, count=1, static=self._static, source=self.phase.source)
-        carry, objectives = stacked
-        shared = {"examples": self.feed(0)[0], "data_seed": 0, "step": 0}
-        call = lambda carry, objectives: step(carry, self.frozen, objectives, **shared)  # noqa: E731
-        return memory.fitting(call, carry, objectives)
+        carry, objectives = jax.tree.map(lambda x: x[0], self.stacked(slice(0, 1)))
+        shared = {"examples": self.feed(0)[0], "data_seed": 0, "step": 0, "frozen": self.frozen}
+        structure = {"source": self.phase.source, "count": 1, "static": self._static}
+        step = functools.partial(train.advance, **shared, **structure)
+        return memory.fitting(step, carry, objectives=objectives)
 
     def _trained(self, part: slice) -> list[dict[str, Any]]:
         """Trains some of the members from where their folder stands; their rows."""
@@ -191,19 +182,18 @@ class Program:
         if len(rows := read_rows(done)) == count:
             return rows
         folder.mkdir(exist_ok=True)
-        carry, objectives = self.stacked(part)
         with Checkpoints(folder / FOLDER) as checkpoints:
-            recorder = _Recorder(self.run, self.phase, self.frozen, checkpoints, count)
-            kept = {"carry": carry, "history": recorder.history}
-            step, kept = checkpoints.restore(kept) or (0, kept)
-            recorder.history = kept["history"]
-            carry = self._train(kept["carry"], objectives, step, recorder, part)
-        rows = recorder.rows(carry, self.members.points[part])
-        folders.write_json(done, rows)
+            recorder = _Recorder(self, checkpoints, count)
+            carry = self._train(checkpoints, recorder, part)
+        folders.write_json(done, recorder.rows(carry, self.members.points[part]))
         return read_rows(done)
 
-    def _train(self, carry, objectives, step: int, recorder: "_Recorder", part: slice) -> Carry:
+    def _train(self, checkpoints: Checkpoints, recorder: "_Recorder", part: slice) -> train.Carry:
         """From a step to the last."""
+        carry, objectives = self.stacked(part)
+        kept = {"carry": carry, "history": recorder.history}
+        step, kept = checkpoints.restore(kept) or (0, kept)
+        recorder.history = kept["history"]
         label = f"students {part.start + 1} to {part.stop} of {len(self.members.points)}"
         per_step = self._size * (part.stop - part.start)
         score, steps = self.run.plan.task.score_column, self.phase.num_steps
@@ -211,7 +201,7 @@ class Program:
             recorder.progress = shown
             # On a device from the first step on, as results are: one placement, one compilation.
             place = jax.local_devices()[0]
-            carry, objectives = jax.device_put((carry, objectives), place)
+            carry, objectives = jax.device_put((kept["carry"], objectives), place)
             training = Fit(
                 label=label,
                 programs=self.programs,
@@ -225,35 +215,29 @@ class Program:
             )
             return fit(training, carry, step, shown)
 
-    def stacked(self, part: slice | Sequence[int]) -> tuple[Carry, Objectives]:
+    def stacked(self, part: slice | Sequence[int]) -> tuple[train.Carry, train.Objectives]:
         """Some of the members at step 0, and their objectives."""
         part = np.arange(len(self.members.points))[part]
         count = len(part)
-        learners = map_numbers(lambda x: x[part], self.members.learners)
-        objectives = with_statistics(
-            {name: learner.terms for name, learner in learners.items()},
-            lambda _, term: jnp.broadcast_to(
-                self._means(term.other), (count, *self._means(term.other).shape)
-            ),
-        )
-        new = {name: self._new(name, learners[name], part) for name in learners}
-        one = begin({}, objectives, self.phase.source)
         stack = lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x)))  # noqa: E731
-        return jax.tree.map(stack, one).replace(learners=new), objectives
+        phase = self.phase._replace(learners=map_numbers(lambda x: x[part], self.members.learners))
+        means = lambda _, term: stack(self._means(term.other))  # noqa: E731
+        objectives = with_statistics(phase.objectives, means)
+        carry = jax.tree.map(stack, train.begin({}, objectives, phase.source))
+        return carry.replace(learners=self._new(phase, part)), objectives
 
-    def _new(self, name: str, learner: Any, part: np.ndarray) -> Any:
-        """The states of a network at step 0, one for each member."""
-        network, before = self.run.plan.networks[name], self._states.get(name)
+    def _new(self, phase: Phase, part: np.ndarray) -> train.Networks:
+        """The networks that learn, at step 0, one state for each member."""
+        run, own = self.run, self.run.plan.networks
 
-        def new(seed, optimizer, ema_decay):
-            options = {"optimizer": optimizer, "ema_decay": ema_decay}
-            if before is not None:
-                return before.restarted(**options)
-            return create(network.module, inputs, init_seed=seed, **options)
+        def new(seeds, learners):
+            seeded = {name: own[name]._replace(init_seed=seed) for name, seed in seeds.items()}
+            member = run._replace(plan=run.plan._replace(networks=seeded))
+            return phases.learners_of(member, phase._replace(learners=learners), self._states)
 
-        batches = datasets.evaluation_batches(self.run.data.test, 1, self.run.data.preprocess)
-        inputs, seeds = next(batches)["inputs"], jnp.asarray(self.members.seeds[name][part])
-        return jax.vmap(new)(seeds, learner.optimizer, learner.ema_decay)
+        seeds = {name: jnp.asarray(numbers[part]) for name, numbers in self.members.seeds.items()}
+        without_terms = {name: x._replace(terms={}) for name, x in phase.learners.items()}
+        return jax.vmap(new)(seeds, without_terms)
 
 
 class _Recorder:
@@ -266,37 +250,35 @@ class _Recorder:
 
     progress: Progress
 
-    def __init__(
-        self, run: Run, phase: Phase, frozen: Networks, checkpoints: Checkpoints, count: int
-    ):
-        self._run, self._phase, self._frozen = run, phase, frozen
-        self._checkpoints, self._task = checkpoints, run.plan.task
-        self._every, self._last = run.plan.config["checkpoint_every"], phase.num_steps
-        self._evaluations = -(-self._last // self._every)
-        self._name, self._split = selecting(run.data)
-        empty = np.full((count, self._evaluations), np.nan, np.float32)
-        names = [f"{name}/{metric}" for name in phase.learners for metric in self._task.logged]
-        self.history = {key: empty.copy() for key in names}
+    def __init__(self, program: Program, checkpoints: Checkpoints, count: int):
+        self._program, self._checkpoints = program, checkpoints
+        self._run, self._phase, self._task = program.run, program.phase, program.run.plan.task
+        every, last = self._run.plan.config["checkpoint_every"], self._phase.num_steps
+        self._steps = [*range(every, last, every), last]
+        self._name, self._split = selecting(self._run.data)
+        empty = np.full((count, len(self._steps)), np.nan, np.float32)
+        metrics = itertools.product(self._phase.learners, self._task.logged)
+        self.history = {f"{name}/{metric}": empty.copy() for name, metric in metrics}
         self._sums = functools.partial(_sums, self._task)
 
-    def check(self, carry: Carry, step: int) -> None:
+    def check(self, carry: train.Carry, step: int) -> None:
         """A member that is not finite stays as it was; the others go on."""
 
-    def log(self, carry: Carry, step: int) -> None:
+    def log(self, carry: train.Carry, step: int) -> None:
         """Rows are of evaluations alone."""
 
-    def evaluate(self, carry: Carry, step: int) -> tuple[Any, float | None]:
+    def evaluate(self, carry: train.Carry, step: int) -> tuple[Any, float | None]:
         """Puts the scores into the history, and the best one into the progress."""
         summary = self._summary(carry, self._split)
-        scores, index = _by_key(summary), -(-step // self._every) - 1
+        scores = _by_key(summary, self._task)
         for key, values in self.history.items() if step else ():
-            values[:, index] = scores[key]
+            values[:, self._steps.index(step)] = scores[key]
         select = self._phase.select or next(iter(self._phase.learners))
         best = float(np.nanmax(np.asarray(self._task.score(summary[select]))))
         self.progress.update(step, **{f"best_{self._task.score_column.key}": best})
         return {name: summary[name] for name in self._phase.learners}, None
 
-    def save(self, carry: Carry, step: int, score: float | None) -> None:
+    def save(self, carry: train.Carry, step: int, score: float | None) -> None:
         """A checkpoint of all members, and of their history."""
         self._checkpoints.save(step, {"carry": carry, "history": self.history}, score=score)
 
@@ -304,54 +286,51 @@ class _Recorder:
         """Returns when the last checkpoint is complete."""
         self._checkpoints.wait()
 
-    def rows(self, carry: Carry, points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def rows(self, carry: train.Carry, points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """{"last": the row of the table, "history": rows} of each member."""
-        data = self._run.data
-        splits = {"validation": data.validation, "test": data.test}
-        scores = {n: _by_key(self._summary(carry, x)) for n, x in splits.items() if x is not None}
-        named = functools.partial(column, self._phase)
+        splits, named = self._run.data, functools.partial(column, self._phase)
+        final = {}
+        for name in ("validation", "test") if splits.validation is not None else ("test",):
+            scores = _by_key(self._summary(carry, getattr(splits, name)), self._task)
+            final |= {named(name, key): values for key, values in scores.items()}
+        history = {named(self._name, key): values for key, values in self.history.items()}
         rows = []
         for i, point in enumerate(points):
-            row = dict(point)
-            for split, values in scores.items():
-                row |= {named(split, key): shown(x[i]) for key, x in values.items()}
-            row["bad_step"] = int(carry.bad_step[i])
-            history = []
-            for index in range(self._evaluations):
-                line = point | {"step": min((index + 1) * self._every, self._last)}
-                for key, values in self.history.items():
-                    line[named(self._name, key)] = shown(values[i, index])
-                history.append(line)
-            rows.append({"last": row, "history": history})
+            last = point | {key: shown(values[i]) for key, values in final.items()}
+            on_the_way = [
+                point | {"step": step} | {key: shown(x[i, index]) for key, x in history.items()}
+                for index, step in enumerate(self._steps)
+            ]
+            bad_step = {"bad_step": int(carry.bad_step[i])}
+            rows.append({"last": last | bad_step, "history": on_the_way})
         return rows
 
-    def _summary(self, carry: Carry, split: datasets.Split | datasets.Stream) -> dict[str, Any]:
+    def _summary(
+        self, carry: train.Carry, split: datasets.Split | datasets.Stream
+    ) -> dict[str, Any]:
         """The task's summary of every member on a split, stacked."""
-
-        def sums_of(batch: Any) -> Any:
-            return parallel.spread(self._sums, carry.learners, self._frozen, batch)
-
+        frozen = self._program.frozen
+        sums_of = functools.partial(parallel.spread, self._sums, carry.learners, frozen)
         size, preprocess = min(_EVALUATED, len(split)), self._run.data.preprocess
         batches = datasets.evaluation_batches(split, size, preprocess)
         found = summarized(sums_of, self._task, batches)
-        score = self._task.score_column.key  # the first of the columns
-        return {
-            name: {score: values[score]} | dict(values) if score in values else dict(values)
-            for name, values in found.items()
-        }
+        return {name: dict(values) for name, values in found.items()}
 
 
-def _sums(task: Any, learners: Networks, frozen: Networks, batch: Any) -> Any:
+def _sums(task: Task, learners: train.Networks, frozen: train.Networks, batch: Any) -> Any:
     """The sums of the networks that learn, and of what they have in common with all."""
-    return task.sums(eval_outputs(learners | frozen, batch), batch, tuple(learners))
+    return task.sums(train.eval_outputs(learners | frozen, batch), batch, tuple(learners))
 
 
-def _by_key(summary: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """{"student/accuracy": [members], "student|teacher/agreement": ...} of what is a number."""
+def _by_key(summary: Mapping[str, Mapping[str, Any]], task: Task) -> dict[str, np.ndarray]:
+    """{"student/accuracy": [members], "student|teacher/agreement": ...} of what is a number.
+
+    Of each network, the score that selects comes first.
+    """
     return {
         f"{name}/{metric}": np.asarray(values)
         for name, metrics in summary.items()
-        for metric, values in metrics.items()
+        for metric, values in sorted(metrics.items(), key=lambda x: x[0] != task.score_column.key)
         if np.ndim(values) == 1
     }
 
@@ -368,5 +347,5 @@ def _cacheable(run: Run, phase: Phase, split: Any) -> bool:
 
 
 @jax.jit
-def _row_outputs(frozen: Networks, inputs: Any) -> dict[str, Outputs]:
-    return eval_outputs(frozen, {"inputs": inputs})
+def _row_outputs(frozen: train.Networks, inputs: Any) -> dict[str, Outputs]:
+    return train.eval_outputs(frozen, {"inputs": inputs})

@@ -1,6 +1,5 @@
 """How many members memory holds at once."""
 
-import json
 import math
 import os
 import pathlib
@@ -14,14 +13,15 @@ from abkd_jax.run import workdir as folders
 _SHARE = 0.5  # of what is free
 
 
-def fitting(fn: Callable, *args: Any) -> int:
+def fitting(fn: Callable, *args: Any, **keywords: Any) -> int:
     """How many members memory holds, were nothing of a step's results ever freed.
 
     Args:
         fn: the step of one member.
         *args: of it.
+        **keywords: of it.
     """
-    size = _bytes_of(jax.make_jaxpr(fn)(*args).jaxpr) + 1
+    size = _bytes_of(jax.make_jaxpr(fn)(*args, **keywords).jaxpr) + 1
     return max(1, int(_SHARE * _free() / size))
 
 
@@ -33,33 +33,22 @@ def remembered(path: pathlib.Path, size: Callable[[], int]) -> int:
     """
     if not path.exists():
         folders.write_json(path, size())
-    try:
-        found = json.loads(path.read_text())
-    except ValueError:
-        found = None
-    if type(found) is not int or found < 1:
+    found = path.read_text(errors="replace").strip()
+    if not found.isdecimal() or int(found) < 1:
         raise ValueError(f"{path} must hold the size of a chunk, a positive integer; restore it.")
-    return found
+    return int(found)
 
 
 def _bytes_of(jaxpr: Any) -> int:
     """The size of all that a program computes."""
     total = 0
     for equation in jaxpr.eqns:
-        parts = [p for value in equation.params.values() for p in _as_tuple(value)]
-        inner = [getattr(p, "jaxpr", p) for p in parts]
-        inner = [p for p in inner if hasattr(p, "eqns")]
-        outputs = (v.aval for v in equation.outvars)
-        total += sum(map(_bytes_of, inner)) if inner else sum(map(_size_of, outputs))
+        parts = [getattr(part, "jaxpr", part) for part in jax.tree.leaves(equation.params)]
+        inner = [part for part in parts if hasattr(part, "eqns")]
+        outputs = [v.aval for v in equation.outvars]
+        sizes = (math.prod(x.shape) * getattr(x.dtype, "itemsize", 8) for x in outputs)
+        total += sum(map(_bytes_of, inner)) if inner else sum(sizes)
     return total
-
-
-def _as_tuple(value: Any) -> tuple:
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
-
-
-def _size_of(aval: Any) -> int:
-    return math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 8)
 
 
 def _free() -> float:

@@ -10,18 +10,9 @@ import numpy as np
 from jax import numpy as jnp
 from jax.tree_util import GetAttrKey, KeyPath, keystr
 
-from abkd_jax.binding import (
-    Bound,
-    Number,
-    Schedule,
-    Statistic,
-    as_number,
-    domain_of,
-    hyperparameters,
-    nearest,
-)
+from abkd_jax.binding import Bound, Domain, Schedule, Statistic, as_number, domain_of, nearest
 from abkd_jax.checks import require
-from abkd_jax.config.plan import Learner, Network, Phase
+from abkd_jax.config.plan import Learner, Plan
 from abkd_jax.train.state import Decay
 
 _EXAMPLE = "student.terms.distill.divergence.alpha"
@@ -43,21 +34,13 @@ class Members(NamedTuple):
     seeds: dict[str, np.ndarray]
 
 
-def planned(
-    phase: Phase,
-    networks: Mapping[str, Network],
-    over: Mapping[str, Sequence[float]],
-    init_seeds: int,
-    init_seed: int,
-) -> Members:
+def planned(plan: Plan, over: Mapping[str, Sequence[float]], init_seeds: int) -> Members:
     """The members of a sweep.
 
     Args:
-        phase: in which they learn.
-        networks: of the plan.
+        plan: of the run, in whose last phase they learn.
         over: {path: values}.
-        init_seeds: how many.
-        init_seed: of the run, from which they count; a network's own goes along.
+        init_seeds: how many, counted from the run's; a network's own goes along.
 
     Returns:
         The members.
@@ -65,22 +48,19 @@ def planned(
     Raises:
         ValueError: one sentence that names the path and what it should be.
     """
-    if not isinstance(over, Mapping) or not over:
-        raise ValueError(
-            f"over must be a mapping {{path: values}} of at least one number to sweep, such as "
-            f"{_EXAMPLE!r}; found {over!r:.80}."
-        )
+    expected = f"a mapping {{path: values}} of at least one number to sweep, such as {_EXAMPLE!r}"
+    require(isinstance(over, Mapping) and over, "over", expected, over)
     over = {path: _listed(path, values) for path, values in over.items()}
-    own = {name: networks[name].init_seed for name in phase.learners}
+    learners = plan.phases[-1].learners
+    own = {name: plan.networks[name].init_seed for name in learners}
     expected = "as many as leave every init seed below 2**31"
     require(max(own.values()) + init_seeds <= 2**31, "init_seeds", expected, init_seeds)
     grid = list(itertools.product(*over.values(), range(init_seeds)))
     swept = {
         path: jnp.asarray([row[column] for row in grid], float) for column, path in enumerate(over)
     }
-    own_learners = dict(phase.learners)
     for path, values in over.items():
-        _check(path, values, own_learners, phase.num_steps)
+        _check(path, values, learners, plan.phases[-1].num_steps)
 
     def stacked(path: KeyPath, leaf: Any) -> Any:
         if isinstance(leaf, Statistic):
@@ -88,12 +68,13 @@ def planned(
         return swept.get(_name(path), jnp.broadcast_to(leaf, (len(grid), *leaf.shape)))
 
     points = [
-        dict(zip(over, map(float, numbers), strict=True)) | {"init_seed": init_seed + offset}
+        dict(zip(over, map(float, numbers), strict=True))
+        | {"init_seed": plan.config["init_seed"] + offset}
         for *numbers, offset in grid
     ]
     offsets = np.asarray([row[-1] for row in grid])
     seeds = {name: seed + offsets for name, seed in own.items()}
-    return Members(points, over, jax.tree.map_with_path(stacked, own_learners), seeds)
+    return Members(points, over, jax.tree.map_with_path(stacked, learners), seeds)
 
 
 def map_numbers(f: Callable, learners: Any) -> Any:
@@ -127,11 +108,11 @@ def _check(path: str, values: list[float], learners: Mapping[str, Learner], num_
     known = {_name(found): found for found, x in leaves if not isinstance(x, Statistic)}
     if path not in known:
         raise ValueError(f"over {path}: {_missing(path.split('.'), known)}.")
-    node, owner, domain, schedule = learners, None, domain_of(Number), None
+    node, owner, domain, schedule = learners, None, Domain(), None
     for key in known[path]:
         name = getattr(key, "key", getattr(key, "name", None))
         if isinstance(owner, Bound):  # and this is one of its numbers
-            domain = domain_of(hyperparameters(owner.fn)[name].annotation)
+            domain = owner.domain(name)
         elif isinstance(node, Learner) and name == "ema_decay":
             domain = domain_of(Decay)
         owner, node = node, node[name] if isinstance(node, Mapping) else getattr(node, name)
@@ -148,12 +129,12 @@ def _missing(keys: list[str], known: Iterable[str]) -> str:
     """Where a path leaves the known ones, and what is there."""
     if keys[-1] == "init_seed":
         return "seeds are swept by init_seeds"
+    names = [name.split(".") for name in known]
     for depth, key in enumerate(keys):
-        above = ".".join(keys[:depth])
-        inside = [name.split(".") for name in known]
-        inside = [parts for parts in inside if parts[:depth] == keys[:depth]]
-        below = list(dict.fromkeys(parts[depth] for parts in inside if len(parts) > depth))
+        inside = [parts for parts in names if len(parts) > depth and parts[:depth] == keys[:depth]]
+        below = list(dict.fromkeys(parts[depth] for parts in inside))
         if key not in below:
+            above = ".".join(keys[:depth]) or "a sweep"
             has = f"it has {', '.join(below)}" if below else "it is a number"
-            return f"{above or 'a sweep'} has no {key!r} to sweep{nearest(key, below)}; {has}"
+            return f"{above} has no {key!r} to sweep{nearest(key, below)}; {has}"
     return "there must be a number, not a group of some"

@@ -67,12 +67,12 @@ def spread(row: Mapping[str, float], key: str, factor: float = 1, digits: int = 
     """A score of an averaged row as text, "95.3 +- 0.6": mean and deviation if there is one.
 
     Args:
-        row: as `averaged` and `best` give them.
+        row: as `averaged` and `best` give them; without deviations for a single run.
         key: of the score.
         factor: of both, 100 for per cent.
         digits: after the point.
     """
-    deviation = row[f"{key}_std"]
+    deviation = row.get(f"{key}_std", math.nan)
     shown = "" if math.isnan(deviation) else f" +- {factor * deviation:.{digits}f}"
     return f"{factor * row[key]:.{digits}f}{shown}"
 
