@@ -272,8 +272,17 @@ REFUSED = [
      f"{AT}.weight must be a number; found True."),
     ("weight is None", {"it": TASK | {"weight": None}}, {},
      f"{AT}.weight must be a number; found None."),
+    ("weight is negative", {"it": TASK | {"weight": -0.5}}, {},
+     f"{AT}.weight must be at least 0 and finite, unless the term has allow_negative=True; found "
+     "-0.5."),
+    ("weight becomes negative", {"it": TASK | {"weight": dict(fn="linear", start=1.0, end=-1.0)}},
+     {}, f"{AT}.weight must stay at least 0 and finite, unless the term has allow_negative=True; "
+     "found -0.24000000953674316 on its way."),
+    ("allow_negative is a string", {"it": TASK | {"allow_negative": "yes"}}, {},
+     f"{AT}.allow_negative must be True or False; found 'yes'."),
     ("weight is NaN", {"it": TASK | {"weight": NAN}}, {},
-     f"{AT}.weight must be a finite number; found nan."),
+     f"{AT}.weight must be at least 0 and finite, unless the term has allow_negative=True; found "
+     "nan."),
     ("wrong mask", {"it": TASK | {"where": "labeled"}}, {},
      f"{AT}.where must be one of where, labelled; found 'labeled'."),
     ("mask of no type", {"it": TASK | {"where": None}}, {},
@@ -362,6 +371,11 @@ REFUSED = [
 )
 def test_refusals(terms, options, message):
     assert refusal(terms, **options) == message
+
+
+def test_a_term_may_be_subtracted_if_it_says_so():
+    terms = build({"it": TASK | {"weight": -0.5, "allow_negative": True}})
+    assert terms["it"].weight == -0.5
 
 
 def test_the_field_is_the_callers():

@@ -636,11 +636,14 @@ OF_NETWORKS = [
      "networks has 'peer', which the config lacks; add "
      "peer=dict(model=dict(fn='given'))."),
     (dict(), {"teacher": (product, KERNEL)},
-     "teacher.model must be dict(fn='given') exactly if networks= has 'teacher'; found {'fn': "
+     "teacher.model must be dict(fn='given'), for networks= has 'teacher'; found {'fn': "
      "'mlp', 'widths': (5,)}."),
     (dict(teacher=GIVEN), {},
-     "teacher.model must be dict(fn='given') exactly if networks= has 'teacher'; found {'fn': "
-     "'given'}."),
+     "teacher.model is 'given', but networks has no 'teacher'; pass networks={'teacher': "
+     "(apply_fn, variables)} to train_and_evaluate."),
+    (dict(teacher=GIVEN), {"teacher": (nn.Dense(K), {})},
+     "networks['teacher']: a network must be module.apply with the module's variables, or for an "
+     "NNX model from_nnx(model); found 'Dense'."),
     (dict(teacher=GIVEN), {"teacher": 3},
      "networks['teacher'] must be (apply_fn, variables); found 3."),
     (dict(teacher=GIVEN), {"teacher": (product, KERNEL[:, :2])},

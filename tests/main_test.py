@@ -183,8 +183,8 @@ OF_CONFIGS = [
      "student.model.fn: there is no model 'mpl' (did you mean 'mlp'?); known are cnn, mlp, "
      "resnet."),
     ("config.student.model = dict(fn='given')",
-     "student.model must be dict(fn='given') exactly if networks= has 'student'; found "
-     "{'fn': 'given'}."),
+     "student.model is 'given', but networks has no 'student'; pass networks={'student': "
+     "(apply_fn, variables)} to train_and_evaluate."),
     ("config.student.optimizer.fn = 'adm'",
      "student.optimizer.fn: there is no optimizer 'adm' (did you mean 'adam'?); known are adam, "
      "adamw, sgd."),

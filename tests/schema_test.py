@@ -150,11 +150,11 @@ def test_networks_that_the_caller_gives():
         "networks has 'peer', which the config lacks; add peer=dict(model=dict(fn='given'))."
     )
     assert refusal(made, networks={"teacher": given["teacher"]}) == (
-        "student.model must be dict(fn='given') exactly if networks= has 'student'; found "
-        "{'fn': 'given'}."
+        "student.model is 'given', but networks has no 'student'; pass networks={'student': "
+        "(apply_fn, variables)} to train_and_evaluate."
     )
     assert refusal(config(), networks={"teacher": given["teacher"]}) == (
-        "teacher.model must be dict(fn='given') exactly if networks= has 'teacher'; found "
+        "teacher.model must be dict(fn='given'), for networks= has 'teacher'; found "
         "{'fn': 'mlp', 'widths': (256, 256)}."
     )
     for pair in (3, module.apply, (variables, module.apply), given["teacher"][:1]):
@@ -635,3 +635,8 @@ def test_statistics_are_those_of_a_network_that_does_not_learn():
     assert refusal(made, data=dataset()) == (
         "student.terms.it.centers must be an array or class_means; found 'class_mean'."
     )
+
+
+def test_gradient_cosines_without_two_terms_are_refused():
+    one = refusal(config(analysis=("entropy", "gradient_cosines")))
+    assert one == "analysis: gradient_cosines are between terms, and no learner has two."

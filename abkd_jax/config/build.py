@@ -34,7 +34,8 @@ from abkd_jax.tasks import Task
 from abkd_jax.types import Divergence, Loss, Term
 
 STATISTICS = ("class_means",)  # of the term's other network
-TERM_FIELDS = ("weight", "where", "other")  # of a term's group; the rest is its loss
+# Of a term's group; the rest is its loss.
+TERM_FIELDS = ("weight", "allow_negative", "where", "other")
 
 
 class Kind(NamedTuple):
@@ -89,6 +90,13 @@ def refusing(error: type[Exception], before: str = "") -> Iterator[None]:
         yield
     except error as found:
         raise ValueError(f"{before}{found}") from None
+
+
+class _Weights(Domain):
+    """The numbers that a term's weight may be as a rule."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, unless the term has allow_negative=True"
 
 
 @dataclass(frozen=True)
@@ -165,9 +173,10 @@ class Builder:
 
         Args:
             terms: {name: group}. A group has `fn`, a loss, and its keywords; `weight`, a number or
-                a schedule; optionally `where`, the mask of the batch over which the term is
-                averaged (the default: "where", every row that counts); and `other`, the network
-                that the loss takes as its second argument (the default: the only other one).
+                a schedule, negative only with `allow_negative=True`; optionally `where`, the mask
+                of the batch over which the term is averaged (the default: "where", every row that
+                counts); and `other`, the network that the loss takes as its second argument (the
+                default: the only other one).
             field: where the terms stand in the config: "student.terms".
             learner: the name of the network that learns.
             networks: the names of all networks that take part in the step.
@@ -199,7 +208,9 @@ class Builder:
         require(where in masks, f"{at}.where", f"one of {', '.join(masks)}", where)
         loss = {key: value for key, value in group.items() if key not in TERM_FIELDS}
         loss = self.bound(loss, "loss", at)
-        weight = self.number(group["weight"], f"{at}.weight", Domain())
+        signed = group.get("allow_negative", False)
+        require(type(signed) is bool, f"{at}.allow_negative", "True or False", signed)
+        weight = self.number(group["weight"], f"{at}.weight", Domain() if signed else _Weights(0))
         return Term(loss, weight, where, _other(group, loss, at, others))
 
     def lookup(self, name: Any, kind: str, field: str) -> Callable:

@@ -7,7 +7,7 @@ from abkd_jax.checks import require
 from abkd_jax.config.build import refusing
 from abkd_jax.config.dry_run import hidden_width
 from abkd_jax.config.plan import GIVEN, Network, Plan, network_groups
-from abkd_jax.models import projected
+from abkd_jax.models import as_outputs, projected
 
 
 def networks_of(plan: Plan, given: Mapping[str, Any]) -> dict[str, Network]:
@@ -28,6 +28,8 @@ def networks_of(plan: Plan, given: Mapping[str, Any]) -> dict[str, Network]:
         expected = "(apply_fn, variables)"
         fits = isinstance(pair, tuple | list) and len(pair) == 2 and callable(pair[0])
         require(fits, f"networks[{name!r}]", expected, pair)
+        with refusing(ValueError, f"networks[{name!r}]: "):
+            as_outputs(pair[0])
         if name not in groups:
             raise ValueError(
                 f"networks has {name!r}, which the config lacks; add "
@@ -35,9 +37,14 @@ def networks_of(plan: Plan, given: Mapping[str, Any]) -> dict[str, Network]:
             )
     built = {}
     for name, group in groups.items():
-        if (group["model"] == GIVEN) != (name in given):
+        if group["model"] == GIVEN and name not in given:
             raise ValueError(
-                f"{name}.model must be dict(fn='given') exactly if networks= has {name!r}; found "
+                f"{name}.model is 'given', but networks has no {name!r}; pass "
+                f"networks={{{name!r}: (apply_fn, variables)}} to train_and_evaluate."
+            )
+        if group["model"] != GIVEN and name in given:
+            raise ValueError(
+                f"{name}.model must be dict(fn='given'), for networks= has {name!r}; found "
                 f"{group['model']!r}."
             )
         module = weights = None

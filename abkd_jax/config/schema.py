@@ -107,6 +107,9 @@ def resolve(
     plan = Plan(config, builder, task, read, description, networks={}, phases=())
     plan = plan._replace(networks=networks_of(plan, given))
     plan = plan._replace(phases=tuple(_phases(plan)))
+    of_two = any(len(terms) > 1 for phase in plan.phases for terms in phase.objectives.values())
+    if "gradient_cosines" in config["analysis"] and not of_two:
+        raise ValueError("analysis: gradient_cosines are between terms, and no learner has two.")
     for phase in plan.phases:
         dry_run(plan, phase)
     return plan
