@@ -26,8 +26,7 @@ from abkd_jax.config.weights import Weights
 from abkd_jax.losses import feature
 from abkd_jax.run import workdir as folders
 from abkd_jax.run.interruption import Interruption
-from abkd_jax.train import Carry, Networks, Objectives, TrainState, adopt, begin, create
-from abkd_jax.train.checkpoint import FOLDER, Checkpoints
+from abkd_jax.train import Networks, Objectives, TrainState, adopt, create
 from abkd_jax.types import Batch
 
 
@@ -49,20 +48,6 @@ class Run(NamedTuple):
     mesh: Mesh
     interruption: Interruption
     profile: bool = False
-
-
-class Result(NamedTuple):
-    """What a phase ends with.
-
-    Attributes:
-        last: the networks that learned, after the last step.
-        best: the same as they were at best_step.
-        best_step: of the highest score, on validation data where there are any.
-    """
-
-    last: Networks
-    best: Networks
-    best_step: int
 
 
 @contextlib.contextmanager
@@ -225,26 +210,6 @@ def examples(run: Run, phase: Phase) -> tuple[datasets.Split | datasets.Stream, 
             f"{size}."
         )
     return split, size
-
-
-def restored(
-    run: Run, phase: Phase, states: Networks
-) -> tuple[pathlib.Path, Checkpoints, int, Carry]:
-    """A phase where its folder stands: the folder, its checkpoints, the step and the carry."""
-    folder = run.workdir / phase.folder
-    folder.mkdir(exist_ok=True)
-    folders.claim(folder, identity(run, phase))
-    carry = begin(learners_of(run, phase, states), phase.objectives, phase.source)
-    checkpoints = Checkpoints(folder / FOLDER)
-    step, carry = checkpoints.restore(carry) or (0, carry)
-    return folder, checkpoints, step, carry
-
-
-def result(checkpoints: Checkpoints, carry: Carry, step: int) -> Result:
-    """What a phase ends with, from its last carry."""
-    best_step, _ = checkpoints.best() or (step, None)
-    best = checkpoints.restore_at(best_step, carry) if best_step != step else carry
-    return Result(carry.learners, best.learners, best_step)
 
 
 def _sample(run: Run) -> Any:

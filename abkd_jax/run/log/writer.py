@@ -1,11 +1,12 @@
 """The metrics of a run as JSON lines, which are the record, and as TensorBoard events, a view."""
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 FILE = "metrics.jsonl"
 
@@ -111,12 +112,30 @@ def cut(directory: Path, step: int) -> None:
     """
     path = Path(directory) / FILE
     kept = [line for row, line in _rows(path) if row["step"] <= step]
-    temporary = path.with_name(FILE + ".tmp")
-    with open(temporary, "wb") as file:
+    with replacing(path, "wb") as file:
         file.write(b"".join(line + b"\n" for line in kept))
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: str = "w") -> Iterator[IO]:
+    """A file that takes a path's place as a whole, when the context ends, or not at all.
+
+    Args:
+        path: of the file.
+        mode: in which it is opened.
+
+    Yields:
+        The file.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open(mode) as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _rows(path: Path) -> list[tuple[dict[str, Any], bytes]]:
