@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from abkd_jax import data as datasets
 from abkd_jax import parallel
+from abkd_jax.checks import require
 from abkd_jax.config.dry_run import with_statistics
 from abkd_jax.config.plan import Phase, Plan
 from abkd_jax.config.weights import Weights
@@ -66,8 +67,8 @@ def opened(plan: Plan, workdir: str | os.PathLike, *, profile: bool = False) -> 
         ValueError: one sentence, if the workdir or the data cannot be used.
         OSError: one sentence for what the operating system refuses, also later in the context.
     """
-    if not isinstance(workdir, str | os.PathLike) or workdir == "":
-        raise ValueError(f"workdir must be the path of a folder; found {workdir!r:.80}.")
+    is_path = isinstance(workdir, str | os.PathLike) and workdir != ""
+    require(is_path, "workdir", "the path of a folder", workdir)
     mesh = parallel.mesh(plan.config["devices"], batch_size=plan.config["batch_size"])
     folder = pathlib.Path(workdir)
     with folders.locked(folder), Interruption() as interruption, _told_of_disks(folder):
@@ -100,10 +101,10 @@ def ready(run: Run) -> Networks:
             found[name] = adopt(*network.given)
         elif network.weights:
             try:
-                weights = network.weights()
+                variables = _fitting(run, name, network.weights())
             except ValueError as error:
                 raise ValueError(f"{name}.weights: {error}") from None
-            found[name] = adopt(network.module.apply, _fitting(run, name, weights))
+            found[name] = adopt(network.module.apply, variables)
     return found
 
 
@@ -121,9 +122,7 @@ def _fitting(run: Run, name: str, weights: Weights) -> Mapping[str, Any]:
         pairs.insert(0, ("the normalisation", dict(weights.preprocess), here))
     for what, there, here in pairs:
         if there != here:
-            raise ValueError(
-                f"{name}.weights: {weights.origin} has {what} {there}, but this run has {here}."
-            )
+            raise ValueError(f"{weights.origin} has {what} {there}, but this run has {here}.")
     return weights.variables
 
 
@@ -204,11 +203,8 @@ def examples(run: Run, phase: Phase) -> tuple[datasets.Split | datasets.Stream, 
                 f"{learners} trains on the labelled examples alone; of these there are "
                 f"{len(split)}, fewer than devices x micro_batches, {parts}."
             )
-    if size > len(split):
-        raise ValueError(
-            f"batch_size must be at most the {len(split)} examples to train {learners}; found "
-            f"{size}."
-        )
+    expected = f"at most the {len(split)} examples to train {learners}"
+    require(size <= len(split), "batch_size", expected, size)
     return split, size
 
 
@@ -218,11 +214,9 @@ def _sample(run: Run) -> Any:
 
 
 def _plain(preprocess: datasets.Preprocess) -> dict[str, Any]:
-    """The normalisation as plain numbers."""
-    return {
-        name: None if value is None else np.asarray(value, np.float64).tolist()
-        for name, value in (("mean", preprocess.mean), ("std", preprocess.std))
-    }
+    """The normalisation as plain numbers; None stays."""
+    arrays = {"mean": preprocess.mean, "std": preprocess.std}
+    return jax.tree.map(lambda x: np.asarray(x, np.float64).tolist(), arrays)
 
 
 @contextlib.contextmanager

@@ -111,13 +111,7 @@ class _Recorder:
         resident = isinstance(split, datasets.Split)
         self.split = parallel.replicated(split, self.run.mesh) if resident else split
         if self.config["analysis"]:
-            batches = probing.probe_batches(
-                examples(self.run, self.phase)[0],
-                self.run.data.preprocess,
-                data_seed=self.config["data_seed"],
-                size=self.size // self.config["micro_batches"],
-            )
-            self.batches = parallel.replicated(batches, self.run.mesh)
+            self.batches = probing.probe_batches(self.run, self.phase)
 
     def check(self, carry: Carry, step: int) -> None:
         """Saves the batch of a step that was not finite, and the state before it, and says so."""

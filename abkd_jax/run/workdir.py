@@ -57,24 +57,15 @@ def load(workdir: str | os.PathLike, name: str | None = None, *, best: bool = Fa
         ValueError: one sentence, if there is no such run, network or checkpoint.
     """
     found = weights.run(workdir=os.fspath(workdir), network=name or "", best=best)
-    config = weights.read_about(pathlib.Path(workdir))["config"]
-    module = module_of(found, Builder(tuple(config["plugins"])))
-    normalized = models.normalized(module, **found.preprocess)
-    return Loaded(normalized, jax.tree.map(jnp.asarray, found.variables), config)
-
-
-def module_of(found: weights.Weights, builder: Builder) -> models.Module:
-    """The module that weights of another run belong to, for normalised inputs.
-
-    Raises:
-        ValueError: one sentence, if their model is not known.
-    """
     if found.model["fn"] == "given":
         raise ValueError(
             f"{found.origin}: the network was given by its caller, so that its model is not known."
         )
+    config = weights.read_about(pathlib.Path(workdir))["config"]
+    builder = Builder(tuple(config["plugins"]))
     model = builder.bound(found.model, "model", f"{found.origin}: model")
-    return model(num_classes=found.num_classes)
+    module = models.normalized(model(num_classes=found.num_classes), **found.preprocess)
+    return Loaded(module, jax.tree.map(jnp.asarray, found.variables), config)
 
 
 def claim(workdir: pathlib.Path, about: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import IO, Any
 FILE = "metrics.jsonl"
 
 
-class Writer:
+class Writer(contextlib.AbstractContextManager):
     """Writes rows of metrics, after those that a run had written up to the step it resumes at.
 
     Every wall-clock number is to be named "time/...", so that all else is reproducible.
@@ -73,9 +73,6 @@ class Writer:
         """Closes the files; closing twice does nothing."""
         self._file.close()
         self._events.close()
-
-    def __enter__(self) -> "Writer":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -143,11 +140,10 @@ def _rows(path: Path) -> list[tuple[dict[str, Any], bytes]]:
 
     A last line that is whole but for its end is kept: no part of a JSON object is one.
     """
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    if lines and not lines[-1]:
-        lines.pop()
+    content = path.read_bytes() if path.exists() else b""
+    lines = content.removesuffix(b"\n").split(b"\n")
     rows = [_parsed(line) for line in lines]
-    if rows and rows[-1] is None:
+    if rows[-1] is None:
         rows.pop()
     if None in rows:
         raise ValueError(
