@@ -69,7 +69,7 @@ class Events:
             warnings.warn(
                 f"{self._directory} gets no more events, for they could not be written ({error}); "
                 f"the metrics file goes on.",
-                stacklevel=2,
+                stacklevel=1,
             )
             records, self._records = self._records, None
             with contextlib.suppress(OSError):  # it writes what is left, but it does close
