@@ -76,8 +76,8 @@ def from_arrays(
     )
     description = describe(dataset)
     preprocess = options.preprocess(description)
-    shown = options.shown(full, num_classes)
-    return description, lambda: dataset.replace(preprocess=preprocess, train=shown)
+    dataset = dataset.replace(preprocess=preprocess, train=options.shown(full, num_classes))
+    return description, lambda: dataset
 
 
 def _split(name: str, examples: Examples, num_classes: int) -> Split:

@@ -100,8 +100,7 @@ class Feed:
         self._split, self._preprocess = split, preprocess
         self._data_seed, self._size = data_seed, size
         self._position = None  # the epoch of _order, or the step of the next of _batches
-        self._order = None
-        self._batches = None
+        self._order = self._batches = None
 
     def __call__(self, step: int) -> tuple[Resident | Streamed, int]:
         """A pytree with the method `batch`, and the first later step that it does not serve."""

@@ -54,7 +54,9 @@ def _read(data_seed: int, validation: int, shape: tuple[int, ...], options: Opti
     order = np.random.default_rng(data_seed).permutation(len(labels))
     test, held_out, train = np.split(order, [_TEST, _TEST + validation])
     if shape:
-        inputs = _resized(inputs, shape)
+        size = len(inputs), *shape[:2], 1
+        resized = jax.image.resize(jnp.asarray(inputs), size, "bilinear")
+        inputs = np.repeat(np.asarray(resized), shape[2], axis=-1)
     return from_arrays(
         train=(inputs[train], labels[train]),
         validation=(inputs[held_out], labels[held_out]) if validation else None,
@@ -63,9 +65,3 @@ def _read(data_seed: int, validation: int, shape: tuple[int, ...], options: Opti
         class_names=_NAMES,
         **vars(options),
     )
-
-
-def _resized(inputs: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The images `[N, 8, 8, 1]` as `[N, *shape]`, bilinearly."""
-    resized = jax.image.resize(jnp.asarray(inputs), (len(inputs), *shape[:2], 1), "bilinear")
-    return np.repeat(np.asarray(resized), shape[2], axis=-1)

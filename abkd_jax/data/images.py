@@ -207,19 +207,16 @@ class Records:
         Raises:
             ValueError: if it cannot be read or decoded.
         """
-        try:
-            example = self._examples[int(row)]
-            image = self._image(example["image"])
-            return {"inputs": image, "labels": np.int32(example["label"])}
-        except Exception as error:  # those of riegeli, protobuf and Pillow have no common kind
-            raise self._unreadable(error) from error
-
-    def _image(self, encoded: bytes) -> np.ndarray:
         from PIL import Image
 
-        with Image.open(io.BytesIO(encoded)) as picture:
-            image = np.asarray(picture.convert(_MODES[self.shape[-1]]))
-        return image[..., None] if image.ndim == 2 else image
+        try:
+            example = self._examples[int(row)]
+            with Image.open(io.BytesIO(example["image"])) as picture:
+                image = np.asarray(picture.convert(_MODES[self.shape[-1]]))
+            inputs = image.reshape(*image.shape[:2], -1)  # grey has an axis of channels, too
+            return {"inputs": inputs, "labels": np.int32(example["label"])}
+        except Exception as error:  # those of riegeli, protobuf and Pillow have no common kind
+            raise self._unreadable(error) from error
 
     def _unreadable(self, error: Exception) -> ValueError:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -246,7 +243,14 @@ def _prepared(name: str, data_dir: str, download: bool) -> Any:
             f"has; found {name!r} ({reason})."
         ) from error
     if download and not builder.info.splits:
-        _prepare(builder)
+        require(
+            importlib.util.find_spec("tensorflow"),
+            "data.download",
+            "False without TensorFlow, which prepares a set (install it with pip install "
+            "'abkd_jax[prepare]', or set data.data_dir to a folder that has the set)",
+            True,
+        )
+        builder.download_and_prepare(file_format=_FORMAT)
     require(
         builder.info.splits,
         "data.name",
@@ -282,20 +286,6 @@ def _check_place(name: str, folder: pathlib.Path, data_dir: str, download: bool)
             f"sets of TFDS; found {str(folder)!r}, which does not exist: correct it, or set "
             "data.download=True to prepare the set there."
         )
-
-
-def _prepare(builder: Any) -> None:
-    """Downloads a set and writes its ArrayRecord files."""
-    from tensorflow_datasets import download
-
-    require(
-        importlib.util.find_spec("tensorflow"),
-        "data.download",
-        "False without TensorFlow, which prepares a set (install it with pip install "
-        "'abkd_jax[prepare]', or set data.data_dir to a folder that has the set)",
-        True,
-    )
-    builder.download_and_prepare(download_config=download.DownloadConfig(), file_format=_FORMAT)
 
 
 def _decoded(records: Records) -> tuple[np.ndarray, np.ndarray]:

@@ -96,25 +96,20 @@ def data_set(look: Callable[..., Found]) -> Callable[..., DataSet]:
         A function of the same keywords, with those of `Options` for `options`, which returns the
         set. Its attribute `describe`, a function of the same, returns the description.
     """
-    shared = inspect.signature(Options).parameters
-
-    def looked(keywords: dict[str, Any]) -> Found:
-        given = {name: keywords.pop(name) for name in shared if name in keywords}
-        return look(**keywords, options=Options(**given))
-
-    @functools.wraps(look)
-    def read(**keywords: Any) -> DataSet:
-        return looked(keywords)[1]()
-
-    @functools.wraps(look)
-    def described(**keywords: Any) -> Description:
-        return looked(keywords)[0]
-
-    own = inspect.signature(look)
+    own, shared = inspect.signature(look), inspect.signature(Options).parameters
     names = [p for p in own.parameters.values() if p.name != "options"] + [*shared.values()]
-    for fn, returns in ((read, DataSet), (described, Description)):
-        fn.__signature__ = own.replace(parameters=names, return_annotation=returns)
-    read.describe = described
+
+    def giving(part: Callable[[Found], Any], kind: type) -> Callable[..., Any]:
+        @functools.wraps(look)
+        def call(**keywords: Any) -> Any:
+            given = {name: keywords.pop(name) for name in shared if name in keywords}
+            return part(look(**keywords, options=Options(**given)))
+
+        call.__signature__ = own.replace(parameters=names, return_annotation=kind)
+        return call
+
+    read = giving(lambda found: found[1](), DataSet)
+    read.describe = giving(lambda found: found[0], Description)
     return read
 
 

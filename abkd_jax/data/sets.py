@@ -41,8 +41,7 @@ class Split:
 
     def take(self, chosen: Array | np.ndarray) -> "Split":
         """The examples at the positions `chosen` [B], in that order."""
-        arrays = self.inputs, self.labels, self.masks
-        arrays = jax.tree.map(lambda x: x[chosen], arrays)
+        arrays = jax.tree.map(lambda x: x[chosen], (self.inputs, self.labels, self.masks))
         shown = {name: x.map_rows(lambda rows: rows[chosen]) for name, x in self.outputs.items()}
         return Split(*arrays, outputs=shown)
 

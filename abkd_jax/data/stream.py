@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -72,7 +72,7 @@ class Stream:
             .random_map(self._for_training)
             .repeat()
         )
-        return self._read(examples, size, start)
+        return self._read(lambda position: examples[position], len(examples), size, start)
 
     def evaluation(self, size: int) -> Iterator[dict[str, np.ndarray]]:
         """All examples once, in order and without randomness; the last batch is padded.
@@ -86,11 +86,7 @@ class Stream:
         Raises:
             ValueError: if B is no multiple of the number of processes.
         """
-        import grain
-
-        positions = range(math.ceil(len(self) / size) * size)
-        examples = grain.MapDataset.source(positions).map(self.example)
-        return self._read(examples, size, start=0)
+        return self._read(self.example, math.ceil(len(self) / size) * size, size, start=0)
 
     def example(self, position: int) -> dict[str, Any]:
         """An example as it is evaluated; beyond the last one this, with `where` False."""
@@ -100,8 +96,10 @@ class Stream:
         where = np.full(np.shape(example["labels"]), position < len(self))
         return {**example, "where": where & example.get("where", True)}
 
-    def _read(self, examples: Sequence, size: int, start: int) -> Iterator[dict[str, np.ndarray]]:
-        """This process's part of the batches of a sequence, from a step on."""
+    def _read(
+        self, example_at: Callable[[int], dict[str, Any]], count: int, size: int, start: int
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """This process's part of the batches of `count` examples, from a step on."""
         import grain
 
         expected = f"a multiple of the {self.process_count} processes that read the stream"
@@ -113,9 +111,9 @@ class Stream:
 
         def own(index: int) -> dict[str, Any]:
             batch, row = divmod(index, local)
-            return examples[batch * size + offset + row]
+            return example_at(batch * size + offset + row)
 
-        end = min(len(examples) // size * local, sys.maxsize)  # repeated examples have no end
+        end = min(count // size * local, sys.maxsize)  # repeated examples have no end
         part = grain.MapDataset.range(start * local, end).map(own)
         return iter(part.to_iter_dataset(options).batch(local))
 

@@ -39,7 +39,6 @@ def write(workdir: Path, task: Task) -> Path:
     report = load(workdir)
     pictures = _pictures(report, task)
     text = page(report, task, {name: caption for name, (_, caption) in pictures.items()})
-    (workdir / "figures").mkdir(exist_ok=True)
     for name, (figure, _) in pictures.items():
         figures.save(figure, workdir / "figures" / f"{name}.png")
     (workdir / "report.md").write_text(text, encoding="utf-8")

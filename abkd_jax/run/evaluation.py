@@ -33,7 +33,8 @@ def summarized(
     Returns:
         {network: {metric: value}}, and the like for pairs.
     """
-    return task.summary(functools.reduce(_added, map(sums_of, batches)))
+    added = functools.partial(jax.tree.map, jnp.add)
+    return task.summary(functools.reduce(added, map(sums_of, batches)))
 
 
 def evaluate(
@@ -91,7 +92,3 @@ def _room(gathered: list[Any]) -> bool:
         return True
     largest = max(sum(x.size for x in rows.values()) for rows in gathered[0].values())
     return (len(gathered) + 1) * largest <= _MOST_NUMBERS
-
-
-def _added(a: Any, b: Any) -> Any:
-    return jax.tree.map(jnp.add, a, b)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -15,12 +15,26 @@ from abkd_jax.config.schema import resolve
 from abkd_jax.run import phases
 from abkd_jax.run import workdir as folders
 from abkd_jax.run.evaluation import Rows, evaluate
-from abkd_jax.run.phases import Result, Run
+from abkd_jax.run.phases import Run
 from abkd_jax.run.recorder import selecting, train_phase
-from abkd_jax.train import Networks, frozen
-from abkd_jax.train.checkpoint import digest
+from abkd_jax.train import Networks, begin, frozen
+from abkd_jax.train.checkpoint import FOLDER, Checkpoints, digest
 
 _EXAMPLES = 8  # test examples that the report shows
+
+
+class Result(NamedTuple):
+    """What a phase ends with.
+
+    Attributes:
+        last: the networks that learned, after the last step.
+        best: the same as they were at best_step.
+        best_step: of the highest score, on validation data where there are any.
+    """
+
+    last: Networks
+    best: Networks
+    best_step: int
 
 
 def train_and_evaluate(
@@ -94,15 +108,22 @@ def run_phase(
         states = dict(states)
         for before in results.values():
             states |= {name: x for name, x in before.best.items() if name in phase.learners}
-    folder, checkpoints, step, carry = phases.restored(run, phase, states)
-    with checkpoints:
+    folder = run.workdir / phase.folder
+    folder.mkdir(exist_ok=True)
+    folders.claim(folder, phases.identity(run, phase))
+    learners = phases.learners_of(run, phase, states)
+    carry = begin(learners, phase.objectives, phase.source)
+    with Checkpoints(folder / FOLDER) as checkpoints:
+        step, carry = checkpoints.restore(carry) or (0, carry)
         if not trains and step == 0:
             raise ValueError(f"{folder} has no checkpoint to evaluate; train first.")
         if trains and step < phase.num_steps:
             seen = {name: frozen(states[name]) for name in phase.see}
             carry = train_phase(run, phase, seen, folder, checkpoints, step, carry)
             step = phase.num_steps
-        return phases.result(checkpoints, carry, step)
+        best_step, _ = checkpoints.best() or (step, None)
+        best = checkpoints.restore_at(best_step, carry) if best_step != step else carry
+        return Result(carry.learners, best.learners, best_step)
 
 
 def _conclude(run: Run, states: Networks, results: Mapping[str, Result]) -> dict[str, Any]:

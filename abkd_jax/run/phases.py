@@ -20,14 +20,14 @@ from jax.sharding import Mesh
 
 from abkd_jax import data as datasets
 from abkd_jax import parallel
+from abkd_jax.checks import require
 from abkd_jax.config.dry_run import with_statistics
 from abkd_jax.config.plan import Phase, Plan
 from abkd_jax.config.weights import Weights
 from abkd_jax.losses import feature
 from abkd_jax.run import workdir as folders
 from abkd_jax.run.interruption import Interruption
-from abkd_jax.train import Carry, Networks, Objectives, TrainState, adopt, begin, create
-from abkd_jax.train.checkpoint import FOLDER, Checkpoints
+from abkd_jax.train import Networks, Objectives, TrainState, adopt, create
 from abkd_jax.types import Batch
 
 
@@ -51,20 +51,6 @@ class Run(NamedTuple):
     profile: bool = False
 
 
-class Result(NamedTuple):
-    """What a phase ends with.
-
-    Attributes:
-        last: the networks that learned, after the last step.
-        best: the same as they were at best_step.
-        best_step: of the highest score, on validation data where there are any.
-    """
-
-    last: Networks
-    best: Networks
-    best_step: int
-
-
 @contextlib.contextmanager
 def opened(plan: Plan, workdir: str | os.PathLike, *, profile: bool = False) -> Iterator[Run]:
     """A run that is alone in its workdir, its data read, until the context ends.
@@ -81,8 +67,8 @@ def opened(plan: Plan, workdir: str | os.PathLike, *, profile: bool = False) -> 
         ValueError: one sentence, if the workdir or the data cannot be used.
         OSError: one sentence for what the operating system refuses, also later in the context.
     """
-    if not isinstance(workdir, str | os.PathLike) or workdir == "":
-        raise ValueError(f"workdir must be the path of a folder; found {workdir!r:.80}.")
+    is_path = isinstance(workdir, str | os.PathLike) and workdir != ""
+    require(is_path, "workdir", "the path of a folder", workdir)
     mesh = parallel.mesh(plan.config["devices"], batch_size=plan.config["batch_size"])
     folder = pathlib.Path(workdir)
     with folders.locked(folder), Interruption() as interruption, _told_of_disks(folder):
@@ -115,10 +101,10 @@ def ready(run: Run) -> Networks:
             found[name] = adopt(*network.given)
         elif network.weights:
             try:
-                weights = network.weights()
+                variables = _fitting(run, name, network.weights())
             except ValueError as error:
                 raise ValueError(f"{name}.weights: {error}") from None
-            found[name] = adopt(network.module.apply, _fitting(run, name, weights))
+            found[name] = adopt(network.module.apply, variables)
     return found
 
 
@@ -136,9 +122,7 @@ def _fitting(run: Run, name: str, weights: Weights) -> Mapping[str, Any]:
         pairs.insert(0, ("the normalisation", dict(weights.preprocess), here))
     for what, there, here in pairs:
         if there != here:
-            raise ValueError(
-                f"{name}.weights: {weights.origin} has {what} {there}, but this run has {here}."
-            )
+            raise ValueError(f"{weights.origin} has {what} {there}, but this run has {here}.")
     return weights.variables
 
 
@@ -219,32 +203,9 @@ def examples(run: Run, phase: Phase) -> tuple[datasets.Split | datasets.Stream, 
                 f"{learners} trains on the labelled examples alone; of these there are "
                 f"{len(split)}, fewer than devices x micro_batches, {parts}."
             )
-    if size > len(split):
-        raise ValueError(
-            f"batch_size must be at most the {len(split)} examples to train {learners}; found "
-            f"{size}."
-        )
+    expected = f"at most the {len(split)} examples to train {learners}"
+    require(size <= len(split), "batch_size", expected, size)
     return split, size
-
-
-def restored(
-    run: Run, phase: Phase, states: Networks
-) -> tuple[pathlib.Path, Checkpoints, int, Carry]:
-    """A phase where its folder stands: the folder, its checkpoints, the step and the carry."""
-    folder = run.workdir / phase.folder
-    folder.mkdir(exist_ok=True)
-    folders.claim(folder, identity(run, phase))
-    carry = begin(learners_of(run, phase, states), phase.objectives, phase.source)
-    checkpoints = Checkpoints(folder / FOLDER)
-    step, carry = checkpoints.restore(carry) or (0, carry)
-    return folder, checkpoints, step, carry
-
-
-def result(checkpoints: Checkpoints, carry: Carry, step: int) -> Result:
-    """What a phase ends with, from its last carry."""
-    best_step, _ = checkpoints.best() or (step, None)
-    best = checkpoints.restore_at(best_step, carry) if best_step != step else carry
-    return Result(carry.learners, best.learners, best_step)
 
 
 def _sample(run: Run) -> Any:
@@ -253,11 +214,9 @@ def _sample(run: Run) -> Any:
 
 
 def _plain(preprocess: datasets.Preprocess) -> dict[str, Any]:
-    """The normalisation as plain numbers."""
-    return {
-        name: None if value is None else np.asarray(value, np.float64).tolist()
-        for name, value in (("mean", preprocess.mean), ("std", preprocess.std))
-    }
+    """The normalisation as plain numbers; None stays."""
+    arrays = {"mean": preprocess.mean, "std": preprocess.std}
+    return jax.tree.map(lambda x: np.asarray(x, np.float64).tolist(), arrays)
 
 
 @contextlib.contextmanager

@@ -8,23 +8,28 @@ import jax
 from jax import Array
 from jax import numpy as jnp
 
-from abkd_jax import analysis
+from abkd_jax import analysis, parallel
 from abkd_jax.binding import at_step
-from abkd_jax.data import Feed, Preprocess, Split, Stream
+from abkd_jax.config.plan import Phase
+from abkd_jax.data import Feed
+from abkd_jax.run.phases import Run, examples
 from abkd_jax.train import Networks, Objectives, outputs_of
 from abkd_jax.types import Batch
 
 _BATCHES = 4  # for gradient noise; the same ones through the whole run, so that rows compare
 
 
-def probe_batches(
-    split: Split | Stream, preprocess: Preprocess, *, data_seed: int, size: int
-) -> Batch:
-    """The batches of the first steps, stacked: each entry `[N, size, ...]`."""
-    feed = Feed(split, preprocess, data_seed=data_seed, size=size)
+def probe_batches(run: Run, phase: Phase) -> Batch:
+    """The batches of the first steps of a phase, stacked: each entry `[N, size, ...]`.
+
+    They are as large as the parts into which a step splits its batch.
+    """
+    (split, size), data_seed = examples(run, phase), run.plan.config["data_seed"]
+    size //= run.plan.config["micro_batches"]
+    feed = Feed(split, run.data.preprocess, data_seed=data_seed, size=size)
     count = min(_BATCHES, len(split) // size)
     batches = [feed(n)[0].batch(data_seed, jnp.asarray(n)) for n in range(count)]
-    return jax.tree.map(lambda *x: jnp.stack(x), *batches)
+    return parallel.replicated(jax.tree.map(lambda *x: jnp.stack(x), *batches), run.mesh)
 
 
 @functools.partial(jax.jit, static_argnames="probes")

@@ -3,9 +3,10 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -110,13 +111,7 @@ class _Recorder:
         resident = isinstance(split, datasets.Split)
         self.split = parallel.replicated(split, self.run.mesh) if resident else split
         if self.config["analysis"]:
-            batches = probing.probe_batches(
-                examples(self.run, self.phase)[0],
-                self.run.data.preprocess,
-                data_seed=self.config["data_seed"],
-                size=self.size // self.config["micro_batches"],
-            )
-            self.batches = parallel.replicated(batches, self.run.mesh)
+            self.batches = probing.probe_batches(self.run, self.phase)
 
     def check(self, carry: Carry, step: int) -> None:
         """Saves the batch of a step that was not finite, and the state before it, and says so."""
@@ -174,7 +169,9 @@ class _Recorder:
                 for metric in self.run.plan.task.logged
             },
         )
-        return found, selected(self.phase, self.run.plan.task.score, found)
+        names = [self.phase.select] if self.phase.select else list(self.phase.learners)
+        scores = [float(self.run.plan.task.score(found[name])) for name in names]
+        return found, float(np.mean(scores))
 
     def save(self, carry: Carry, step: int, score: float | None) -> None:
         """A checkpoint, after all rows."""
@@ -215,32 +212,18 @@ def selecting(data: datasets.DataSet) -> tuple[str, datasets.Split | datasets.St
     return ("test", data.test) if data.validation is None else ("validation", data.validation)
 
 
-def selected(
-    phase: Phase, score: Callable[[Mapping[str, Any]], Any], summary: Mapping[str, Any]
-) -> float:
-    """The score that selects a step of a phase: that of one network, or the mean over learners."""
-    names = [phase.select] if phase.select else list(phase.learners)
-    return float(np.mean([float(score(summary[name])) for name in names]))
-
-
 @contextlib.contextmanager
 def _profiled(feed: datasets.Feed, run: Run, phase: Phase) -> Iterator[Callable[[int], Any]]:
     """The feed, which traces some of this process's steps on the way if it is wanted."""
-    wanted, active, calls = run.profile and not phase.folder, False, 0
+    calls = itertools.count()
+    with contextlib.ExitStack() as trace:
 
-    def profiled(step: int) -> Any:
-        nonlocal active, calls
-        if wanted and active != (calls in _PROFILED):
-            active = not active
-            if active:
-                jax.profiler.start_trace(str(run.workdir / "profile"))
-            else:
-                jax.profiler.stop_trace()
-        calls += 1
-        return feed(step)
+        def profiled(step: int) -> Any:
+            call = next(calls)
+            if call == _PROFILED.start:
+                trace.enter_context(jax.profiler.trace(str(run.workdir / "profile")))
+            elif call == _PROFILED.stop:
+                trace.close()
+            return feed(step)
 
-    try:
-        yield profiled
-    finally:
-        if active:
-            jax.profiler.stop_trace()
+        yield profiled if run.profile and not phase.folder else feed

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax import numpy as jnp
 
 from abkd_jax import models
 from abkd_jax.config import weights
 from abkd_jax.config.build import Builder
+from abkd_jax.run.log.writer import replacing
 from abkd_jax.types import Outputs
 
 _PLACES = ("data.data_dir", "data.download")  # may differ when a run moves to another machine
@@ -55,24 +57,15 @@ def load(workdir: str | os.PathLike, name: str | None = None, *, best: bool = Fa
         ValueError: one sentence, if there is no such run, network or checkpoint.
     """
     found = weights.run(workdir=os.fspath(workdir), network=name or "", best=best)
-    config = weights.read_about(pathlib.Path(workdir))["config"]
-    module = module_of(found, Builder(tuple(config["plugins"])))
-    normalized = models.normalized(module, **found.preprocess)
-    return Loaded(normalized, jax.tree.map(jnp.asarray, found.variables), config)
-
-
-def module_of(found: weights.Weights, builder: Builder) -> models.Module:
-    """The module that weights of another run belong to, for normalised inputs.
-
-    Raises:
-        ValueError: one sentence, if their model is not known.
-    """
     if found.model["fn"] == "given":
         raise ValueError(
             f"{found.origin}: the network was given by its caller, so that its model is not known."
         )
+    config = weights.read_about(pathlib.Path(workdir))["config"]
+    builder = Builder(tuple(config["plugins"]))
     model = builder.bound(found.model, "model", f"{found.origin}: model")
-    return model(num_classes=found.num_classes)
+    module = models.normalized(model(num_classes=found.num_classes), **found.preprocess)
+    return Loaded(module, jax.tree.map(jnp.asarray, found.variables), config)
 
 
 def claim(workdir: pathlib.Path, about: Mapping[str, Any]) -> None:
@@ -130,34 +123,25 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes the file as a whole or not at all; NaN becomes null."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
+    with replacing(path) as file:
         json.dump(_plain(value), file, indent=1, allow_nan=False)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _plain(value: Any) -> Any:
     """Arrays as lists, and what is not finite as None."""
-    if isinstance(value, Mapping):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+    return json.loads(json.dumps(value, default=_listed), parse_constant=lambda _: None)
+
+
+def _listed(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic | jax.Array):
-        return _plain(np.asarray(value).tolist())
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value
+        return np.asarray(value).tolist()
+    return json.JSONEncoder().default(value)  # refuses it
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{dotted path: leaf}."""
-    if isinstance(value, Mapping) and value:
-        parts = (_flat(part, f"{prefix}{key}.") for key, part in value.items())
-        return {path: leaf for part in parts for path, leaf in part.items()}
-    return {prefix[:-1]: value}
+def _flat(value: Mapping[str, Any]) -> dict[str, Any]:
+    """{dotted path: leaf}; an empty group is a leaf."""
+    return flatten_dict(value, is_leaf=lambda _, x: not x, sep=".")
 
 
 def _origin() -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """TensorBoard events, a view of what the metrics file records."""
 
+import contextlib
 import math
 import socket
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tensorboardX import RecordWriter
@@ -28,11 +29,9 @@ class Events:
         # TensorBoard reads in the order of names; nanoseconds keep files of one second apart.
         name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}"
         self._directory, self._records, self._flushed = directory, None, -math.inf
-        try:
+        with self._one_failure():
             directory.mkdir(parents=True, exist_ok=True)
             self._records = RecordWriter(str(directory / name))
-        except OSError as error:
-            self._give_up(error)
         self._append(Event(file_version="brain.Event:2"))
         self._append(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
         self.flush()
@@ -45,37 +44,34 @@ class Events:
 
     def flush(self) -> None:
         self._flushed = time.monotonic()
-        if self._records:
-            try:
+        with self._one_failure():
+            if self._records:
                 self._records.flush()
-            except OSError as error:
-                self._give_up(error)
 
     def close(self) -> None:
-        if self._records:
-            try:
+        with self._one_failure():
+            if self._records:
                 self._records.close()
-            except OSError as error:
-                self._give_up(error)
         self._records = None
 
     def _append(self, event: Event) -> None:
-        if self._records:
-            event.wall_time = time.time()
-            try:
+        event.wall_time = time.time()
+        with self._one_failure():
+            if self._records:
                 self._records.write(event.SerializeToString())
-            except OSError as error:
-                self._give_up(error)
 
-    def _give_up(self, error: OSError) -> None:
-        warnings.warn(
-            f"{self._directory} gets no more events, for they could not be written ({error}); "
-            f"the metrics file goes on.",
-            stacklevel=2,
-        )
-        records, self._records = self._records, None
-        if records:
-            try:
-                records.close()  # fails too, for it writes what is left, but it does close
-            except OSError:
-                pass
+    @contextlib.contextmanager
+    def _one_failure(self) -> Iterator[None]:
+        """The first OSError becomes a warning, after which there are no records."""
+        try:
+            yield
+        except OSError as error:
+            warnings.warn(
+                f"{self._directory} gets no more events, for they could not be written ({error}); "
+                f"the metrics file goes on.",
+                stacklevel=1,
+            )
+            records, self._records = self._records, None
+            with contextlib.suppress(OSError):  # it writes what is left, but it does close
+                if records:
+                    records.close()

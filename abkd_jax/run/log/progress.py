@@ -44,9 +44,7 @@ class Progress:
         self._examples_per_step, self._score = examples_per_step, score
         self._shown: dict[str, float] = {}
         self._clock: tuple[int, float] | None = None  # the first step seen, and when
-        self._latest = self._begun = time.monotonic()
-        self._due = -math.inf
-        self._last_line = None
+        self._due, self._last_line = -math.inf, None
         self._live = _live()
 
     def update(self, step: int, **shown: float) -> None:
@@ -60,8 +58,7 @@ class Progress:
         self._step, self._latest = step, time.monotonic()
         if self._clock is None and step > self._start:
             self._clock = (step, self._latest)
-        if shown:
-            self._shown |= {name.replace("_", " "): value for name, value in shown.items()}
+        self._shown |= {name.replace("_", " "): value for name, value in shown.items()}
         if self._live and self._latest >= self._due:
             self._draw()
 
@@ -133,9 +130,8 @@ class Progress:
                     found.append((name, "loss", value))
                 case ["validation" | "test" as split, name, self._score.key]:
                     found.append((name, f"{split} {self._score.key}", value))
-        if any(name == self._label for name, _, _ in found):
-            return {fact: value for name, fact, value in found if name == self._label}
-        return {f"{name} {fact}": value for name, fact, value in found}
+        own = {fact: value for name, fact, value in found if name == self._label}
+        return own or {f"{name} {fact}": value for name, fact, value in found}
 
     def _text(self, name: str, value: float) -> str:
         percent = name.endswith(self._score.key) and self._score.factor == 100

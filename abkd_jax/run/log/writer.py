@@ -1,16 +1,17 @@
 """The metrics of a run as JSON lines, which are the record, and as TensorBoard events, a view."""
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 FILE = "metrics.jsonl"
 
 
-class Writer:
+class Writer(contextlib.AbstractContextManager):
     """Writes rows of metrics, after those that a run had written up to the step it resumes at.
 
     Every wall-clock number is to be named "time/...", so that all else is reproducible.
@@ -73,9 +74,6 @@ class Writer:
         self._file.close()
         self._events.close()
 
-    def __enter__(self) -> "Writer":
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -111,12 +109,30 @@ def cut(directory: Path, step: int) -> None:
     """
     path = Path(directory) / FILE
     kept = [line for row, line in _rows(path) if row["step"] <= step]
-    temporary = path.with_name(FILE + ".tmp")
-    with open(temporary, "wb") as file:
+    with replacing(path, "wb") as file:
         file.write(b"".join(line + b"\n" for line in kept))
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: str = "w") -> Iterator[IO]:
+    """A file that takes a path's place as a whole, when the context ends, or not at all.
+
+    Args:
+        path: of the file.
+        mode: in which it is opened.
+
+    Yields:
+        The file.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open(mode) as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _rows(path: Path) -> list[tuple[dict[str, Any], bytes]]:
@@ -124,11 +140,10 @@ def _rows(path: Path) -> list[tuple[dict[str, Any], bytes]]:
 
     A last line that is whole but for its end is kept: no part of a JSON object is one.
     """
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    if lines and not lines[-1]:
-        lines.pop()
+    content = path.read_bytes() if path.exists() else b""
+    lines = content.removesuffix(b"\n").split(b"\n")
     rows = [_parsed(line) for line in lines]
-    if rows and rows[-1] is None:
+    if rows[-1] is None:
         rows.pop()
     if None in rows:
         raise ValueError(
