@@ -146,8 +146,11 @@ class Bound:
         return self._says("couples_batch")
 
     def _says(self, attribute: str) -> bool:
+        """Whether its attribute is True or names a keyword that is, or a nested one's is."""
+        said = getattr(self.fn, attribute, False)
+        said = dict(self.static)[said] if isinstance(said, str) else said
         nested = (part for part in self.numbers.values() if isinstance(part, Bound))
-        return getattr(self.fn, attribute, False) or any(getattr(p, attribute) for p in nested)
+        return said or any(getattr(part, attribute) for part in nested)
 
 
 @struct.dataclass
