@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.special
 from jax import numpy as jnp
-from loss_contract import check_against_torch
+from loss_contract import check_against_torch, check_contract
 
 from abkd_jax.binding import bind
 from abkd_jax.config.build import Builder
@@ -552,6 +552,17 @@ def test_with_weights_of_mean_one_the_gradient_is_as_long_as_without(num_classes
     weighted, alone = (jax.grad(of_mean)(student, bound) for bound in wttm_and_ttm())
     ratio = np.linalg.norm(weighted) / np.linalg.norm(alone)
     assert 0.8 < ratio < 1.25
+
+
+def test_weights_of_mean_one_keep_the_contract():
+    def truth(student, teacher, batch):
+        weights = np.sum(scipy.special.softmax(teacher.logits, -1) ** 0.3, -1)
+        log_q = scipy.special.log_softmax(student.logits, -1)
+        p = scipy.special.softmax(0.3 * teacher.logits, -1)
+        loss = np.sum(p * (np.log(p) - log_q), -1)
+        return weights / weights[batch["where"]].mean() * loss
+
+    check_contract(wttm_and_ttm(0.3)[0], couples=True, stopped=("teacher",), truth=truth)
 
 
 def test_weights_of_mean_one_couple_the_batch():
