@@ -147,9 +147,11 @@ class Bound:
         return any(self._said("couples_batch"))
 
     def _said(self, attribute: str) -> list[Any]:
-        """What the function and those nested in it say of themselves."""
+        """What the function and those nested in it say of themselves, or by a keyword they name."""
+        said = getattr(self.fn, attribute, ())
+        said = dict(self.static)[said] if isinstance(said, str) else said
         nested = [part for part in self.numbers.values() if isinstance(part, Bound)]
-        return [getattr(self.fn, attribute, ()), *(x for p in nested for x in p._said(attribute))]
+        return [said, *(x for part in nested for x in part._said(attribute))]
 
 
 @struct.dataclass

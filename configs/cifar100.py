@@ -5,8 +5,7 @@ its code for this pair (alpha 0.8, beta 0.3, temperature 4 without the factor T^
 Protocol: 240 epochs of 781 batches of 64; SGD with momentum 0.9, weight decay 5e-4 on everything,
 rate 0.05, a tenth of it after epochs 150, 180 and 210; crops after padding by 4, flips. There is no
 validation split: the figure that papers quote is the best of 240 evaluations of the test set.
-Differs: the teacher is trained here, by the same recipe, where the paper loads one; batch norm's
-running variance is the biased one.
+Differs: the teacher is trained here, by the same recipe, where the paper loads one.
 Command: python -m abkd_jax.main --config=configs/cifar100.py --workdir=runs/cifar100
 Time and number: not measured (the full protocol takes a GPU).
 """

@@ -3,9 +3,12 @@
 Command: python -m abkd_jax.main --config=configs/cifar100.py:method=dkd --workdir=runs/dkd
 
 Weights, temperatures and scales are those of each paper or its code on CIFAR-100 for ResNet-56 to
-ResNet-20, or for the pair that is named; "our reading" marks what is not public. Warm-ups are those
-of 20 in 240 epochs. Where labels are withheld, a training config averages the labels' term over the
-labelled examples, and a loss that needs a label takes the teacher's most likely class for it.
+ResNet-20, or for the pair that is named; "our reading" marks what is not public for it. Where each
+number was read stands in one table, in tests/methods_test.py. Warm-ups are those of 20 in 240
+epochs. They rise with every step; the published codes', min(1, epoch / 20), stay the same over an
+epoch, whose number they count from 0 or 1, and so differ by up to 0.05 of the weight. Where labels
+are withheld, a training config averages the labels' term over the labelled examples, and a loss
+that needs a label takes the teacher's most likely class for it.
 """
 
 from typing import Any
@@ -29,6 +32,7 @@ def get_methods(*, batch_size: int, num_steps: int) -> dict[str, dict[str, Any]]
     lskd = _standardized("forward_kl", temperature=2.0)
     alpha_beta = dict(fn="alpha_beta", alpha=0.8, beta=0.3)
     ttm = _on_logits(_powered("forward_kl"), temperature=1.0, power=0.0)
+    wttm = dict(fn="power_weighted", teacher_power=0.1, unit_mean=True, loss=ttm)
     nd = dict(fn="norm_and_direction", centers="class_means")
     gated = dict(fn="entropy_gated", gain=2.0)
     gated |= dict(forward=_kd(temperature=1.0), reverse=_kd("reverse_kl", temperature=1.0))
@@ -37,23 +41,27 @@ def get_methods(*, batch_size: int, num_steps: int) -> dict[str, dict[str, Any]]
         # Hinton et al., 2015; weights of CRD's benchmark.
         "kd": _terms(0.1, distill=(0.9, kd)),
         # The same with the other direction, their sum, their middle: our reading of the weights.
-        "rkd": _terms(0.1, distill=(0.9, _kd("reverse_kl", temperature=4.0))),
+        "reverse_kl": _terms(0.1, distill=(0.9, _kd("reverse_kl", temperature=4.0))),
         "jeffreys": _terms(0.1, distill=(0.45, _kd("jeffreys", temperature=4.0))),
         "js": _terms(
             0.1, distill=(0.9, _kd("jensen_shannon", temperature=4.0, teacher_weight=0.5))
         ),
         # Zheng and Yang, "Knowledge distillation based on transformed teacher matching", 2024; the
-        # weight is that of VGG-13 to VGG-8, for WTTM our reading.
+        # weight and the power are those of VGG-13 to VGG-8.
         "ttm": _terms(1.0, distill=(45.0, ttm)),
-        "wttm": _terms(1.0, distill=(45.0, dict(fn="power_weighted", teacher_power=0.1, loss=ttm))),
+        # WTTM, whose numbers alone are not public (4 at the power 0.2 beside CRD): TTM's, with its
+        # weights sum_k p_k^0.1 divided by their mean over the batch, some 30 to 50 for 100 classes,
+        # so that the term is as large as TTM's: our reading.
+        "wttm": _terms(1.0, distill=(45.0, wttm)),
         # Zhao et al., "Decoupled knowledge distillation", 2022.
         "dkd": _terms(1.0, distill=(rising, dkd)),
-        # Yang et al., "From knowledge distillation to self-knowledge distillation", 2023.
+        # Yang et al., "From knowledge distillation to self-knowledge distillation", 2023; the
+        # numbers are those of ResNet-34 to ResNet-18, for smaller networks our reading.
         "nkd": _terms(1.0, distill=(1.0, dict(fn="nkd", rest_weight=3.5, temperature=3.0))),
         # Sun et al., "Logit standardization in knowledge distillation", 2024.
         "lskd": _terms(0.1, distill=(9.0, lskd)),
         # Huang et al., "Knowledge distillation from a stronger teacher", 2022.
-        "dist": _terms(1.0, distill=(1.0, dist)),
+        "dist": _terms(1.0, distill=(2.0, dist)),
         # Jin et al., "Multi-level logit distillation", 2023: its terms, on one view and at one of
         # its five temperatures, without its masks: our reading.
         "mlkd": _terms(
@@ -75,8 +83,10 @@ def get_methods(*, batch_size: int, num_steps: int) -> dict[str, dict[str, Any]]
                 ),
             ),
         ),
-        # Wang et al., "ABKD", 2025, and its plug-ins: alpha and beta of `abkd` and `ab_lskd` are
-        # published for this pair, those of the other two our reading.
+        # Wang et al., "ABKD", 2025, and its plug-ins: `abkd` (32 in its README, 64 in a comment of
+        # its script) and `ab_lskd` are published for this pair. Our reading: alpha and beta of the
+        # other two, DKD's weights in `ab_dkd`, and in `ab_ttm` TTM's 45, where its script has 76
+        # for WRN-40-2 to WRN-40-1.
         "abkd": _terms(1.0, distill=(32.0, _on_logits(alpha_beta, temperature=4.0, power=0.0))),
         "ab_dkd": _terms(1.0, distill=(rising, dkd | dict(rest_divergence=alpha_beta))),
         "ab_lskd": _terms(
@@ -90,8 +100,8 @@ def get_methods(*, batch_size: int, num_steps: int) -> dict[str, dict[str, Any]]
                 _on_logits(_powered("alpha_beta", alpha=0.8, beta=0.3), temperature=1.0, power=0.0),
             ),
         ),
-        # Su et al., "EA-KD", 2025, and its first version, "ER-KD", 2023; with DKD's weights for
-        # this pair, and on ABKD: our reading.
+        # Su et al., "EA-KD", 2025, and its first version, "ER-KD", 2023. Our reading: DKD's weights
+        # for this pair, of which their codes have other pairs' (3 and 8 for 2), and those on ABKD.
         "er_kd": _terms(0.1, distill=(0.9, _weighted("entropy_weighted", kd, 4.0))),
         "er_dkd": _terms(1.0, distill=(rising, _weighted("entropy_weighted", dkd, 4.0))),
         "ea_kd": _terms(0.1, distill=(0.9, _weighted("entropy_aware", kd, 3.0))),
@@ -105,7 +115,8 @@ def get_methods(*, batch_size: int, num_steps: int) -> dict[str, dict[str, Any]]
                 ),
             ),
         ),
-        # Zhou et al., "Rethinking soft labels for KD: a bias-variance tradeoff perspective", 2021.
+        # Zhou et al., "Rethinking soft labels for KD: a bias-variance tradeoff perspective", 2021;
+        # the numbers are those of NKD's code for ResNet-34 to ResNet-18.
         "wslkd": _terms(1.0, distill=(2.25, dict(fn="difficulty_weighted", loss=kd))),
         # Amara et al., "BD-KD", 2022, from a teacher that is ready: our reading of the constants.
         "bdkd": _terms(1.0, distill=(1.0, gated)),
@@ -113,7 +124,8 @@ def get_methods(*, batch_size: int, num_steps: int) -> dict[str, dict[str, Any]]
         # warm-up; on the penultimate layer. Both our reading.
         "cakd": _terms(1.0, distill=(1.0, dkd)),
         "cakd_features": _terms(1.0, distill=(1.0, dkd), features=(1.0, cakd)),
-        # Cui et al., "SinKD", 2024: 0.8 x 0.001 x the sum over the batch.
+        # Cui et al., "SinKD", 2024: 0.8 x 0.001 x the sum over the batch. Its code is of language
+        # tasks, each with its own weights and temperature of KD: 0.1, 0.9 and 4 are our reading.
         "sinkd": _terms(
             0.1,
             distill=(0.9, _kd(temperature=4.0, power=0.0)),
@@ -129,9 +141,10 @@ def get_methods(*, batch_size: int, num_steps: int) -> dict[str, dict[str, Any]]
             distill=(rising, dkd | dict(target_weight=2.5, rest_weight=4.0)),
             features=(3.5, nd),
         ),
-        "dist_pp": _terms(1.0, distill=(2.0, dist), features=(1.0, nd)),
-        # Zhang et al., "Balanced knowledge distillation for long-tailed learning", 2023; equal
-        # class counts make its log-prior 0.
+        "dist_pp": _terms(1.0, distill=(rising | dict(value=2.0), dist), features=(1.0, nd)),
+        # Zhang et al., "Balanced knowledge distillation for long-tailed learning", 2023: the
+        # defaults of its code, for sets of another kind. Here classes have equal counts, so the
+        # log-prior is 0, and what is left is KD: our reading.
         "bkd": _terms(
             1.0,
             distill=(

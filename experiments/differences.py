@@ -7,6 +7,7 @@ both values of the batch mean, the ratio of the norms of the student's gradients
 the cosine between them. The codes' formulas are written out here in their own terms.
 """
 
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -49,7 +50,6 @@ def _rows(labels: Array) -> list[tuple[str, Callable, Callable]]:
     dkd = bind(losses.dkd, **kl, target_weight=1.0, rest_weight=2.0, temperature=4.0)
     er = bind(losses.entropy_weighted, loss=dkd, temperature=4.0)
     ea = bind(losses.entropy_aware, loss=kd, temperature=3.0)
-    of_choice = bind(losses.on_logits, divergence=bind(divergences.alphanet))
     skew = bind(losses.on_logits, divergence=bind(divergences.skew_forward_kl, skew=0.1))
     grams = bind(losses.gram, batch_weight=1.0, class_weight=1.0, temperature=4.0)
     per_example = lambda loss: lambda s, t: loss(Outputs(logits=s), Outputs(logits=t), batch)  # noqa: E731
@@ -66,9 +66,14 @@ def _rows(labels: Array) -> list[tuple[str, Callable, Callable]]:
     def limit(alpha):  # the branch for beta = 0 divides by alpha, not by its square
         return lambda s, t: jnp.mean(alpha * alpha_beta(s, t, alpha=alpha, beta=0.0))
 
-    def batch_max(s, t):  # the larger of two batch means, unclipped
-        ends = ((-1.0, 2.0), (1.0, 0.0))
-        return jnp.maximum(*(jnp.mean(alpha_beta(s, t, alpha=a, beta=b)) for a, b in ends))
+    def of_choice(low, high):
+        adaptive = bind(divergences.alphanet, alpha_min=low, alpha_max=high)
+        return bind(losses.on_logits, divergence=adaptive)
+
+    def batch_max(low, high):  # the larger of two batch means, unclipped
+        ends = ((low, 1.0 - low), (high, 1.0 - high))
+        means = lambda s, t: (jnp.mean(alpha_beta(s, t, alpha=a, beta=b)) for a, b in ends)  # noqa: E731
+        return lambda s, t: jnp.maximum(*means(s, t))
 
     def formed(s, t):  # the log of a formed mixture; the teacher's entropy left out
         p, q = nn.softmax(t), nn.softmax(s)
@@ -84,7 +89,16 @@ def _rows(labels: Array) -> list[tuple[str, Callable, Callable]]:
         ("EA-KD: entropy bound 100, not ln 100", mean(ea), ea_kd),
         ("ABKD at (0.5, 0): 1 / alpha, not its square", ab(0.5), limit(0.5)),
         ("ABKD at (-0.5, 0): the same, sign included", ab(-0.5), limit(-0.5)),
-        ("AlphaNet in ABKD: maximum of batch means", mean(of_choice), batch_max),
+        *(
+            (
+                f"AlphaNet in ABKD at {ends}: of batch means",
+                mean(of_choice(*ends)),
+                batch_max(*ends),
+            )
+            for ends in itertools.product(
+                (0.1, 0.3), (0.7, 0.9)
+            )  # the corners of its script's grid
+        ),
         ("DistiLLM's skew KL: no teacher entropy", mean(skew), formed),
         ("MLKD: masks on reduced terms", mean(grams), masked),
     ]

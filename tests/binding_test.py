@@ -471,6 +471,16 @@ def test_couples_batch_is_inherited_at_all_depths():
     assert not bind(summed, first=apart, second=apart).couples_batch
 
 
+def test_a_keyword_can_decide_what_a_function_says():
+    def optional(student: Outputs, teacher: Outputs, batch: Batch, *, whole: bool = False) -> Array:
+        return cross_entropy(student, teacher, batch)
+
+    optional.couples_batch = "whole"
+    assert not bind(optional).couples_batch and bind(optional, whole=True).couples_batch
+    assert bind(summed, first=cross_entropy, second=bind(optional, whole=True)).couples_batch
+    assert not bind(summed, first=cross_entropy, second=optional).couples_batch
+
+
 # --- schedules in place of numbers --------------------------------------------------------------
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from abkd_jax import config as configs
-from abkd_jax import data
+from abkd_jax import data, optimizers
+from abkd_jax.config.build import Builder
 from abkd_jax.config.schema import DEFAULTS
 from abkd_jax.run import recorder
 from abkd_jax.run.log.progress import Progress
@@ -81,6 +82,60 @@ def test_the_docstring_has_the_command(name):
     (command,) = [line for line in text.splitlines() if line.startswith("Command: ")]
     assert f"python -m abkd_jax.main --config=configs/{name}.py" in command
     assert "--workdir=" in command
+
+
+# --- the published numbers of the training configs ----------------------------------------------
+
+CRD = {
+    # HobbitLong/RepDistiller: train_student.py and train_teacher.py, for all but the three networks
+    # of mobile devices; the same in megvii-research/mdistiller: configs/cifar100/kd.yaml and
+    # dkd/res56_res20.yaml, and in ghwang-s/abkd: standard_classification/train_student.py.
+    "epochs": 240,
+    "batch_size": 64,
+    "learning_rate": 0.05,
+    "lr_decay_epochs": (150, 180, 210),
+    "lr_decay_rate": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "nesterov": False,  # of torch.optim.SGD
+    # dataset/cifar100.py of the first and the third, mdistiller/dataset/cifar100.py of the second.
+    "mean": (0.5071, 0.4867, 0.4408),
+    "std": (0.2675, 0.2565, 0.2761),
+    "padding": 4,
+    "flip": True,
+    # The third's: drop_last=True; the other two end an epoch with a smaller batch.
+    "steps_per_epoch": 781,
+}
+ABKD = dict(alpha=0.8, beta=0.3)  # ghwang-s/abkd: README.md, for ResNet-56 to ResNet-20
+
+
+def test_cifar100_has_the_published_protocol():
+    config, epoch = module("cifar100").get_config(), CRD["steps_per_epoch"]
+    data, found = config.data, {"teacher": 56, "student": 20}
+    assert {name: config[name].model.depth for name in found} == found
+    assert (data.mean, data.std) == (CRD["mean"], CRD["std"])
+    assert (data.pad, data.flip, data.validation) == (CRD["padding"], CRD["flip"], 0)
+    assert (config.batch_size, config.num_steps) == (CRD["batch_size"], CRD["epochs"] * epoch)
+    builder = Builder((), config.num_steps)
+    for name in found:
+        rule = builder.bound(config[name].optimizer.to_dict(), "optimizer", name)
+        assert rule.fn is optimizers.sgd
+        numbers = {k: rule.numbers[k] for k in ("momentum", "weight_decay")}
+        assert numbers == pytest.approx({k: CRD[k] for k in numbers})
+        assert dict(rule.static)["nesterov"] == CRD["nesterov"]
+        for drops, start in enumerate((0, *CRD["lr_decay_epochs"])):
+            end = (*CRD["lr_decay_epochs"], CRD["epochs"])[drops]
+            rate = CRD["learning_rate"] * CRD["lr_decay_rate"] ** drops
+            of_steps = [
+                rule.numbers["learning_rate"](x * epoch - y) for x, y in ((start, 0), (end, 1))
+            ]
+            np.testing.assert_allclose(of_steps, rate, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cifar100", "fashion_mnist"])
+def test_alpha_and_beta_are_those_of_the_paper_s_code(name):
+    divergence = module(name).get_config().student.terms.distill.divergence.to_dict()
+    assert divergence == dict(fn="alpha_beta", **ABKD)
 
 
 def stop(monkeypatch, learners):

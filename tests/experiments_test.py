@@ -21,6 +21,21 @@ def run(*arguments):
 
 
 @pytest.mark.slow
+def test_the_table_of_differences_is_what_its_command_prints():
+    done = run("experiments.differences")
+    assert done.returncode == 0, done.stderr
+    text = (_ROOT / "experiments" / "README.md").read_text()
+    head, *printed = done.stdout.splitlines()
+    assert head in text
+    shown = text.split(head + "\n")[1].splitlines()[: len(printed)]
+    read = lambda line: (line[:46].strip(), [*map(float, line[46:].split())])  # noqa: E731
+    for mine, theirs in zip(map(read, printed[1:]), map(read, shown[1:]), strict=True):
+        assert mine[0] == theirs[0] and mine[1] == pytest.approx(theirs[1], rel=1e-2)
+    alphanet = [read(line)[1][2] for line in printed if line.startswith("AlphaNet in ABKD")]
+    assert len(alphanet) == 4 and 1 < min(alphanet) < max(alphanet) < 2
+
+
+@pytest.mark.slow
 def test_a_sweep_by_command(tmp_path):
     over = [f"--over={_DIVERGENCE}.alpha=0:1:0.5", f"--over={_DIVERGENCE}.beta=0.5,1"]
     where = ["--config=configs/digits.py:runlocal", f"--workdir={tmp_path}"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.special
 from jax import numpy as jnp
-from loss_contract import check_against_torch
+from loss_contract import check_against_torch, check_contract
 
 from abkd_jax.binding import bind
 from abkd_jax.config.build import Builder
@@ -500,6 +500,75 @@ def test_the_power_sum_is_one_at_one_and_counts_the_classes_at_zero():
     for power, true in ((1.0, 1.0), (0.0, K)):
         bound = bind(power_weighted, loss=UNIT, teacher_power=power)
         np.testing.assert_allclose(evaluate(bound, student, teacher), true, rtol=1e-6)
+
+
+# --- WTTM with weights of mean 1 ----------------------------------------------------------------
+
+
+def wttm_and_ttm(power=0.1):
+    ttm = bind(on_logits, divergence=bind(powered, divergence=forward_kl, teacher_power=power))
+    return bind(power_weighted, loss=ttm, teacher_power=power, unit_mean=True), ttm
+
+
+def pair(num_classes, scale, size=64):
+    rng = np.random.default_rng(3)
+    draw = lambda: rng.normal(size=(size, num_classes)).astype(np.float32)  # noqa: E731
+    return draw(), scale * draw()
+
+
+def test_weights_of_mean_one_against_numpy():
+    student, teacher = make()
+    where = np.arange(B) % 4 > 0
+    weights = np.sum(scipy.special.softmax(teacher.astype(float), -1) ** 0.1, -1)
+    bound = bind(power_weighted, loss=UNIT, teacher_power=0.1, unit_mean=True)
+    found = evaluate(bound, student, teacher, {"where": where})
+    np.testing.assert_allclose(found, weights / weights[where].mean(), rtol=1e-6)
+
+
+def test_padding_has_no_part_in_weights_of_mean_one():
+    (student, teacher), where = make(), np.arange(B) < 9
+    terms = {"it": Term(loss=wttm_and_ttm()[0], weight=1.0, other="teacher")}
+
+    def of_rows(student, teacher, where):
+        networks = Outputs(logits=student), {"teacher": Outputs(logits=teacher)}
+        return total(terms, *networks, {"where": where})[0]
+
+    padded = [np.where(where[:, None], x, np.float32(np.nan)) for x in (student, teacher)]
+    found, slope = jax.value_and_grad(of_rows)(*padded, where)
+    expected, true = jax.value_and_grad(of_rows)(student[:9], teacher[:9], where[:9])
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(slope[:9], true, rtol=1e-5, atol=1e-9)
+    np.testing.assert_array_equal(slope[9:], np.zeros((3, K)))
+    value, slope = jax.value_and_grad(of_rows)(*padded, np.zeros(B, bool))
+    assert value == 0 and np.all(np.asarray(slope) == 0)
+
+
+@pytest.mark.parametrize("num_classes", [2, 10, 100, 1000])
+@pytest.mark.parametrize("scale", [0.3, 3.0, 12.0])
+def test_with_weights_of_mean_one_the_gradient_is_as_long_as_without(num_classes, scale):
+    student, teacher = pair(num_classes, scale)
+    batch = {"where": np.ones(len(student), bool)}
+    of_mean = lambda s, bound: jnp.mean(evaluate(bound, s, teacher, batch))  # noqa: E731
+    weighted, alone = (jax.grad(of_mean)(student, bound) for bound in wttm_and_ttm())
+    ratio = np.linalg.norm(weighted) / np.linalg.norm(alone)
+    assert 0.8 < ratio < 1.25
+
+
+def test_weights_of_mean_one_keep_the_contract():
+    def truth(student, teacher, batch):
+        weights = np.sum(scipy.special.softmax(teacher.logits, -1) ** 0.3, -1)
+        log_q = scipy.special.log_softmax(student.logits, -1)
+        p = scipy.special.softmax(0.3 * teacher.logits, -1)
+        loss = np.sum(p * (np.log(p) - log_q), -1)
+        return weights / weights[batch["where"]].mean() * loss
+
+    check_contract(wttm_and_ttm(0.3)[0], couples=True, stopped=("teacher",), truth=truth)
+
+
+def test_weights_of_mean_one_couple_the_batch():
+    weighted, alone = wttm_and_ttm()
+    assert weighted.couples_batch and not alone.couples_batch
+    assert not WTTM.couples_batch and not bind(weighted, unit_mean=False).couples_batch
 
 
 def test_difficulty_weights_by_hand():

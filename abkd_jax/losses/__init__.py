@@ -7,7 +7,7 @@ has no labels or a number does not broadcast, an AssertionError for another type
 
 What a loss reads stands in its `needs`: a tuple, of both networks, or {"own": ..., "other": ...};
 `needs_labels` says that it is NaN without a label, `couples_batch` that a row's value depends on
-the others.
+the others; each is True, or the name of a `bool` keyword that makes it so.
 """
 
 from abkd_jax.losses.decouple import dkd, nkd

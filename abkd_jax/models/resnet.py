@@ -8,6 +8,7 @@ from jax import Array
 from jax import numpy as jnp
 
 from abkd_jax.checks import require
+from abkd_jax.models.batch_norm import BatchNorm
 from abkd_jax.models.head import OutputLayer
 from abkd_jax.types import Outputs
 
@@ -32,9 +33,8 @@ def resnet(
         resnet20  278,324    resnet110   1,736,564
         resnet32  472,756
 
-    where `x4` stands for widths (32, 64, 128, 256). Initialisation, padding and batch norm are
-    those of PyTorch, but for the running variance: flax averages the biased estimate, and PyTorch
-    the unbiased one, which is n / (n - 1) times as large for n values a channel.
+    where `x4` stands for widths (32, 64, 128, 256). Initialisation, padding and batch norm, its
+    running statistics included, are those of PyTorch.
 
     Args:
         num_classes: K.
@@ -140,7 +140,7 @@ class ConvNorm(nn.Module):
             kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
             name="conv",
         )(x)
-        norm = nn.BatchNorm(
+        norm = BatchNorm(
             use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name="norm"
         )
         return norm(x)

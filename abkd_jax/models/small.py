@@ -7,6 +7,7 @@ from jax import Array
 from jax import numpy as jnp
 
 from abkd_jax.checks import require
+from abkd_jax.models.batch_norm import BatchNorm
 from abkd_jax.models.head import OutputLayer
 from abkd_jax.types import Outputs
 
@@ -55,6 +56,6 @@ class CNN(nn.Module):
         for index, width in enumerate(self.widths):
             x = nn.Conv(width, (3, 3), strides=2, use_bias=not self.batch_norm)(x)
             if self.batch_norm:
-                x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+                x = BatchNorm(use_running_average=not train, momentum=0.9)(x)
             x = features[f"layer{index}"] = nn.relu(x)
         return OutputLayer(self.num_classes, name="head")(jnp.mean(x, axis=(1, 2)), features)
