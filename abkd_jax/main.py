@@ -36,4 +36,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    with command.interruptible():
+        app.run(main, flags_parser=parse)

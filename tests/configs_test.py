@@ -188,7 +188,7 @@ def test_runlocal_runs_stops_and_goes_on(tmp_path, monkeypatch, name, argument):
         sent = stop(patched, " and ".join(phases[-1].learners))
         with pytest.raises(SystemExit) as stopped:
             train_and_evaluate(config, parts)
-    assert stopped.value.code == 0 and len(sent) == 1
+    assert stopped.value.code == 128 + signal.SIGTERM and len(sent) == 1
     assert not (parts / "result.json").exists()
     assert rows(parts)[-1]["step"] <= sent[0] < config.num_steps
     train_and_evaluate(config, parts)

@@ -128,6 +128,16 @@ def test_your_own_arrays(dtype, of, shape):
         assert split.labels.dtype == np.int32 and split.masks["labelled"].all()
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.int16])
+def test_a_label_of_minus_100_is_withheld(dtype):
+    labels = np.array([-100, 0, 1, 2, -1], dtype)
+    own = {"train": (np.zeros((5, 2)), labels), "validation": None, "test": GOOD}
+    train = data.from_arrays(**arrays(**own)).train
+    np.testing.assert_array_equal(train.labels, [-1, 0, 1, 2, -1])
+    np.testing.assert_array_equal(train.masks["labelled"], labels >= 0)
+    assert labels[0] == -100  # the caller's array stays
+
+
 def test_labels_that_are_not_known():
     labels = np.array([-1, 0, 1, 2, -1, 0, 1, 2, 0, 1, 2, -1])
     inputs = np.arange(12.0)[:, None]
@@ -385,6 +395,8 @@ WRONG_ARRAYS = [
     (dict(train=(TWO, GOOD[1]), test=(TWO, GOOD[1]), mean=(0.0,), std=(1.0,)),
      "data.mean and data.std must be left out together, or a number for each channel (there are "
      "0); found ((0.0,), (1.0,))."),
+    (dict(train=(np.full((4, 2), np.inf), np.zeros(4, int))),
+     "data.train's inputs must be finite; found 'NaN or infinity'."),
     (dict(test=(np.full((4, 2), np.nan), np.zeros(4, int))),
      "data.test's inputs must be finite; found 'NaN or infinity'."),
     (dict(test=({"a": np.full((4, 2), np.nan)}, GOOD[1]), train=({"a": GOOD[0]}, GOOD[1])),

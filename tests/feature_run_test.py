@@ -132,7 +132,7 @@ def stopped_after(steps):
         patch.setattr(Progress, "update", stopping)
         with pytest.raises(SystemExit) as left:
             yield
-    assert left.value.code == 0
+    assert left.value.code == 128 + signal.SIGTERM
 
 
 @pytest.mark.slow

@@ -1,7 +1,10 @@
 """Signals: the first is noted, the second acts, and afterwards all is as before."""
 
+import ctypes
+import io
 import os
 import signal
+import sys
 import threading
 
 import pytest
@@ -32,7 +35,7 @@ def test_the_first_signal_is_noted_and_the_second_acts_as_before(received, numbe
     with Interruption() as interruption:
         assert interruption.requested is None
         send(number)
-        assert interruption.requested == number.name and not received
+        assert interruption.requested == number and not received
         send(number)
         assert received == [number]
 
@@ -43,7 +46,7 @@ def test_the_second_interrupt_from_the_keyboard_stops_the_program():
     try:
         with pytest.raises(KeyboardInterrupt), Interruption() as interruption:
             send(signal.SIGINT)
-            assert interruption.requested == "SIGINT"
+            assert interruption.requested == signal.SIGINT
             send(signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
@@ -54,7 +57,7 @@ def test_a_signal_of_each_kind_is_noted(received):
     with Interruption() as interruption:
         send(signal.SIGTERM)
         send(signal.SIGINT)
-        assert interruption.requested == "SIGINT" and not received
+        assert interruption.requested == signal.SIGINT and not received
 
 
 @pytest.mark.parametrize("sent", [(), SIGNALS, (signal.SIGTERM, signal.SIGTERM)])
@@ -95,4 +98,31 @@ def test_an_interruption_can_be_used_again(received):
     for _ in range(2):
         with interruption:
             send(signal.SIGTERM)
-    assert interruption.requested == "SIGTERM" and not received
+    assert interruption.requested == signal.SIGTERM and not received
+
+
+def test_the_first_signal_is_answered_while_python_waits_for_something_else(received, monkeypatch):
+    """As for a compilation: the main thread is in C until it has been answered."""
+    answered, told, (reader, writer) = threading.Event(), [], os.pipe()
+
+    class Told(io.StringIO):
+        def write(self, text):
+            told.append(text)
+            if "\n" in text:
+                answered.set()
+
+    def work():
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+        told.append(answered.wait(timeout=60))
+        os.write(writer, b".")
+
+    monkeypatch.setattr(sys, "stderr", Told())
+    thread = threading.Thread(target=work)
+    with Interruption() as interruption:
+        thread.start()
+        ctypes.CDLL(None).read(reader, ctypes.create_string_buffer(1), 1)
+        thread.join()
+        assert interruption.requested == signal.SIGTERM
+    os.close(reader), os.close(writer)
+    *lines, in_time = told
+    assert in_time and "".join(lines).startswith("SIGTERM: stopping after this step, and saving;")

@@ -14,6 +14,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jax import numpy as jnp
 
 from abkd_jax import data
 from abkd_jax.run import loop
@@ -180,11 +181,16 @@ def contents(folder):
     }
 
 
+def said(errors):
+    """The lines of stderr, but for those of the progress display."""
+    return [line for line in errors.splitlines() if not re.match(r"[\w ]+ step \d+/\d+", line)]
+
+
 def assert_one_sentence(errors):
     """One line without a traceback, but for the lines of the progress display."""
-    lines = [line for line in errors.splitlines() if not re.match(r"[\w ]+ step \d+/\d+", line)]
-    assert len(lines) == 1 and lines[0].endswith("."), errors
-    return lines[0]
+    (line,) = said(errors)
+    assert line.endswith("."), errors
+    return line
 
 
 # Killed
@@ -277,16 +283,24 @@ def test_a_run_whose_labels_a_network_draws_ends_as_one_that_was_not_killed(run,
 def test_a_run_that_is_interrupted_saves_says_so_and_goes_on(run, digits, tmp_path):
     for name, label, step in (("SIGTERM", "teacher", 7), ("SIGINT", "student", 5)):
         status, errors = run(DIGITS, tmp_path / "run", (name, "step", f"^{label} {step}$", 1))
-        assert status == 0, errors
-        assert assert_one_sentence(errors) == (
+        assert status == 128 + signal.Signals[name], errors
+        assert said(errors) == [
+            f"{name}: stopping after this step, and saving; a second one ends at once.",
             f"{label}: {name} at step {step} of 12, which is saved; the same command goes on from "
-            "there."
-        )
+            "there.",
+        ]
         folder = tmp_path / "run" / ("teacher" if label == "teacher" else "")
         assert (folder / "checkpoints" / str(step)).is_dir()
         assert not (tmp_path / "run" / "result.json").exists()
     assert run(DIGITS, tmp_path / "run")[0] == 0
     assert_equal_runs(tmp_path / "run", digits, PHASES)
+
+
+@pytest.mark.slow
+def test_an_interrupt_before_the_training_leaves_no_traceback(run, tmp_path):
+    status, errors = run(DIGITS, tmp_path / "run", ("SIGINT", "open", "digits.py$", 1))
+    assert status == 128 + signal.SIGINT
+    assert errors == "SIGINT: ended at once; the same command goes on from what is saved.\n"
 
 
 # Refused
@@ -428,9 +442,11 @@ def train(monkeypatch, capfd):
                 terms=dict(task=dict(fn="cross_entropy", weight=1.0)),
             ),
         )
-        examples = (clean_inputs() if inputs is None else inputs, LABELS)
-        test = (clean_inputs(), LABELS)
-        own = data.from_arrays(train=examples, validation=None, test=test, num_classes=3)
+        clean = clean_inputs(), LABELS
+        own = data.from_arrays(train=clean, validation=None, test=clean, num_classes=3)
+        if inputs is not None:  # which from_arrays would refuse
+            poisoned = own.train.replace(inputs=jnp.asarray(inputs))
+            own = own.replace(train=poisoned, full=poisoned)
         capfd.readouterr()
         loop.train_and_evaluate(config | settings, workdir, data=own)
         result = json.loads((workdir / "result.json").read_text())

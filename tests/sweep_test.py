@@ -227,7 +227,7 @@ def stopped_at(step):
         patch.setattr(Progress, "update", stopping)
         with pytest.raises(SystemExit) as left:
             yield
-    assert left.value.code == 0
+    assert left.value.code == 128 + signal.SIGTERM
 
 
 def test_a_stopped_sweep_goes_on(swept, tmp_path, capsys):

@@ -1,11 +1,13 @@
 """The flag `--config` of every command, refused in one sentence where it cannot be read."""
 
+import contextlib
 import functools
 import logging
 import pathlib
 import re
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
@@ -74,7 +76,19 @@ def entry(main: Callable[[], None]) -> Callable[[list[str]], None]:
 def run(main: Callable[[], None]) -> None:
     """Runs the `main` of a script: see `parse`, with the flags that it defines, and `entry`."""
     known = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]
-    app.run(entry(main), flags_parser=functools.partial(parse, known=known))
+    with interruptible():
+        app.run(entry(main), flags_parser=functools.partial(parse, known=known))
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Where a KeyboardInterrupt would end the command: a line, and the exit status of SIGINT."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        line = "SIGINT: ended at once; the same command goes on from what is saved."
+        print(line, file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def silence() -> None:

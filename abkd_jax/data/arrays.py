@@ -16,6 +16,7 @@ from abkd_jax.data.sets import DataSet, Split, describe
 Examples = tuple[Any, Array] | tuple[Any, Array, Mapping[str, Array]]
 """inputs, a pytree of [N, ...]; labels [N, ...]; and maybe masks {name: [N, ...]}: numpy or JAX"""
 
+_IGNORED = -100  # a label that torch's losses leave out, as they do by default
 _TAKEN = ("inputs", "labels", "key", "outputs")  # by other entries of a batch
 
 
@@ -34,8 +35,9 @@ def from_arrays(
     Args:
         train: inputs, a pytree of arrays `[N, ...]`: floating (taken as they are), uint8 (images
             as they are stored) or other integers (the ids of tokens, left alone); labels `[N, ...]`
-            in 0..K-1, or -1 where a label is not known; and maybe masks {name: bool of the labels'
-            shape}, such as "where", which is False for what does not count.
+            in 0..K-1, or -1 (or -100, as in torch) where a label is not known; and maybe masks
+            {name: bool of the labels' shape}, such as "where", which is False for what does not
+            count.
         validation: likewise, every label known where it counts; None for no validation split.
         test: likewise, every label known where it counts.
         num_classes: K.
@@ -62,8 +64,7 @@ def from_arrays(
             "floats are taken as they are)"
         )
         require(_kinds(split) == _kinds(full), f"data.{name}", expected, _kinds(split))
-        leaves = jax.tree.leaves(split.inputs)
-        finite = name == "train" or all(jnp.all(jnp.isfinite(x)) for x in leaves)
+        finite = all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(split.inputs))
         require(finite, f"data.{name}'s inputs", "finite", "NaN or infinity")
     dataset = DataSet(
         train=full,
@@ -98,7 +99,8 @@ def _split(name: str, examples: Examples, num_classes: int) -> Split:
     expected = "integers; convert them, such as by labels.astype(int)"
     require(whole, f"{field}'s labels", expected, labels.dtype.name)
     masks = _masks(field, masks, labels.shape)
-    labels = np.asarray(labels)
+    labels = np.asarray(labels).astype(np.int64)
+    labels[labels == _IGNORED] = -1
     counts = name != "train" and masks.get("where", True)  # as a mask, or False for no row
     outside = labels[(labels < np.where(counts, 0, -1)) | (labels >= num_classes)]
     least = "-1" if name == "train" else "0"

@@ -55,7 +55,7 @@ def fit(training: Fit, carry: Carry, step: int, progress: Progress) -> Carry:
         The carry after the last step, which is kept.
 
     Raises:
-        SystemExit: with code 0, if a signal asked to stop, after saving.
+        SystemExit: if a signal asked to stop, after saving; with the code of a shell for it.
         FloatingPointError: one sentence, if the recorder says so.
         OSError: if a file cannot be written.
     """
@@ -87,11 +87,11 @@ def fit(training: Fit, carry: Carry, step: int, progress: Progress) -> Carry:
         if stops:
             recorder.wait()
             print(
-                f"{training.label}: {stops} at step {step} of {end}, which is saved; the same "
+                f"{training.label}: {stops.name} at step {step} of {end}, which is saved; the same "
                 "command goes on from there.",
                 file=sys.stderr,
             )
-            raise SystemExit(0)
+            raise SystemExit(128 + stops)  # as a shell has it: 130 for SIGINT, 143 for SIGTERM
         return carry
 
     if source.evaluated and step == 0:

@@ -48,7 +48,7 @@ def train_and_evaluate(
 ) -> dict[str, Any]:
     """Trains and evaluates all that a config asks for, or goes on where the workdir stands.
 
-    The first SIGTERM or SIGINT saves and leaves by SystemExit(0).
+    The first SIGTERM or SIGINT saves and leaves by SystemExit, with code 143 or 130.
 
     Args:
         config: of the run; `abkd_jax.config.schema` checks it, configs/ has examples.
