@@ -7,8 +7,9 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
-from abkd_jax import data
+from abkd_jax import adopt, data, from_nnx
 from abkd_jax.run import workdir as folders
 from abkd_jax.run.loop import train_and_evaluate
 from abkd_jax.train.checkpoint import FOLDER, Checkpoints
@@ -163,7 +164,7 @@ def test_one_of_several_networks_is_named(tmp_path):
     assert folders.load(tmp_path, "b").module.module.widths == (3,)
 
 
-def test_a_given_network_cannot_be_loaded(tmp_path):
+def test_a_given_network_is_loaded_into_what_was_given(tmp_path):
     made = config(
         teacher=dict(model=dict(fn="given")),
         student=network(model=dict(fn="given"), terms=TERMS),
@@ -172,11 +173,61 @@ def test_a_given_network_cannot_be_loaded(tmp_path):
     )
     kernel = np.ones((64, K), np.float32)
     given = {"teacher": (lambda w, x: x.reshape(len(x), -1) @ w, kernel)}
-    given["student"] = (lambda w, x: x.reshape(len(x), -1) @ w, 0 * kernel)
+    start = np.linspace(-1, 1, kernel.size, dtype=np.float32).reshape(kernel.shape)
+    given["student"] = (lambda w, x: x.reshape(len(x), -1) @ w, start)
     train_and_evaluate(made, tmp_path, networks=given, data=images())
     assert refusal(folders.load, tmp_path) == (
-        f"{tmp_path}: the network was given by its caller, so that its model is not known."
+        f"{tmp_path}: student was given by its caller; pass networks={{'student': (apply_fn, "
+        "variables)}, as to the run."
     )
+    loaded = folders.load(tmp_path, networks=given)
+    kernel = loaded.variables["params"]
+    assert np.any(kernel != start)
+    inputs = images().test.inputs[:3]
+    normalised = (np.asarray(inputs, np.float32).reshape(3, -1) / 255 - MEAN[0]) / STD[0]
+    np.testing.assert_allclose(loaded(inputs).logits, normalised @ kernel, rtol=1e-4, atol=1e-6)
+    narrow = given | {"student": (given["student"][0], kernel[:, :2])}
+    assert refusal(folders.load, tmp_path, networks=narrow) == (
+        f"{tmp_path} has params (64, {K}), but networks has (64, 2)."
+    )
+
+
+class Counted(nnx.Module):
+    """Ten layers and more, whose numbers sort otherwise than their names, and batch norm."""
+
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(64, 64, rngs=rngs) for _ in range(11)])
+        self.norm = nnx.BatchNorm(64, rngs=rngs)
+        self.last = nnx.Linear(64, K, rngs=rngs)
+
+    def __call__(self, x):
+        x = x.reshape(len(x), -1)
+        for layer in self.layers:
+            x = x + 0.1 * nnx.relu(layer(x))
+        return self.last(self.norm(x))
+
+
+def test_an_nnx_model_learns_and_is_loaded(tmp_path):
+    student = network(model=dict(fn="given"))
+    made = config(student=student, phases=dict(alone=dict(learn=("student",))), num_steps=3)
+    del made["teacher"]
+    given = {"student": from_nnx(Counted(nnx.Rngs(0)))}
+    result = train_and_evaluate(made, tmp_path, networks=given, data=images())
+    loaded = folders.load(tmp_path, networks=given)
+    test = images().test
+    accuracy = np.mean(np.argmax(loaded(test.inputs).logits, -1) == test.labels)
+    assert accuracy == pytest.approx(result["networks"]["student"]["last"]["accuracy"])
+    shown = adopt(loaded.module.apply, loaded.variables)
+    outputs, _ = shown.forward(shown.params, test.inputs, train=False)
+    np.testing.assert_allclose(outputs.logits, loaded(test.inputs).logits, rtol=1e-5)
+
+
+def test_inputs_of_another_shape_are_refused_by_a_loaded_network(tmp_path):
+    made = config(num_steps=1, phases=dict(alone=dict(learn=("teacher",))))
+    del made["student"]
+    train_and_evaluate(made, tmp_path, data=images())
+    message = refusal(folders.load(tmp_path), np.zeros((2, 8, 8, 3), np.uint8))
+    assert message.startswith("the network cannot take inputs of shape (2, 8, 8, 3): ")
 
 
 # --- a teacher from another run -----------------------------------------------------------------

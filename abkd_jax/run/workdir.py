@@ -2,21 +2,24 @@
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import pathlib
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax.errors import FlaxError
 from flax.traverse_util import flatten_dict
 from jax import numpy as jnp
 
 from abkd_jax import models
 from abkd_jax.config import weights
 from abkd_jax.config.build import Builder
+from abkd_jax.models import split_variables
 from abkd_jax.run.log.writer import replacing
 from abkd_jax.types import Outputs
 
@@ -27,7 +30,8 @@ class Loaded(NamedTuple):
     """A trained network.
 
     Attributes:
-        module: takes inputs as the data set stores them, and normalises them.
+        module: takes inputs as the data set stores them, and normalises them; what a caller gave
+            to the run has its `apply` alone.
         variables: its parameters (their moving average, if there is one) and batch statistics,
             without projections, which belong to its training.
         config: of the run.
@@ -38,17 +42,36 @@ class Loaded(NamedTuple):
     config: Mapping[str, Any]
 
     def __call__(self, inputs: Any) -> Outputs:
-        """The outputs for inputs `[B, ...]` as the data set stores them."""
-        return self.module.apply(self.variables, inputs, train=False)
+        """The outputs for inputs `[B, ...]` as the data set stores them.
+
+        Raises:
+            ValueError: if the inputs are not such as the network has learned from.
+        """
+        try:
+            return self.module.apply(self.variables, inputs, train=False)
+        except (FlaxError, TypeError, ValueError, IndexError) as error:
+            shapes = " and ".join(f"{np.shape(x)}" for x in jax.tree.leaves(inputs))
+            reason = f"{error}".strip().splitlines()[0].rstrip(".")
+            raise ValueError(
+                f"the network cannot take inputs of shape {shapes}: {reason}."
+            ) from error
 
 
-def load(workdir: str | os.PathLike, name: str | None = None, *, best: bool = False) -> Loaded:
+def load(
+    workdir: str | os.PathLike,
+    name: str | None = None,
+    *,
+    best: bool = False,
+    networks: Mapping[str, tuple[Callable, Any]] | None = None,
+) -> Loaded:
     """Loads a network that a run trained.
 
     Args:
         workdir: of the run, or of a phase before its last, which is in workdir/PHASE.
         name: of the network; None for the one by which the run selects.
         best: the state that was best on the validation data, in place of the last one.
+        networks: {name: (apply_fn, variables)} as the run had it, for networks that were given to
+            it: what is loaded takes the place of these variables.
 
     Returns:
         (module, variables, config), which can be called with a batch of inputs.
@@ -57,15 +80,38 @@ def load(workdir: str | os.PathLike, name: str | None = None, *, best: bool = Fa
         ValueError: one sentence, if there is no such run, network or checkpoint.
     """
     found = weights.run(workdir=os.fspath(workdir), network=name or "", best=best)
+    about = weights.read_about(pathlib.Path(workdir))
+    config, name = about["config"], name or about["select"]
     if found.model["fn"] == "given":
-        raise ValueError(
-            f"{found.origin}: the network was given by its caller, so that its model is not known."
-        )
-    config = weights.read_about(pathlib.Path(workdir))["config"]
+        if name not in (networks or {}):
+            raise ValueError(
+                f"{found.origin}: {name} was given by its caller; pass networks={{{name!r}: "
+                "(apply_fn, variables)}, as to the run."
+            )
+        apply_fn, variables = networks[name]
+        parts = dict(zip(found.variables, split_variables(apply_fn, variables), strict=True))
+        module = models.normalized_function(apply_fn, **found.preprocess)
+        return Loaded(module, _in_place_of(parts, found), config)
     builder = Builder(tuple(config["plugins"]))
     model = builder.bound(found.model, "model", f"{found.origin}: model")
     module = models.normalized(model(num_classes=found.num_classes), **found.preprocess)
     return Loaded(module, jax.tree.map(jnp.asarray, found.variables), config)
+
+
+def _in_place_of(variables: Mapping[str, Any], found: weights.Weights) -> Mapping[str, Any]:
+    """What was found, in the containers of the variables, which files do not know."""
+    named = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
+    there, here = (
+        {named(path): x for path, x in jax.tree.leaves_with_path(tree)}
+        for tree in (found.variables, variables)
+    )
+    for path in {**there, **here}:
+        shapes = [np.shape(tree[path]) if path in tree else None for tree in (there, here)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{found.origin} has {path} {shapes[0]}, but networks has {shapes[1]}."
+            )
+    return jax.tree.map_with_path(lambda path, _: jnp.asarray(there[named(path)]), variables)
 
 
 def claim(workdir: pathlib.Path, about: Mapping[str, Any]) -> None:
