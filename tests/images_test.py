@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pathlib
 
 import jax
@@ -13,6 +14,7 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from abkd_jax import data
+from abkd_jax.train.checkpoint import digest
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared/data/tfds"
 NAMES = ("ant", "bee", "cow")
@@ -190,14 +192,52 @@ def test_the_folder_may_come_from_the_environment(root, monkeypatch):
     assert len(load("").train) == SIZES["train"]
 
 
-def test_one_line_says_what_was_decoded_where_there_is_no_terminal(root, capsys):
-    load(root)
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ABKD_JAX_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def decoded_by(root, capsys):
+    """The set, and what was decoded for it."""
+    found = load(root)
     lines = capsys.readouterr().err.splitlines()
-    told = [line for line in lines if line.startswith("decoded ")]
-    assert [line.split(" in ")[0] for line in told] == [
-        "decoded 30 images of tiny (train)",
-        "decoded 12 images of tiny (test)",
-    ]
+    return digest(found), [line.split(" in ")[0] for line in lines if line.startswith("decoding")]
+
+
+BOTH = ["decoding 30 images of tiny (train)", "decoding 12 images of tiny (test)"]
+
+
+def test_a_set_is_decoded_once_and_says_so(root, cache, capsys):
+    first, told = decoded_by(root, capsys)
+    assert told == BOTH
+    assert decoded_by(root, capsys) == (first, [])
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_what_is_kept_is_of_the_very_files(splits, tmp_path, cache, capsys):
+    write_set(tmp_path / "tfds", splits)
+    first, _ = decoded_by(tmp_path / "tfds", capsys)
+    (file,) = (tmp_path / "tfds").rglob("*test*array_record*")
+    os.utime(file, (0, 0))
+    assert decoded_by(tmp_path / "tfds", capsys) == (first, BOTH)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", "half"])
+def test_a_damaged_file_is_made_anew(root, cache, capsys, content):
+    first, _ = decoded_by(root, capsys)
+    for path in cache.iterdir():
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    assert decoded_by(root, capsys) == (first, BOTH)
+    assert decoded_by(root, capsys) == (first, [])
+
+
+def test_a_set_is_read_where_nothing_can_be_kept(root, cache, capsys):
+    cache.write_text("in the way")
+    first, told = decoded_by(root, capsys)
+    assert told == BOTH
+    assert decoded_by(root, capsys) == (first, BOTH)
 
 
 # --- streams ------------------------------------------------------------------------------------

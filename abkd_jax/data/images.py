@@ -7,8 +7,6 @@ import io
 import os
 import pathlib
 import re
-import sys
-import time
 from typing import Any
 
 import jax
@@ -17,6 +15,7 @@ import numpy as np
 from abkd_jax.binding import nearest
 from abkd_jax.checks import require
 from abkd_jax.data.arrays import from_arrays
+from abkd_jax.data.decoded import decoded
 from abkd_jax.data.options import Found, Options, check_held_out, data_set
 from abkd_jax.data.sets import DataSet, Description
 from abkd_jax.data.stream import Stream
@@ -110,13 +109,13 @@ def _resident(
     train: "Records", test: "Records", rows: list, description: Description, options: Options
 ) -> DataSet:
     """The set in memory; rows are those of `train` that are held out, and those that are kept."""
-    (inputs, labels), (held_out, kept) = _decoded(train), rows
+    (inputs, labels), (held_out, kept) = decoded(train), rows
     if not len(options.mean):
         options = dataclasses.replace(options, **_statistics(inputs[kept]))
     return from_arrays(
         train=(inputs[kept], labels[kept]),
         validation=(inputs[held_out], labels[held_out]) if len(held_out) else None,
-        test=_decoded(test),
+        test=decoded(test),
         num_classes=description.num_classes,
         class_names=description.class_names,
         **vars(options),
@@ -178,6 +177,7 @@ class Records:
 
     Attributes:
         name: of the set and its split, for messages.
+        folder: of the set's files.
         shape: (height, width, channels); None for a height or width that varies.
     """
 
@@ -190,7 +190,7 @@ class Records:
         from tensorflow_datasets import decode
 
         self.name = f"{builder.info.name} ({split}) in {builder.data_dir}"
-        self.shape = shape
+        self.folder, self.shape = pathlib.Path(builder.data_dir), shape
         skip = {"image": decode.SkipDecoding()}  # Pillow does it, without TFDS's warnings
         try:
             self._examples = builder.as_data_source(split, decoders=skip)
@@ -286,28 +286,6 @@ def _check_place(name: str, folder: pathlib.Path, data_dir: str, download: bool)
             f"sets of TFDS; found {str(folder)!r}, which does not exist: correct it, or set "
             "data.download=True to prepare the set there."
         )
-
-
-def _decoded(records: Records) -> tuple[np.ndarray, np.ndarray]:
-    """All images `[N, H, W, C]` uint8 and labels `[N]` int32, with a progress bar.
-
-    One thread: for images of some kilobytes others wait for Python's lock, and slow it down.
-    """
-    from tqdm import tqdm
-
-    started = time.monotonic()
-    inputs = np.empty((len(records), *records.shape), np.uint8)
-    labels = np.empty(len(records), np.int32)
-    rows = tqdm(range(len(records)), desc=f"decoding {records.name}", disable=None)
-    for row in rows:
-        example = records[row]
-        inputs[row], labels[row] = example["inputs"], example["labels"]
-    if rows.disable and jax.process_index() == 0:  # no terminal to show progress on
-        seconds = time.monotonic() - started
-        print(
-            f"decoded {len(records)} images of {records.name} in {seconds:.1f} s", file=sys.stderr
-        )
-    return inputs, labels
 
 
 def _statistics(inputs: np.ndarray) -> dict[str, tuple[float, ...]]:
