@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import shutil
 import signal
 
 import jax
@@ -416,6 +417,47 @@ def test_a_run_that_is_stopped_in_either_phase_ends_as_one_that_was_not(tmp_path
     np.testing.assert_equal(run_two(tmp_path / "run", made), expected)
     for folder in ("", "warm"):
         assert rows(tmp_path / "run" / folder) == rows(tmp_path / "expected" / folder)
+
+
+# --- a run that is done --------------------------------------------------------------------------
+
+
+def alone(**changes):
+    """A student that learns from a function, for 5 steps."""
+    return config(teacher=GIVEN, checkpoint_every=5, log_every=2, steps_per_call=1, **changes)
+
+
+def run_alone(workdir, **changes):
+    given = {"teacher": function_teacher()}
+    return train_and_evaluate(alone(**changes), workdir, networks=given, data=dataset())
+
+
+def test_a_run_that_is_done_says_its_result_at_once(tmp_path, capsys):
+    result = run_alone(tmp_path)
+    shutil.rmtree(tmp_path / FOLDER)  # nothing is restored
+    capsys.readouterr()
+    assert run_alone(tmp_path) == result
+    assert capsys.readouterr().err.startswith(f"{tmp_path}: this run is done; with a larger num_s")
+    assert not (tmp_path / FOLDER).exists()
+
+
+def test_a_run_that_is_done_can_be_made_longer(tmp_path, capsys):
+    expected = run_alone(tmp_path / "whole", num_steps=9)
+    run_alone(tmp_path / "run")
+    capsys.readouterr()
+    with stopped_at(7):
+        run_alone(tmp_path / "run", num_steps=9)
+    assert capsys.readouterr().err.startswith(
+        f"{tmp_path / 'run'}: goes on with num_steps (5 there, 9 here); schedules are from now on "
+        "those of the new length.\n"
+    )
+    assert not (tmp_path / "run" / "result.json").exists()
+    result = run_alone(tmp_path / "run", num_steps=9)
+    assert result["networks"]["student"]["sha256"] == expected["networks"]["student"]["sha256"]
+    assert result["networks"]["student"]["last"] == expected["networks"]["student"]["last"]
+    for changes in (dict(num_steps=8), dict(num_steps=12, init_seed=1)):
+        with pytest.raises(ValueError, match=r"another run; these differ: .*num_"):
+            run_alone(tmp_path / "run", **changes)
 
 
 # --- a source that depends on a network ---------------------------------------------------------

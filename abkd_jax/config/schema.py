@@ -74,6 +74,16 @@ def ordered(group: ml_collections.ConfigDict) -> list[str]:
     return list(vars(group).get("_fields", group))
 
 
+def identified(config: Any, data: datasets.DataSet | None) -> dict[str, Any]:
+    """`plain`, with a set of the caller's own by its checksum."""
+    config = plain(config)
+    if data is not None:
+        expected = "a DataSet, such as data.from_arrays makes"
+        require(isinstance(data, datasets.DataSet), "data", expected, data)
+        config["data"] = GIVEN | {"sha256": digest(data)}
+    return config
+
+
 def resolve(
     config: ml_collections.ConfigDict | Mapping[str, Any],
     *,
@@ -95,11 +105,7 @@ def resolve(
     """
     expected = "a mapping {name: (apply_fn, variables)}"
     require(isinstance(networks, Mapping | None), "networks", expected, networks)
-    config, given = plain(config), dict(networks or {})
-    if data is not None:
-        expected = "a DataSet, such as data.from_arrays makes"
-        require(isinstance(data, datasets.DataSet), "data", expected, data)
-        config["data"] = GIVEN | {"sha256": digest(data)}
+    config, given = identified(config, data), dict(networks or {})
     _check(config)
     builder = Builder(config["plugins"], config["num_steps"])
     read, description = _data(config, builder, data)

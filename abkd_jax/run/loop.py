@@ -1,6 +1,7 @@
 """A run, from a config to a report: its phases in order, then the evaluation of all networks."""
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 from abkd_jax import data as datasets
 from abkd_jax import models, parallel
 from abkd_jax.config.plan import Phase
-from abkd_jax.config.schema import resolve
+from abkd_jax.config.schema import identified, resolve
 from abkd_jax.run import phases
 from abkd_jax.run import workdir as folders
 from abkd_jax.run.evaluation import Rows, evaluate
@@ -48,6 +49,8 @@ def train_and_evaluate(
 ) -> dict[str, Any]:
     """Trains and evaluates all that a config asks for, or goes on where the workdir stands.
 
+    A run that is done is told at once, and goes on under a larger `num_steps`.
+
     The first SIGTERM or SIGINT saves and leaves by SystemExit, with code 143 or 130.
 
     Args:
@@ -69,12 +72,22 @@ def train_and_evaluate(
         FloatingPointError: one sentence, if a term or gradient is not finite; the batch and the
             state are saved in workdir/nonfinite.
     """
+    if not (evaluate_only or profile):
+        result = folders.stored(folders.path_of(workdir), identified(config, data))
+        if result is not None:
+            print(
+                f"{workdir}: this run is done; with a larger num_steps it goes on, and evaluating "
+                "it makes its report anew.",
+                file=sys.stderr,
+            )
+            return result
     plan = resolve(config, networks=networks, data=data)
     with phases.opened(plan, workdir, profile=profile) as run:
         states, results = phases.ready(run), {}
         if evaluate_only and not (run.workdir / "config.json").exists():
             raise ValueError(f"{run.workdir} has no checkpoint to evaluate; train first.")
-        folders.claim(run.workdir, phases.identity(run, plan.phases[-1]))
+        about = phases.identity(run, plan.phases[-1])
+        folders.claim(run.workdir, about, longer=not evaluate_only)
         for phase in plan.phases:
             results[phase.name] = run_phase(run, phase, states, results, trains=not evaluate_only)
             states |= results[phase.name].last
@@ -110,7 +123,7 @@ def run_phase(
             states |= {name: x for name, x in before.best.items() if name in phase.learners}
     folder = run.workdir / phase.folder
     folder.mkdir(exist_ok=True)
-    folders.claim(folder, phases.identity(run, phase))
+    folders.claim(folder, phases.identity(run, phase), longer=trains)
     learners = phases.learners_of(run, phase, states)
     carry = begin(learners, phase.objectives, phase.source)
     with Checkpoints(folder / FOLDER) as checkpoints:
@@ -162,7 +175,7 @@ def _conclude(run: Run, states: Networks, results: Mapping[str, Result]) -> dict
     folders.write_json(run.workdir / "result.json", value)
     _write_examples(run, rows)
     report.write(run.workdir, run.plan.task)
-    return value
+    return folders.stored(run.workdir, run.plan.config)
 
 
 def _header(run: Run) -> dict[str, Any]:

@@ -67,10 +67,8 @@ def opened(plan: Plan, workdir: str | os.PathLike, *, profile: bool = False) -> 
         ValueError: one sentence, if the workdir or the data cannot be used.
         OSError: one sentence for what the operating system refuses, also later in the context.
     """
-    is_path = isinstance(workdir, str | os.PathLike) and workdir != ""
-    require(is_path, "workdir", "the path of a folder", workdir)
+    folder = folders.path_of(workdir)
     mesh = parallel.mesh(plan.config["devices"], batch_size=plan.config["batch_size"])
-    folder = pathlib.Path(workdir)
     with folders.locked(folder), Interruption() as interruption, _told_of_disks(folder):
         run = Run(plan, folder, plan.data(), mesh, interruption, profile)
         for phase in plan.phases:  # all of them before the first trains

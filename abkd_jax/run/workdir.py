@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -17,12 +18,14 @@ from flax.traverse_util import flatten_dict
 from jax import numpy as jnp
 
 from abkd_jax import models
+from abkd_jax.checks import require
 from abkd_jax.config import weights
 from abkd_jax.config.build import Builder
 from abkd_jax.models import split_variables
 from abkd_jax.run.log.writer import replacing
 from abkd_jax.types import Outputs
 
+_ABSENT = "absent"
 _PLACES = ("data.data_dir", "data.download")  # may differ when a run moves to another machine
 
 
@@ -114,35 +117,77 @@ def _in_place_of(variables: Mapping[str, Any], found: weights.Weights) -> Mappin
     return jax.tree.map_with_path(lambda path, _: jnp.asarray(there[named(path)]), variables)
 
 
-def claim(workdir: pathlib.Path, about: Mapping[str, Any]) -> None:
+def path_of(workdir: str | os.PathLike) -> pathlib.Path:
+    """The folder of a run.
+
+    Raises:
+        ValueError: if it is no path.
+    """
+    is_path = isinstance(workdir, str | os.PathLike) and workdir != ""
+    require(is_path, "workdir", "the path of a folder", workdir)
+    return pathlib.Path(workdir)
+
+
+def claim(workdir: pathlib.Path, about: Mapping[str, Any], *, longer: bool = False) -> None:
     """Makes the folder that of this run, or checks that it is.
 
     Args:
         workdir: of the run or of one of its phases.
         about: what identifies it: "config", "learners", "num_classes", "preprocess", ...
+        longer: whether it may become that of the same run with more steps, which is told.
 
     Raises:
         ValueError: naming what differs, if the folder is that of another run.
     """
-    about = json.loads(json.dumps(about))
-    if not (workdir / "config.json").exists():
-        write_json(workdir / "config.json", about | _origin())
+    path = workdir / "config.json"
+    if not path.exists():
+        write_json(path, {**about, **_origin()})
         return
-    found = weights.read_about(workdir)
-    there, here = _flat({key: found.get(key) for key in about}), _flat(about)
-    keys = [key for key in {**there, **here} if key.removeprefix("config.") not in _PLACES]
-    differing = [
-        f"{key.removeprefix('config.')} ({there.get(key, 'absent')!r} there, "
-        f"{here.get(key, 'absent')!r} here)"
-        for key in keys
-        if there.get(key, ...) != here.get(key, ...)
-    ]
-    if differing:
+    differing = _differing(weights.read_about(workdir), about)
+    if longer and differing and all(map(_is_longer, differing)):
+        print(
+            f"{workdir}: goes on with {_told(differing)}; schedules are from now on those of the "
+            "new length.",
+            file=sys.stderr,
+        )
+        (workdir / "result.json").unlink(missing_ok=True)
+        write_json(path, {**about, **_origin()})
+    elif differing:
         raise ValueError(
-            f"{workdir} is the workdir of another run; these differ: {', '.join(differing[:8])}"
+            f"{workdir} is the workdir of another run; these differ: {_told(differing[:8])}"
             f"{f', and {len(differing) - 8} more' if len(differing) > 8 else ''}. "
             "Choose another workdir, or the config of that run."
         )
+
+
+def stored(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a run of the config ended with in the folder; None if there is no such thing."""
+    try:
+        result = json.loads((workdir / "result.json").read_text())
+        return None if _differing(weights.read_about(workdir), {"config": config}) else result
+    except (OSError, ValueError):
+        return None
+
+
+def _differing(found: Mapping[str, Any], about: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(dotted path, value there, value here) of what is not the same."""
+    there = _flat({key: found.get(key) for key in about})
+    here = _flat(json.loads(json.dumps(about)))
+    paths = [(path.removeprefix("config."), path) for path in {**there, **here}]
+    return [
+        (name, there.get(path, _ABSENT), here.get(path, _ABSENT))
+        for name, path in paths
+        if name not in _PLACES and there.get(path, _ABSENT) != here.get(path, _ABSENT)
+    ]
+
+
+def _is_longer(difference: tuple[str, Any, Any]) -> bool:
+    name, there, here = difference
+    return name.split(".")[-1] == "num_steps" and type(there) is type(here) is int and here > there
+
+
+def _told(differing: list[tuple[str, Any, Any]]) -> str:
+    return ", ".join(f"{name} ({there!r} there, {here!r} here)" for name, there, here in differing)
 
 
 @contextlib.contextmanager
