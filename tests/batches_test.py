@@ -389,7 +389,8 @@ def test_outputs_that_were_computed_before_are_those_of_the_step(size):
     dataset = data.from_arrays(
         train=examples, validation=None, test=examples, num_classes=3, **normal
     )
-    cached = data.with_outputs(dataset.train, forward, dataset.preprocess, size)
+    of_batch = lambda batch: forward(batch["inputs"])  # noqa: E731
+    cached = data.with_outputs(dataset.train, of_batch, dataset.preprocess, size)
     assert cached.outputs["deep"].head is None and cached.outputs["deep"].features is None
     assert cached.outputs["flat"].hidden is None
     examples, _ = data.Feed(cached, dataset.preprocess, data_seed=1, size=5)(1)
@@ -405,8 +406,8 @@ def test_outputs_that_were_computed_before_are_those_of_the_step(size):
 
 
 def test_outputs_of_sequences():
-    def of_ids(inputs):
-        return {"teacher": Outputs(logits=jax.nn.one_hot(inputs["ids"], V))}
+    def of_ids(batch):
+        return {"teacher": Outputs(logits=jax.nn.one_hot(batch["inputs"]["ids"], V))}
 
     dataset = of_sequences()
     cached = data.with_outputs(dataset.train, of_ids, dataset.preprocess, 3)

@@ -188,7 +188,7 @@ def test_the_centers_of_a_run_are_the_teachers_means_without_augmentation(tmp_pa
         states = run_phase(run, first, {}, {}).last
         teacher = train.frozen(states["teacher"])
         objectives = phases.objectives_of(run, last, {"teacher": teacher})
-        again = phases.class_means(run, teacher)
+        again = phases.class_means(run, "teacher", teacher)
     centers = objectives["student"]["it"].loss.numbers["centers"]
     np.testing.assert_array_equal(centers, again)
     split = images().train

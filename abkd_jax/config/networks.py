@@ -1,13 +1,18 @@
 """The networks of a config: their modules with projections, or what the caller hands over."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+import jax
+from jax import numpy as jnp
 
 from abkd_jax.checks import require
 from abkd_jax.config.build import refusing
 from abkd_jax.config.dry_run import hidden_width
 from abkd_jax.config.plan import GIVEN, Network, Plan, network_groups
-from abkd_jax.models import as_outputs, projected
+from abkd_jax.data import outputs_of_file
+from abkd_jax.models import Cached, as_outputs, projected
+from abkd_jax.types import Outputs
 
 
 def networks_of(plan: Plan, given: Mapping[str, Any]) -> dict[str, Network]:
@@ -56,7 +61,26 @@ def networks_of(plan: Plan, given: Mapping[str, Any]) -> dict[str, Network]:
             weights = builder.bound(group["weights"], "weights", f"{name}.weights")
         seed = group.get("init_seed", plan.config["init_seed"])
         built[name] = Network(module, given.get(name), weights, seed)
+        if isinstance(module, Cached):
+            known = _known(name, module.file, plan)
+            built[name] = Network(None, (known, {}), None, seed, cached=module.file)
     return {name: _projecting(name, plan, built) for name in built}
+
+
+def _known(name: str, path: str, plan: Plan) -> Callable[..., Outputs]:
+    """Stands for a network whose outputs are known: NaN of their shapes, which nobody reads."""
+    field, shown = f"{name}.model.path", plan.description.outputs
+    if path:
+        with refusing(ValueError, f"{name}.model: "):
+            shown = {name: outputs_of_file(path)[1].map_rows(lambda x: x[0])}
+    of_data = f"a file of data.save_outputs, since the data come with outputs of {[*shown]} alone"
+    require(name in shown, field, of_data, path)
+
+    def apply(variables: Any, inputs: Any) -> Outputs:
+        rows = jax.tree.leaves(inputs)[0].shape[0]
+        return shown[name].map_rows(lambda x: jnp.full((rows, *x.shape), jnp.nan, jnp.float32))
+
+    return apply
 
 
 def _projecting(name: str, plan: Plan, networks: Mapping[str, Network]) -> Network:

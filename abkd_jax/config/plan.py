@@ -27,6 +27,8 @@ class Network(NamedTuple):
     Attributes:
         module: with its projections; None for one that the caller hands over.
         given: (apply_fn, variables) of one that the caller hands over, else None.
+        cached: the file of the outputs that stand for it, "" where they come with the data; None
+            for a network that is called.
         weights: a function of `config.weights`, bound; None for new parameters.
         init_seed: of new parameters.
     """
@@ -35,6 +37,7 @@ class Network(NamedTuple):
     given: tuple[Callable, Any] | None
     weights: Bound | None
     init_seed: int
+    cached: str | None = None
 
 
 class Learner(NamedTuple):

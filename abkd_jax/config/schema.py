@@ -225,6 +225,9 @@ def _phase(plan: Plan, name: str, group: Any, folder: str) -> Phase:
     source = group.get("source", {"fn": "dataset"})
     source = plan.builder.bound(source, "source", f"{at}.source")()
     phase = Phase(name, folder, {}, see, split, num_steps, source, start, select)
+    for key in learn:
+        if networks[key].cached is not None:
+            raise ValueError(f"{at}.learn: {key} is known by its outputs alone and cannot learn.")
     learners = {key: _learner(plan, phase, key, group.get(key, {}), learn) for key in learn}
     for key in networks:
         if key in group and key not in learn:

@@ -8,4 +8,10 @@ from abkd_jax.data.images import tfds
 from abkd_jax.data.options import Options, data_set
 from abkd_jax.data.sets import DataSet, Description, Split, describe
 from abkd_jax.data.stream import Stream
-from abkd_jax.data.teacher_cache import with_outputs
+from abkd_jax.data.teacher_cache import (
+    from_file,
+    outputs_of_file,
+    row_hashes,
+    save_outputs,
+    with_outputs,
+)

@@ -88,6 +88,7 @@ class Description(NamedTuple):
         inputs: one example as a network takes it, a pytree of `jax.ShapeDtypeStruct`.
         labels: one example's labels, likewise: of shape `()`, or `[T]` for T of them.
         masks: the names of the masks of a training batch, sorted.
+        outputs: what comes with each example of networks that do not learn, by name, likewise.
     """
 
     num_classes: int
@@ -95,6 +96,7 @@ class Description(NamedTuple):
     inputs: Any
     labels: jax.ShapeDtypeStruct
     masks: tuple[str, ...] = MASKS
+    outputs: Mapping[str, Outputs] = {}
 
 
 def describe(dataset: DataSet) -> Description:
@@ -107,4 +109,12 @@ def describe(dataset: DataSet) -> Description:
     rows = jax.eval_shape(lambda x: jax.tree.map(lambda x: x[0], x), rows)
     inputs = jax.eval_shape(normalized, rows["inputs"], Preprocess())
     masks = tuple(sorted({*MASKS, *rows} - {"inputs", "labels", "outputs"}))
-    return Description(dataset.num_classes, dataset.class_names, inputs, rows["labels"], masks)
+    named = dataset.num_classes, dataset.class_names
+    return Description(*named, inputs, rows["labels"], masks, _shown(split))
+
+
+def _shown(split: Split | Stream) -> dict[str, Outputs]:
+    """The shapes of the outputs that come with one example."""
+    outputs = {} if isinstance(split, Stream) else split.outputs
+    first = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)  # noqa: E731
+    return {name: x.map_rows(first) for name, x in outputs.items()}

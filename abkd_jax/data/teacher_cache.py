@@ -1,19 +1,29 @@
-"""The outputs of networks that do not learn, computed once for all steps."""
+"""The outputs of networks that do not learn, computed once for all steps, here or elsewhere.
 
+A file of outputs is an npz with `logits` [N, ...] and maybe `hidden` [N, ...], and for each row the
+`hash` of its example (`row_hashes`), by which outputs and examples find each other in any order.
+"""
+
+import hashlib
+import os
+import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import numpy as np
 from jax import numpy as jnp
 
+from abkd_jax.checks import require
 from abkd_jax.data.augment import Preprocess
 from abkd_jax.data.batches import evaluation_batches
 from abkd_jax.data.sets import Split
-from abkd_jax.types import Outputs
+from abkd_jax.types import Batch, Outputs
 
 
 def with_outputs(
     split: Split,
-    forward: Callable[[Any], Mapping[str, Outputs]],
+    forward: Callable[[Batch], Mapping[str, Outputs]],
     preprocess: Preprocess,
     size: int,
 ) -> Split:
@@ -23,8 +33,7 @@ def with_outputs(
 
     Args:
         split: in memory.
-        forward: `inputs [B, ...] -> {network: Outputs}`, compiled by the caller, who has the
-            parameters.
+        forward: a batch -> {network: Outputs}, compiled by the caller, who has the parameters.
         preprocess: of the inputs; its crops and flips are left out.
         size: B.
 
@@ -33,9 +42,100 @@ def with_outputs(
     """
     found = []
     for batch in evaluation_batches(split, size, preprocess):
-        shown = forward(batch["inputs"]).items()
+        shown = forward(batch).items()
         found.append({name: Outputs(logits=x.logits, hidden=x.hidden) for name, x in shown})
     joined = lambda *parts: jnp.concatenate(parts)[: len(split)]  # noqa: E731
     first, *others = found
     outputs = {name: x.map_rows(joined, *(o[name] for o in others)) for name, x in first.items()}
     return split.replace(outputs=outputs)
+
+
+def row_hashes(inputs: Any) -> np.ndarray:
+    """A hash of each example's inputs, as a `Split` has them.
+
+    Args:
+        inputs: a pytree of arrays `[N, ...]`. What is floating is hashed as float32, and integers
+            but uint8 as int32, as they are stored.
+
+    Returns:
+        `[N]` uint64.
+    """
+    arrays = [_as_stored(np.asarray(x)) for x in jax.tree.leaves(inputs)]
+    kinds = repr([(x.dtype.str, x.shape[1:]) for x in arrays]).encode()
+    rows = (b"".join([kinds, *(x.tobytes() for x in row)]) for row in zip(*arrays, strict=True))
+    hashes = [hashlib.blake2b(row, digest_size=8).digest() for row in rows]
+    return np.frombuffer(b"".join(hashes), np.uint64)
+
+
+def save_outputs(path: str | os.PathLike, *parts: tuple[Any, Outputs]) -> None:
+    """Writes a file of a network's outputs, for a config's `model=dict(fn="cached", path=...)`.
+
+    Args:
+        path: of the file, an npz.
+        *parts: (inputs, outputs) of each split: inputs `[N, ...]` as the split has them, outputs
+            with `logits` [N, ..., K] and maybe `hidden` [N, ..., D].
+
+    Raises:
+        ValueError: if inputs and outputs have other rows, or the parts show other things.
+    """
+    arrays = {"hash": np.concatenate([row_hashes(inputs) for inputs, _ in parts])}
+    for name in _PARTS:
+        found = [getattr(outputs, name) for _, outputs in parts]
+        shown = [x is not None for x in found]
+        require(any(shown) == all(shown), f"the outputs' {name}", "shown of all parts", shown)
+        if any(shown):
+            arrays[name] = np.concatenate([np.asarray(x) for x in found])
+            rows, expected = len(arrays[name]), len(arrays["hash"])
+            require(rows == expected, f"the outputs' {name}", f"of {expected} rows", rows)
+    with open(path, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def outputs_of_file(path: str | os.PathLike) -> tuple[np.ndarray, Outputs]:
+    """The hashes `[N]` and the outputs `[N, ...]` of a file, on the host.
+
+    Raises:
+        ValueError: if it cannot be read, or is none of `save_outputs`.
+    """
+    try:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"the file of outputs {path} cannot be read ({reason}).") from error
+    fits = {"hash", "logits"} <= set(arrays) and len({len(x) for x in arrays.values()}) == 1
+    expected = "an npz with hash and logits of as many rows, as data.save_outputs writes"
+    require(fits, f"the file of outputs {path}", expected, sorted(arrays))
+    return arrays["hash"], Outputs(logits=arrays["logits"], hidden=arrays.get("hidden"))
+
+
+def from_file(split: Split, path: str | os.PathLike, field: str) -> Outputs:
+    """The outputs of each example of a split, on the device.
+
+    Args:
+        split: in memory.
+        path: of the file.
+        field: what the split is called: "data.train".
+
+    Raises:
+        ValueError: if the file lacks an example, or cannot be read.
+    """
+    hashes, outputs = outputs_of_file(path)
+    order, wanted = np.argsort(hashes, kind="stable"), row_hashes(split.inputs)
+    at = order[np.minimum(np.searchsorted(hashes, wanted, sorter=order), len(hashes) - 1)]
+    missing = int(np.sum(hashes[at] != wanted))
+    if missing:
+        raise ValueError(
+            f"{path} has no outputs for {missing} of the {len(split)} examples of {field}: outputs "
+            "are found by a hash of the inputs as the split has them (data.row_hashes)."
+        )
+    return outputs.map_rows(lambda x: jnp.asarray(x[at]))
+
+
+def _as_stored(x: np.ndarray) -> np.ndarray:
+    if x.dtype == np.uint8:
+        return x
+    return x.astype(np.int32 if np.issubdtype(x.dtype, np.integer) else np.float32)
+
+
+_PARTS = ("logits", "hidden")

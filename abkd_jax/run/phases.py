@@ -27,7 +27,7 @@ from abkd_jax.config.weights import Weights
 from abkd_jax.losses import feature
 from abkd_jax.run import workdir as folders
 from abkd_jax.run.interruption import Interruption
-from abkd_jax.train import Networks, Objectives, TrainState, adopt, create
+from abkd_jax.train import Networks, Objectives, TrainState, adopt, create, eval_outputs
 from abkd_jax.types import Batch
 
 
@@ -70,10 +70,32 @@ def opened(plan: Plan, workdir: str | os.PathLike, *, profile: bool = False) -> 
     folder = folders.path_of(workdir)
     mesh = parallel.mesh(plan.config["devices"], batch_size=plan.config["batch_size"])
     with folders.locked(folder), Interruption() as interruption, _told_of_disks(folder):
-        run = Run(plan, folder, plan.data(), mesh, interruption, profile)
+        run = Run(plan, folder, _with_known(plan, plan.data()), mesh, interruption, profile)
         for phase in plan.phases:  # all of them before the first trains
             examples(run, phase)
         yield run
+
+
+def _with_known(plan: Plan, data: datasets.DataSet) -> datasets.DataSet:
+    """The data with the outputs of the networks that are known by these alone."""
+    for name, network in plan.networks.items():
+        if network.cached is None:
+            continue
+        field, preprocess = f"{name}.model", data.preprocess
+        plain = not (preprocess.pad or preprocess.flip)
+        require(plain, field, "called where examples are augmented (data.pad, data.flip)", "cached")
+        for part in ("train", "full", "validation", "test"):
+            split = getattr(data, part)
+            if split is None:
+                continue
+            resident = isinstance(split, datasets.Split)
+            require(resident, field, "called where examples are streamed (data.stream)", "cached")
+            if network.cached:
+                outputs = datasets.from_file(split, network.cached, f"data.{part}")
+                split = split.replace(outputs={**split.outputs, name: outputs})
+            require(name in split.outputs, f"data.{part}.outputs", f"of {name}", [*split.outputs])
+            data = data.replace(**{part: split})
+    return data
 
 
 def identity(run: Run, phase: Phase) -> dict[str, Any]:
@@ -155,11 +177,11 @@ def learners_of(run: Run, phase: Phase, states: Networks) -> Networks:
 
 def objectives_of(run: Run, phase: Phase, networks: Networks) -> Objectives:
     """The objectives of a phase, their statistics computed from the frozen networks."""
-    of_network = functools.cache(lambda name: class_means(run, networks[name]))
+    of_network = functools.cache(lambda name: class_means(run, name, networks[name]))
     return with_statistics(phase.objectives, lambda _, term: of_network(term.other))
 
 
-def class_means(run: Run, state: TrainState) -> Array:
+def class_means(run: Run, name: str, state: TrainState) -> Array:
     """The means of a network's features over each class of all training examples, `[K, D]`.
 
     A function of the network and the data alone: all labels, no augmentation, evaluation's mode.
@@ -167,17 +189,17 @@ def class_means(run: Run, state: TrainState) -> Array:
     state, size = parallel.replicated(state, run.mesh), run.plan.config["batch_size"]
     sums, counts = np.zeros(()), np.zeros(())
     for batch in datasets.evaluation_batches(run.data.full, size, run.data.preprocess):
-        found = _class_sums(state, batch, num_classes=run.data.num_classes, mesh=run.mesh)
+        found = _class_sums({name: state}, batch, num_classes=run.data.num_classes, mesh=run.mesh)
         sums, counts = sums + np.asarray(found[0]), counts + np.asarray(found[1])
     means = sums / np.maximum(counts, 1)[:, None]
     return parallel.replicated(jnp.asarray(means, jnp.float32), run.mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("num_classes", "mesh"))
-def _class_sums(state: TrainState, batch: Batch, *, num_classes: int, mesh: Mesh):
+def _class_sums(network: Networks, batch: Batch, *, num_classes: int, mesh: Mesh):
     """The sums and the sizes of the classes in one batch."""
     batch = parallel.split(batch, mesh)
-    outputs, _ = state.forward(state.eval_params, batch["inputs"], train=False)
+    (outputs,) = eval_outputs(network, batch).values()
     labels = jnp.where(batch["where"], batch["labels"], -1).reshape(-1)
     hidden = outputs.hidden.reshape(-1, outputs.hidden.shape[-1])
     return feature.class_sums(hidden, labels, num_classes)

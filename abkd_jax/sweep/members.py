@@ -37,7 +37,7 @@ from abkd_jax.sweep.plan import Members, map_numbers, planned
 from abkd_jax.sweep.table import column, read_rows, shown, write_csv
 from abkd_jax.tasks import Task
 from abkd_jax.train.checkpoint import FOLDER, Checkpoints
-from abkd_jax.types import Outputs
+from abkd_jax.types import Batch, Outputs
 
 TABLE = "sweep.csv"
 HISTORY = "history.csv"
@@ -146,7 +146,7 @@ class Program:
         self.run, self.phase, self.members = run, phase, members
         self._states, self._chunk, config = states, chunk, run.plan.config
         self.frozen = parallel.everywhere({name: train.frozen(states[name]) for name in phase.see})
-        self._means = functools.cache(lambda name: phases.class_means(run, self.frozen[name]))
+        self._means = functools.cache(lambda name: phases.class_means(run, name, self.frozen[name]))
         split, size = phases.examples(run, phase)
         if _cacheable(run, phase, split):
             names = ", ".join(self.frozen)
@@ -347,5 +347,5 @@ def _cacheable(run: Run, phase: Phase, split: Any) -> bool:
 
 
 @jax.jit
-def _row_outputs(frozen: train.Networks, inputs: Any) -> dict[str, Outputs]:
-    return train.eval_outputs(frozen, {"inputs": inputs})
+def _row_outputs(frozen: train.Networks, batch: Batch) -> dict[str, Outputs]:
+    return train.eval_outputs(frozen, batch)
