@@ -47,6 +47,7 @@ def environment(folder):
     }
 
 
+@pytest.mark.slow
 @every_notebook
 def test_runs(name, tmp_path):
     nbclient = pytest.importorskip("nbclient")

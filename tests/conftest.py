@@ -23,6 +23,16 @@ def own_cache(tmp_path_factory):
     os.environ["ABKD_JAX_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
 
 
+_SLOW = set((pathlib.Path(__file__).parent / "slow.txt").read_text().splitlines())
+
+
+def pytest_collection_modifyitems(items):
+    """Marks the tests of slow.txt."""
+    for item in items:
+        if item.nodeid in _SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
 _MOST_MAPS = 20_000  # of the 65,530 that Linux allows a process: past them XLA's compiler crashes
 _tests = itertools.count(1)
 

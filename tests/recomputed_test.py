@@ -231,7 +231,10 @@ class Done:
 
 @pytest.fixture(
     scope="module",
-    params=["offline", "unselected", "online", pytest.param("peers", marks=pytest.mark.slow)],
+    params=[
+        "offline",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("unselected", "online", "peers")),
+    ],
 )
 def done(request, tmp_path_factory):
     return Done(request.param, tmp_path_factory.mktemp(request.param))
@@ -445,7 +448,9 @@ class Swept:
             self.members.append((point | dict(init_seed=run.numbers["init_seed"]), run, course))
 
 
-@pytest.fixture(scope="module", params=SWEEPS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in SWEEPS]
+)
 def swept(request, tmp_path_factory):
     return Swept(request.param, tmp_path_factory.mktemp(request.param))
 
