@@ -1237,6 +1237,20 @@ def test_logit_mse_counts_only_the_classes_that_exist():
     assert divergences.logit_mse(student[1::2], teacher[1::2]) == 0.0
 
 
+def test_logit_mse_saturates_where_one_side_alone_has_no_class():
+    """As the limit of a logit that falls, with slopes of the right sign."""
+    whole, without = np.array([1.0, 0.5, 2.0]), np.array([1.0, -INF, 2.0])
+    for dtype in (np.float32, np.float64):
+        with jax.enable_x64(dtype == np.float64):
+            student, teacher = whole.astype(dtype), without.astype(dtype)
+            found, slopes = value_and_gradients(divergences.logit_mse, student, teacher, {})
+            slopes = [np.asarray(x) for x in slopes]
+            assert 1e14 < found < INF and np.isfinite(slopes[0]).all()
+            assert slopes[0][1] > 0 and not slopes[0][[0, 2]].any()
+            found, slopes = value_and_gradients(divergences.logit_mse, teacher, student, {})
+            assert 1e14 < found < INF and np.isfinite(slopes[1]).all() and slopes[1][1] > 0
+
+
 def test_jensen_shannon_at_the_ends_has_the_slopes_of_kl():
     row = Row("", divergences.jensen_shannon, {"teacher_weight": 0.0}, softmaxed(kl))
     student_logits, teacher_logits, _ = row.draw(dtype=np.float32)

@@ -71,6 +71,21 @@ def test_clipping_scales_the_gradient_to_the_norm(name):
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_decay_is_not_clipped():
+    """The gradient is, before the decay is added, as by torch's clip_grad_norm_."""
+    torch = pytest.importorskip("torch", reason="torch is the oracle: pip install -e '.[torch]'")
+    start, gradients = np.array([20.0, -30.0]), [np.array([3.0, 4.0]), np.array([0.1, 0.2])]
+    rule = bind(optimizers.sgd, learning_rate=0.1, momentum=0.9, weight_decay=0.3, clip_norm=0.5)
+    leaf = torch.nn.Parameter(torch.tensor(start, dtype=torch.float32))
+    reference = torch.optim.SGD([leaf], lr=0.1, momentum=0.9, weight_decay=0.3)
+    found = run(rule, jnp.asarray(start, jnp.float32), jnp.asarray(gradients, jnp.float32))
+    for gradient, params in zip(gradients, found, strict=True):
+        leaf.grad = torch.tensor(gradient, dtype=torch.float32)
+        torch.nn.utils.clip_grad_norm_([leaf], 0.5)
+        reference.step()
+        np.testing.assert_allclose(params, leaf.detach().numpy(), rtol=1e-5)
+
+
 def test_learning_rate_follows_its_schedule():
     rate = schedule(linear, start=1.0, end=0.0, steps=4)
     gradients = [jnp.ones(1)] * STEPS

@@ -95,6 +95,22 @@ def test_the_entropy_is_that_of_the_first_batches(tmp_path):
     np.testing.assert_allclose(last["analysis/student/entropy"], entropies.mean(), rtol=1e-5)
 
 
+def test_a_scheduled_weight_is_that_of_the_learners_step(tmp_path):
+    """The parameters stand still, so that the gradient's norm is the weight times one number."""
+    norms = {}
+    for name, weight in (("one", 1.0), ("ramp", dict(fn="linear", start=1.0, end=3.0))):
+        values = config(analysis=("gradient_norms",))
+        student = values["student"]
+        distill = student["terms"]["distill"] | dict(weight=weight)
+        still = dict(optimizer=dict(fn="sgd", learning_rate=0.0), terms=dict(distill=distill))
+        train_and_evaluate(values | dict(student=student | still), tmp_path / name, data=dataset())
+        key = "analysis/student/gradient_norm/distill"
+        norms[name] = {row["step"]: row[key] for row in rows(tmp_path / name) if key in row}
+    assert norms["one"][3] == pytest.approx(norms["one"][6])
+    assert norms["ramp"][3] == pytest.approx(2 * norms["one"][3], rel=1e-5)
+    assert norms["ramp"][6] == pytest.approx(3 * norms["one"][6], rel=1e-5)
+
+
 @pytest.mark.slow
 def test_networks_that_learn_together_and_input_gradients(tmp_path):
     values = config(
