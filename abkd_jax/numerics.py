@@ -5,7 +5,6 @@ work on the last axis, accept -inf for a class that has been removed, and differ
 and reverse mode to any order.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -235,9 +234,7 @@ def falling_prefix(levels: Array, limit: int | Array, *, weighted: bool = False)
     leading = jnp.broadcast_shapes(levels.shape[:-1], limit.shape[:-1])
     levels = jnp.broadcast_to(levels, (*leading, levels.shape[-1]))
     limit = jnp.broadcast_to(limit, (*leading, 1))
-    by_search = functools.partial(_prefix_by_search, weighted=weighted)
-    by_sort = functools.partial(_prefix_by_sort, weighted=weighted)
-    return jax.lax.platform_dependent(levels, limit, cpu=by_search, default=by_sort)
+    return _prefix_by_search(levels, limit, weighted=weighted)
 
 
 def log_sum_exp(logits: Array) -> Array:
@@ -367,16 +364,8 @@ def _centred(tangent: Array, log_probs: Array) -> Array:
     return delta - jnp.sum(probs * delta, axis=-1, keepdims=True)
 
 
-def _prefix_by_sort(levels: Array, limit: Array, *, weighted: bool) -> Array:
-    order = jnp.argsort(levels, axis=-1, descending=True, stable=True)
-    falling = jnp.take_along_axis(levels, order, axis=-1) if weighted else jnp.ones_like(levels)
-    within = jnp.cumsum(falling, axis=-1) <= limit
-    nothing = jnp.zeros(levels.shape, bool)
-    return jnp.put_along_axis(nothing, order, within, axis=-1, inplace=False)
-
-
 def _prefix_by_search(levels: Array, limit: Array, *, weighted: bool) -> Array:
-    """By bisection, bit by bit: on CPU all its passes together take a fraction of a sort.
+    """By bisection, bit by bit: all its passes together take a fraction of a sort.
 
     First of the level at which the sum exceeds the limit, until every row has one class left that
     may be it. Where several share that level, of the index up to which they still fit.

@@ -130,12 +130,11 @@ def taken(levels, limit, weighted):
     return mask
 
 
-@pytest.mark.parametrize("way", ["falling_prefix", "_prefix_by_search", "_prefix_by_sort"])
 @pytest.mark.parametrize("weighted", [False, True], ids=["counted", "weighted"])
-def test_falling_prefix(weighted, way):
+def test_falling_prefix(weighted):
     """Against a loop: few levels and so many ties, many levels, and both in one batch."""
     rng = np.random.default_rng(0)
-    prefix = jax.jit(functools.partial(getattr(numerics, way), weighted=weighted))
+    prefix = jax.jit(functools.partial(numerics.falling_prefix, weighted=weighted))
     lowest = 0 if weighted else -(2**31)
     for highest, classes in ((2**31 // 40, 33), (2**31 // 40, 1)):
         levels = rng.integers(max(lowest, -(2**31)), highest, (40, classes))
