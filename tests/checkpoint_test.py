@@ -46,6 +46,8 @@ def reopen(tmp_path):
         ([0.0, None, None, None, None], [1, 4, 5], 1),
         ([0.8, 0.7, None, 0.9, None], [4, 5], 4),
         ([None], [1], None),
+        ([np.nan], [1], None),
+        ([np.nan, 0.5, 0.3, np.nan], [2, 3, 4], 2),
     ],
 )
 def test_the_newest_two_and_the_best_are_kept(reopen, scores, kept, best):
