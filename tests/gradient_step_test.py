@@ -154,6 +154,15 @@ def test_the_gradients_that_the_step_shows():
         np.testing.assert_array_equal(shown[name][labels < 0], 0)
 
 
+def test_a_network_that_does_not_learn_is_its_moving_average():
+    networks, batch = smooth_pair(), make_batch()
+    teacher = networks["teacher"]
+    averaged = teacher.replace(params=make_params(6, 2), ema_params=teacher.params)
+    expected, _ = learned(networks, batch, {"kdiga": KDIGA})
+    found, _ = learned(networks | {"teacher": averaged}, batch, {"kdiga": KDIGA})
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 @pytest.mark.parametrize("micro_batches", [2, 4])
 def test_parts_of_the_batch_add_up(micro_batches):
     networks, batch = smooth_pair(), make_batch()

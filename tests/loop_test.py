@@ -497,6 +497,21 @@ def test_a_source_is_told_of_every_evaluation_and_step_0_is_never_the_best(tmp_p
             assert state["accuracy"] == pytest.approx(found[step])
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_has_step_0_once(tmp_path):
+    tmp_path.joinpath("metrics.jsonl").write_text('{"step": 0, "validation/student/nll": 1.0}\n')
+    made = drawn_labels(num_steps=2, checkpoint_every=2, log_every=2)
+    train_and_evaluate(made, tmp_path, data=dataset())
+    assert [row["step"] for row in rows(tmp_path)] == [0, 2, 2]
+
+
+def test_a_trace_is_of_the_last_phase_alone(tmp_path):
+    """Which is too short for one here, in contrast to the one before."""
+    made = config(num_steps=2)
+    made["phases"]["teacher"]["num_steps"] = 12
+    train_and_evaluate(made, tmp_path, data=dataset(), profile=True)
+    assert not (tmp_path / "profile").exists()
+
+
 @pytest.mark.slow
 def test_a_source_draws_the_same_on_any_number_of_devices(tmp_path):
     states = {}

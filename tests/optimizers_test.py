@@ -114,6 +114,18 @@ def test_moving_average_is_the_recursion():
     assert plain.ema_params is None and plain.eval_params is plain.params
 
 
+def test_a_moving_average_follows_the_schedule_of_its_decay():
+    """The decay of the first update is the schedule's start, as for every other number."""
+    state = create(ema_decay=schedule(linear, start=0.75, end=0.0, steps=3))
+    average = state.params
+    for decay in (0.75, 0.5, 0.25, 0.0):
+        state = state.apply_gradients(grads=jax.tree.map(jnp.ones_like, state.params))
+        mixed = lambda a, p, d=decay: d * a + (1 - d) * p  # noqa: E731
+        average = jax.tree.map(mixed, average, state.params)
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6)  # noqa: E731
+        jax.tree.map(close, state.ema_params, average)
+
+
 def test_two_states_of_one_kind_have_one_structure():
     one, other = create(learning_rate=0.1), create(learning_rate=0.7)
     assert jax.tree.structure(one) == jax.tree.structure(other)

@@ -7,9 +7,14 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
+from jax import numpy as jnp
 
-from abkd_jax import analysis, data, load
+from abkd_jax import analysis, data, load, losses, models, optimizers, train
+from abkd_jax.binding import bind
+from abkd_jax.divergences import forward_kl
 from abkd_jax.run.loop import train_and_evaluate
+from abkd_jax.run.probing import probed
+from abkd_jax.types import Term
 
 K, DIM = 3, 6
 
@@ -127,6 +132,36 @@ def test_networks_that_learn_together_and_input_gradients(tmp_path):
     assert last["analysis/teacher/gradient_norm/task"] > 0
     # The parts of the loss at this step differ from the step's own batch by the batch alone.
     assert 0 < last["analysis/teacher/mass_flow/moved"] < 0.1
+
+
+def test_networks_are_seen_as_in_training_and_as_in_evaluation():
+    """A learner without its moving average, a network that does not learn by it."""
+    module, rule = models.mlp(num_classes=K, widths=(5,)), bind(optimizers.sgd, learning_rate=0.1)
+    student, plain, average = (
+        train.create(module, jnp.zeros((1, DIM)), init_seed=seed, optimizer=rule)
+        for seed in range(3)
+    )
+    both = plain.replace(ema_params=average.params)
+    term = Term(bind(losses.on_logits, divergence=forward_kl), jnp.ones(()), other="teacher")
+    split = dataset().train
+    batches = {
+        "inputs": split.inputs.reshape(4, 16, DIM),
+        "labels": split.labels.reshape(4, 16),
+        "where": jnp.ones((4, 16), bool),
+    }
+
+    def found(teacher, learns):
+        learners = {"student": student} | ({"teacher": teacher} if learns else {})
+        frozen = {} if learns else {"teacher": teacher}
+        objectives = {name: {"distill": term} for name in learners}
+        if learns:
+            objectives["teacher"] = {"distill": term.replace(other="student")}
+        options = dict(objectives=objectives, probes=("effective_temperature",))
+        values = probed(learners, frozen, batches, **options)
+        return values["analysis/student/effective_temperature/teacher"]
+
+    assert found(both, True) == found(plain, True) != found(average, True)
+    assert found(both, False) == found(average, False) != found(plain, False)
 
 
 def test_one_batch_has_no_gradient_noise(tmp_path):

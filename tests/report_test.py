@@ -219,6 +219,14 @@ def test_the_page_says_what_was_run_with_what(tmp_path):
     assert "Made with jax 0.10.2, flax 0.12.1; commit `abc1234`; on cpu: 2 cores." in page
 
 
+def test_a_network_that_then_learned_on_all_is_no_baseline(tmp_path):
+    """What the student gains within classes is told against one on the labels alone."""
+    *before, last = OFFLINE["phases"]
+    phases = [*before, phase("more", ["baseline"], split="full"), last]
+    assert "## Classes" in written(tmp_path, OFFLINE)
+    assert "## Classes" not in written(tmp_path, OFFLINE | {"phases": phases})
+
+
 def test_a_loaded_teacher_a_loss_without_divergence_and_no_commit(tmp_path):
     config = copy.deepcopy(CONFIG) | {"commit": None}
     config["config"]["teacher"]["weights"] = dict(fn="run", workdir="some/where")
@@ -663,6 +671,16 @@ def test_examples_show_the_true_class_and_the_likeliest(tmp_path):
     np.testing.assert_allclose([bar.get_width() for bar in b], [0.1, 99.2, 0.1, 0.1, 0.1, 0.1])
     assert axes.get_xlabel() == "probability (%)"
     assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the true class is on top
+
+
+def test_a_class_of_one_per_cent_is_likely_enough_to_be_shown(tmp_path):
+    fill(tmp_path, ONLINE | {"num_classes": 4, "class_names": None})
+    given = {"probabilities/a": np.array([[0.97, 0.009, 0.011, 0.01]])}
+    given["probabilities/b"] = given["probabilities/a"]
+    np.savez(tmp_path / "examples.npz", labels=np.array([0]), **given)
+    (axes,) = classification_figures.examples(report.load(tmp_path)).axes
+    assert len(axes.get_yticklabels()) == 3
+    np.testing.assert_allclose([bar.get_width() for bar in axes.containers[0]], [97, 1.1, 1])
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,15 @@ from jax import numpy as jnp
 from abkd_jax import data, parallel, sweep
 from abkd_jax.run.log.progress import Progress
 from abkd_jax.run.loop import train_and_evaluate
+from abkd_jax.sweep import memory
+from abkd_jax.sweep.table import shown
+from abkd_jax.tasks import Column, Task, classification
 from abkd_jax.train.checkpoint import FOLDER, Checkpoints, digest
 
 K, DIM, STEPS = 3, 6, 20
 ALPHA = "student.terms.distill.divergence.alpha"
 WEIGHT = "student.terms.distill.weight"
+DISTILL = dict(learn=("student",), see=("teacher",))
 RATE = "student.optimizer.learning_rate"
 MOMENTUM = "student.optimizer.momentum"
 
@@ -35,7 +39,7 @@ def config(**changes):
         student=net | dict(terms=dict(task=task, distill=distill)),
         phases=dict(
             teacher=dict(learn=("teacher",), split="full"),
-            distill=dict(learn=("student",), see=("teacher",)),
+            distill=DISTILL,
         ),
         batch_size=16,
         num_steps=STEPS,
@@ -160,6 +164,25 @@ def test_best_and_averages():
         sweep.best(rows[3:])
     with pytest.raises(ValueError, match=r"^by must be one of validation_accuracy, test_nll; "):
         sweep.best(rows, "accuracy")
+
+
+def by_entropy() -> Task:
+    """Classification that selects by a metric which is not the first of its summary."""
+    column = Column("entropy", "entropy", 1, 2)
+    return classification()._replace(score=lambda x: x["entropy"], score_column=column)
+
+
+def test_the_score_that_selects_is_the_first_of_a_row(tmp_path):
+    """By which `best` goes, if it is given none."""
+    made = config(task=dict(fn=f"{__name__}.by_entropy"), plugins=(__name__,), num_steps=2)
+    made |= dict(teacher=dict(model=dict(fn="given")), phases=dict(distill=DISTILL))
+    teacher = (lambda kernel, x: x @ kernel, np.eye(DIM, K, dtype=np.float32))
+    options = dict(networks={"teacher": teacher}, data=dataset())
+    rows = sweep.sweep(made, tmp_path, over={RATE: [0.01, 3.0]}, **options)
+    first = [next(key for key in row if key.startswith("validation_")) for row in rows]
+    assert first == ["validation_entropy"] * 2
+    chosen = max(rows, key=lambda row: row["validation_entropy"])
+    assert sweep.best(rows)[RATE] == chosen[RATE]
 
 
 def test_a_baseline_is_left_out(tmp_path):
@@ -437,6 +460,32 @@ def test_refusals(over, options, sentence, tmp_path):
     message = str(refused.value)
     assert re.search(sentence, message) and "\n" not in message and message.endswith(".")
     assert not (tmp_path / "config.json").exists()
+
+
+def test_a_schedule_is_refused_that_leaves_its_domain_at_its_last_step_alone(tmp_path):
+    made = config()
+    rate = dict(fn="linear", start=0.1, end=0.0)
+    made["student"] |= dict(optimizer=dict(fn="sgd", learning_rate=rate))
+    with pytest.raises(ValueError, match=r"such that the schedule stays at least 0.*; found"):
+        sweep.sweep(made, tmp_path, over={f"{RATE}.end": [0.01, -0.001]}, data=dataset())
+
+
+def test_the_largest_seed_of_a_networks_own_counts(tmp_path):
+    made = config(phases=dict(together=dict(learn=("teacher", "student"), select="student")))
+    made["student"] |= dict(init_seed=2**31 - 2)
+    with pytest.raises(ValueError, match="every init seed below"):
+        sweep.sweep(made, tmp_path, over={ALPHA: [1.0]}, init_seeds=3, data=dataset())
+
+
+def test_a_score_is_shown_with_all_the_digits_of_a_float32():
+    for score in (0.1234567, 12.34567, 1 / 3):
+        assert shown(np.float32(score)) == float(f"{score:.7g}")
+
+
+def test_the_size_of_a_chunk_is_that_with_which_a_sweep_began(tmp_path):
+    """Whatever memory is free when it goes on: folders are named by their first member."""
+    for free in (3, 5):
+        assert memory.remembered(tmp_path / "chunk.json", lambda free=free: free) == 3
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 19])

@@ -11,6 +11,7 @@ from flax import nnx
 
 from abkd_jax import adopt, data, from_nnx
 from abkd_jax.run import workdir as folders
+from abkd_jax.run.log.writer import read
 from abkd_jax.run.loop import train_and_evaluate
 from abkd_jax.train.checkpoint import FOLDER, Checkpoints
 
@@ -343,6 +344,20 @@ def test_a_teacher_for_images_of_another_shape_is_refused(run, tmp_path):
     )
 
 
+def test_weights_with_a_layer_that_the_model_lacks_are_refused(run, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(run[0] / "teacher", source)
+    with Checkpoints(source / FOLDER) as checkpoints:
+        step, tree = checkpoints.restore()
+        tree["learners"]["teacher"]["params"]["Dense_9"] = {"bias": np.zeros(5, np.float32)}
+        checkpoints.save(step + 1, tree)
+        checkpoints.wait()
+    (made,), options = taught(source)
+    assert refusal(train_and_evaluate, made, tmp_path / "run", **options) == (
+        f"teacher.weights: {source} has params.Dense_9.bias (5,), but this run has None."
+    )
+
+
 # --- whose it is --------------------------------------------------------------------------------
 
 
@@ -400,3 +415,11 @@ def test_json_is_written_as_a_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
         folders.write_json(path, {"a": 1, "b": object()})
     assert path.read_bytes() == written
+
+
+def test_the_rate_is_of_the_examples_since_the_row_before(run):
+    """Of two steps, log_every, in the seconds of the same row."""
+    found = [row for row in read(run[0]) if "time/examples_per_second" in row]
+    assert [row["step"] for row in found] == [2, 4, 6]
+    for row in found:
+        assert row["time/examples_per_second"] * row["time/seconds"] == pytest.approx(2 * 16)
