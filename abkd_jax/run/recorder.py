@@ -51,7 +51,7 @@ def train_phase(
         The carry after the last step, which is saved.
 
     Raises:
-        SystemExit: with code 0, if a signal asked to stop, after saving.
+        SystemExit: if a signal asked to stop, after saving.
         FloatingPointError: one sentence, if a metric was not finite.
         OSError: if a file cannot be written.
     """

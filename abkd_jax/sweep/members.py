@@ -81,7 +81,7 @@ def sweep(
         ValueError: one sentence, if a path, a value, the config or the workdir cannot be used.
         OSError: one sentence, if a file cannot be written; what was saved before is kept.
         FloatingPointError: one sentence, if a teacher's training is not finite.
-        SystemExit: with code 0, if a signal asked to stop, after saving.
+        SystemExit: if a signal asked to stop, after saving.
     """
     handed = {"networks": networks, "data": data}
     with opened(config, workdir, over=over, init_seeds=init_seeds, chunk=chunk, **handed) as found:
