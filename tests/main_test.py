@@ -129,13 +129,15 @@ def test_a_wrong_flag_is_refused(monkeypatch, argv, message):
 
 
 OF_FILES = [
-    ("def get_config(:\n", "SyntaxError (invalid syntax (config.py, line 1))"),
-    ("raise RuntimeError('boom')\n", "RuntimeError (boom)"),
-    ("import no_such_module\n", "ModuleNotFoundError (No module named 'no_such_module')"),
-    ("def get_config():\n    return {'a': 1 / 0}\n", "ZeroDivisionError (division by zero)"),
-    ("def get_config():\n    return {'a': 1 + 'a'}\n",
-     "TypeError (unsupported operand type(s) for +: 'int' and 'str')"),
-    ("x = 1\n", "AttributeError (module 'config_config' has no attribute 'get_config')"),
+    ("def get_config(:\n", ":1 raises SyntaxError (invalid syntax (config.py, line 1))"),
+    ("raise RuntimeError('boom')\n", ":1 raises RuntimeError (boom)"),
+    ("\nimport no_such_module\n",
+     ":2 raises ModuleNotFoundError (No module named 'no_such_module')"),
+    ("def get_config():\n    return {'a': 1 / 0}\n",
+     ":2 raises ZeroDivisionError (division by zero)"),
+    ("def get_config():\n    return made()\n\n\ndef made():\n    return {'a': 1 + 'a'}\n",
+     ":6 raises TypeError (unsupported operand type(s) for +: 'int' and 'str')"),
+    ("x = 1\n", " raises AttributeError (module 'config_config' has no attribute 'get_config')"),
 ]  # fmt: skip
 
 
@@ -144,7 +146,7 @@ def test_a_config_file_that_cannot_be_run_is_refused(monkeypatch, tmp_path, text
     path = tmp_path / "config.py"
     path.write_text(text)
     message = refusal(monkeypatch, f"--config={path}", f"--workdir={tmp_path / 'run'}")
-    assert message == f"--config: the file raises {reason}; mend it."
+    assert message == f"--config: {path}{reason}; mend it."
 
 
 def test_a_config_file_that_makes_no_config_is_refused(monkeypatch, tmp_path):

@@ -3,10 +3,12 @@
 import contextlib
 import functools
 import logging
+import os
 import pathlib
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from absl import app, flags
@@ -120,7 +122,7 @@ def _parsed(argv: list[str], known: Sequence[str]) -> list[str]:
         kind, _, reason = line.partition(": ") if above else (type(error).__name__, "", line)
         if kind == "ValueError":  # a sentence of this library
             sys.exit(f"--config: {reason}")
-        sys.exit(f"--config: the file raises {kind} ({reason}); mend it.")
+        sys.exit(f"--config: {_place(error, argv)} raises {kind} ({reason}); mend it.")
     if "config" not in flags.FLAGS or not flags.FLAGS["config"].present:
         return rest
     path = flags.FLAGS["config"].config_filename.partition(":")[0]
@@ -129,6 +131,18 @@ def _parsed(argv: list[str], known: Sequence[str]) -> list[str]:
     if not isinstance(flags.FLAGS.config, ConfigDict | Mapping):
         sys.exit(f"--config: get_config of {path} must return a ConfigDict.")
     return rest
+
+
+def _place(error: BaseException | None, argv: Sequence[str]) -> str:
+    """The config file, and the line of it at which it raised, where there is one."""
+    given = next((part for part in argv if part.lstrip("-").startswith("config=")), "")
+    path = given.partition("=")[2].partition(":")[0]
+    line = getattr(error, "lineno", None)  # of a SyntaxError
+    while error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [x.lineno for x in frames if os.path.abspath(x.filename) == os.path.abspath(path)]
+        line, error = (own or [line])[-1], error.__cause__ or error.__context__
+    return path if line is None else f"{path}:{line}"
 
 
 def _check_override(part: str, config: ConfigDict | None) -> None:
