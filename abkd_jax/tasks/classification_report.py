@@ -45,8 +45,9 @@ def figures(report: Any) -> dict[str, tuple[Any, str]]:
         "reliability": (
             drawn.reliability(report),
             f"Accuracy by confidence on the {evaluated} data, in bins of equal width: bars as "
-            "trained, line after temperature scaling, dashed line perfect calibration. Below, the "
-            "share of the examples in each bin. ECE before → after scaling.",
+            "trained, line after temperature scaling, dashed line perfect calibration; bins of "
+            f"fewer than {drawn.FEWEST} examples hollow, and not in the line. Below, the share of "
+            "the examples in each bin, as trained. ECE before → after scaling.",
         ),
         "examples": (
             drawn.examples(report),
