@@ -746,6 +746,25 @@ def test_eight_examples_at_most(tmp_path, num_examples, shown):
     assert labelled[-2:] == ["probability (%)"] * 2 and not any(labelled[:-2])
 
 
+def choose(workdir, result, candidates):
+    """The page, where the examples of a run were chosen among so many."""
+    fill(workdir, result)
+    with np.load(workdir / "examples.npz") as file:
+        arrays = dict(file)
+    choice = {"positions": np.arange(8), "candidates": np.asarray(candidates)}
+    np.savez(workdir / "examples.npz", **arrays, **choice)
+    return report.write(workdir, TASK).read_text()
+
+
+def test_the_page_says_how_the_examples_were_chosen(tmp_path):
+    assert "some network finds likely. They are the first ones.*" in written(tmp_path, OFFLINE)
+    apart = "on which the networks differ most, by the Jensen-Shannon divergence of their"
+    assert f"They are those 8 of the 1,234 {apart}" in choose(tmp_path, OFFLINE, 1234)
+    assert f"They are those 8 of the first 1,000 {apart}" in choose(tmp_path, OFFLINE, 1000)
+    alone = choose(tmp_path, online(a=network(0.9, [0.9, 0.9])), 1234)
+    assert "They are those 8 of the 1,234 of the highest entropy" in alone
+
+
 def test_no_examples_are_said(tmp_path):
     (axes,) = classification_figures.examples(
         report.load(fill(tmp_path, OFFLINE, num_examples=0))

@@ -13,10 +13,10 @@ from matplotlib.patches import Patch
 from abkd_jax import figures
 from abkd_jax.tasks.task import Column
 
+NUM_EXAMPLES = 8
 NUM_TOP_CLASSES = 5
 FEWEST = 10  # examples of a bin of which the accuracy is drawn as known: its deviation is <= 16 %
 _ECE = Column("ece", "ECE %", 100, 1)
-_NUM_EXAMPLES = 8
 _LONGEST_NAME = 14  # characters that fit beside an example's bars
 
 
@@ -58,10 +58,10 @@ def reliability(report: Any) -> Figure:
 
 
 def examples(report: Any) -> Figure:
-    """The first examples with the class distribution that each network gives them."""
+    """The examples with the class distribution that each network gives them."""
     arrays = report.examples
     names = [name for name in report.networks if f"probabilities/{name}" in arrays]
-    labels, images = arrays["labels"][:_NUM_EXAMPLES].tolist(), arrays.get("images", np.zeros(0))
+    labels, images = arrays["labels"][:NUM_EXAMPLES].tolist(), arrays.get("images", np.zeros(0))
     have_images = images.ndim == 4 and images.shape[-1] in (1, 3, 4)
     given = [
         {name: arrays[f"probabilities/{name}"][index] for name in names}
