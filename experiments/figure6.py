@@ -55,11 +55,15 @@ def _panels(name: str, values: tuple, fixed: tuple, metric: str, label: str, fac
         own = [(line["step"], line[key]) for line in history if line[path] == value]
         steps, scores = np.reshape(own, (_SEEDS.value, -1, 2)).transpose(2, 0, 1)
         curves[f"{name} {value:g}"] = steps[0], factor * scores.mean(axis=0)
+    on_the_way = {"y": label}
+    if metric == "accuracy":  # most curves end at one value: the error, on a log axis, parts them
+        curves = {name: (steps, 100 - mean) for name, (steps, mean) in curves.items()}
+        metric, on_the_way = "error", {"y": "error (%)", "nested": True}
     title = f"Validation {metric}, {fixed[0]} {fixed[1]:g}"
     ends = (np.asarray([factor * row[column] for row in table]) for column in (key, f"{key}_std"))
     last = {f"mean and spread of {_SEEDS.value} seeds": (np.asarray(values), *ends)}
     return [
-        {"title": title, "x": "step", "y": label, "curves": curves},
+        {"title": title, "x": "step", "curves": curves, "log_y": True} | on_the_way,
         {"title": "After the last step", "x": name, "y": label, "curves": last},
     ]
 

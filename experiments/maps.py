@@ -36,12 +36,12 @@ _RATE, _BATCH, _EPOCHS = 0.1, 40, 8
 _SHOWN = ((1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.8, 0.5), (1.0, 1.0), (0.0, 0.0))
 
 _TITLES = {  # and the units of the colours
-    "moved": ("mass moved by one step", "% of the mass"),
-    "to the likeliest": ("to the teacher's likeliest", "% of the moved mass"),
-    "to other under": ("to other underestimated", "% of the moved mass"),
-    "to over": ("to overestimated", "% of the moved mass"),
-    "tight, likeliest": ("|LogR| / bound, likeliest", "median over images"),
-    "signal to noise": ("gradient's signal to noise", "|G|^2 / variance"),
+    "moved": ("mass that one step moves", "% of the mass"),
+    "to the likeliest": ("of it, to the teacher's likeliest", "% of the moved mass"),
+    "to other under": ("to other underestimated ones", "% of the moved mass"),
+    "to over": ("to overestimated classes", "% of the moved mass"),
+    "tight, likeliest": ("|LogR| / bound, likeliest class", "median over images"),
+    "signal to noise": ("signal to noise of gradients", "|G|^2 / variance"),
 }
 
 

@@ -108,6 +108,7 @@ def _draw(folder: pathlib.Path, table: list, best: dict, paths: tuple, score: st
         xs, ys, spreads = (np.asarray([factor * row[key] for row in rows]) for key, factor in keys)
         panel = {"title": paths[0], "x": paths[0].rpartition(".")[2], "y": f"{_words(score)} (%)"}
         panel["curves"] = {score: (xs, ys, np.nan_to_num(spreads))}
+        panel["log_x"] = figures.scale_of(xs)["value"] == "log"
         figure = figures.lines([panel], columns=1)
     print(figures.save(figure, folder / ("heat_map.png" if len(paths) == 2 else "curve.png")))
 

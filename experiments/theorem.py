@@ -182,13 +182,18 @@ def _line(name: str, cells: Iterable[str], width: int = 13) -> None:
 
 def draw(drawn: dict[tuple[str, int], Pairs], regimes: dict[str, list[float]]) -> Figure:
     """Equal gap, equal ratio, and the signs below."""
-    figure = figures.new(7.0)
+    figure = figures.new(7.6)
     first, second, *below = figure.subplots(2, 2).ravel()
     pairs = drawn["equal gap", 10]
     figures.curves(first, _equal_gap_panel(pairs))
+    figures.legend(figure, first.lines)
     by_sharpness = np.transpose([regimes[f"sharpness {s:g}"] for s in _SHARPNESSES])
-    bars = {f"K = {k}": shares for k, shares in zip(_CLASSES, by_sharpness, strict=True)}
-    figures.bars(second, [f"{s:g}" for s in _SHARPNESSES], bars)
+    bars = {
+        f"K = {k}" + ("" if np.any(shares) else ": 0 %"): shares
+        for k, shares in zip(_CLASSES, by_sharpness, strict=True)
+    }
+    greys = ("black", figures.GREY, figures.LIGHT_GREY)  # the colours are the divergences'
+    figures.bars(second, [f"{s:g}" for s in _SHARPNESSES], bars, colours=greys)
     figures.label(second, "equal p / q: smaller q loses more", "sharpness", "pairs (%), reverse KL")
     second.legend(fontsize=figures.FONT - 1, frameon=False)
     shares = {name: [right_signs(pairs, name, rate) for rate in _RATES] for name in _POINTS}
@@ -198,6 +203,7 @@ def draw(drawn: dict[tuple[str, int], Pairs], regimes: dict[str, list[float]]) -
         panel = {"title": title, "x": "learning rate eta", "y": "classes (%), K = 10"}
         figures.curves(axes, panel | {"log_x": True, "curves": curves})
         axes.set_ylim(0, 103)
+    for axes in (first, *below):
         axes.get_legend().remove()
     first.set_xlim(1, 100)
     return figure

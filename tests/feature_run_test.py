@@ -164,7 +164,7 @@ def test_what_a_projection_is_no_part_of(tmp_path):
     loaded = abkd_jax.load(tmp_path / "first")
     assert set(loaded.variables["params"]) == {"Dense_0", "head"}
     with np.load(tmp_path / "first" / "examples.npz") as examples:
-        probabilities = jax.nn.softmax(loaded(vectors().test.inputs[:8]).logits)
+        probabilities = jax.nn.softmax(loaded(vectors().test.inputs[examples["positions"]]).logits)
         np.testing.assert_allclose(probabilities, examples["probabilities/student"], rtol=1e-5)
     teacher = dict(model=mlp(4), weights=dict(fn="run", workdir=str(tmp_path / "first")))
     student = config(ND)["student"] | dict(model=mlp(3), project=dict(hidden=4))

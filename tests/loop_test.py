@@ -11,8 +11,9 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from jax import numpy as jnp
+from scipy.special import rel_entr
 
-from abkd_jax import data
+from abkd_jax import data, load
 from abkd_jax.run.log.progress import Progress
 from abkd_jax.run.log.writer import read
 from abkd_jax.run.loop import train_and_evaluate
@@ -151,6 +152,32 @@ def test_a_run_on_images_without_validation_data(tmp_path):
         assert found["best"]["score"] == pytest.approx(found["last"]["accuracy"], abs=1e-6)
     with np.load(tmp_path / "examples.npz") as examples:
         assert examples["images"].dtype == np.uint8 and examples["images"].shape[1:] == (8, 8, 1)
+
+
+@pytest.mark.parametrize("counts", [np.ones(48, bool), np.arange(48) % 3 > 0])
+def test_the_examples_are_those_on_which_the_networks_differ(tmp_path, counts):
+    """The furthest apart first, with their images; rows that do not count are passed over."""
+    given = images()
+    test = np.asarray(given.test.inputs), np.asarray(given.test.labels), {"where": counts}
+    train = np.asarray(given.train.inputs), np.asarray(given.train.labels)
+    mine = data.from_arrays(train=train, validation=None, test=test, num_classes=K)
+    kernel = np.random.default_rng(1).normal(size=(64, K)).astype(np.float32) / 4
+    teacher = (lambda kernel, x: x.reshape(len(x), -1) @ kernel), kernel
+    made = config(teacher=GIVEN, student=network(terms=dict(distill=DISTILL)))
+    train_and_evaluate(made, tmp_path, networks={"teacher": teacher}, data=mine)
+    found, shown = np.load(tmp_path / "examples.npz"), np.flatnonzero(counts)
+    positions = found["positions"]
+    assert found["candidates"] == len(shown) and len(set(positions)) == 8
+    np.testing.assert_array_equal(found["images"], test[0][shown[positions]])
+    np.testing.assert_array_equal(found["labels"], test[1][shown[positions]])
+    p, q = jax.nn.softmax(load(tmp_path)(test[0][counts]).logits), found["probabilities/student"]
+    np.testing.assert_allclose(q, p[positions], atol=1e-6)
+    t = jax.nn.softmax(test[0][counts].reshape(len(shown), -1).astype(np.float32) / 255 @ kernel)
+    apart = (rel_entr(p, (p + t) / 2) + rel_entr(t, (p + t) / 2)).sum(-1) / 2
+    np.testing.assert_allclose(apart[positions], -np.sort(-apart)[:8], atol=1e-6)
+    assert list(positions) != list(range(8))
+    said = f"They are those 8 of the {len(shown)} on which the networks differ most"
+    assert said in (tmp_path / "report.md").read_text()
 
 
 def test_the_data_is_told_by_its_checksum(tmp_path):

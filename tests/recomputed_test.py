@@ -15,6 +15,7 @@ import recompute
 from flax import linen as nn
 from recompute import Net, Phase, Run
 from reference_scores import log_softmax
+from scipy.special import entr, rel_entr
 
 from abkd_jax.types import Outputs
 
@@ -342,17 +343,24 @@ def test_digests_and_sizes(done):
 
 
 def test_examples(done):
-    """The first examples of the test set, with what each network says of them."""
+    """The test examples on which the networks differ most, with what each says of them."""
     found = dict(np.load(done.workdir / "examples.npz"))
     inputs, labels = done.run.test
-    assert np.array_equal(found.pop("labels"), labels[:8])
+    at = found.pop("positions")
+    assert len(set(at)) == 8 and found.pop("candidates") == len(labels)
+    assert np.array_equal(found.pop("labels"), labels[at])
     if inputs.ndim == 4:
-        assert np.array_equal(found.pop("images"), inputs[:8])
-    expected = {}
+        assert np.array_equal(found.pop("images"), inputs[at])
+    given = {}
     for name, variables in done.last.items():
         logits, _ = recompute.on_split(done.run, name, variables, "test")
-        expected[f"probabilities/{name}"] = np.exp(log_softmax(logits[:8]))
-    close(found, expected)
+        given[f"probabilities/{name}"] = np.exp(log_softmax(logits))
+    close(found, {name: p[at] for name, p in given.items()})
+    stacked = np.stack(list(given.values()))
+    apart = np.mean([rel_entr(p, stacked.mean(0)).sum(-1) for p in stacked], axis=0)
+    if len(given) == 1:
+        apart = entr(stacked[0]).sum(-1)
+    np.testing.assert_allclose(apart[at], -np.sort(-apart)[:8], atol=1e-5)
 
 
 # --- Sweeps -------------------------------------------------------------------------------------

@@ -288,8 +288,18 @@ def test_the_best_step_says_what_it_was_selected_on(tmp_path, selected, said):
     row = cells(page, "| network | step", ["student"])
     assert row["step"] == "1,200"
     assert row[f"{selected} accuracy %"] == "97.12" and row["accuracy %"] == "96.00"
-    with pytest.raises(AssertionError, match="not in the table"):
-        cells(page, "| network | step", ["teacher"])
+    assert cells(page, "| network | step", ["teacher"])["step"] == "1,500 (last)"
+    assert "Without a best step, for it did not learn in this run: `baseline`." in page
+
+
+def test_best_steps_that_are_the_last_ones_are_a_sentence(tmp_path):
+    result = copy.deepcopy(OFFLINE)
+    best = dict(step=1500, score=0.9712, scores=scores(0.96, [1.0] * 6))
+    for name in ("student", "baseline"):
+        result["networks"][name]["best"] = best
+    page = written(tmp_path, result)
+    said = "By validation accuracy the last step of every network that learned is its best one."
+    assert said in page and "| network | step" not in page
 
 
 def test_no_best_step_is_no_table(tmp_path):
@@ -522,6 +532,12 @@ def test_examples_without_labels_are_refused(tmp_path):
 # --- the figures ----------------------------------------------------------------------------------
 
 
+def seen(line):
+    """The points of a line that are drawn."""
+    points = line.get_xydata()
+    return points[np.isfinite(points).all(axis=1)]
+
+
 def curves(run):
     return report.learning_curves(run, TASK.score_column)
 
@@ -607,15 +623,42 @@ def test_reliability_shows_the_bins(tmp_path):
     assert panel.get_ylabel() == "accuracy (%)" and below.get_xlabel() == "confidence (%)"
     bars = [(bar.get_x(), bar.get_width(), bar.get_height()) for bar in panel.patches]
     np.testing.assert_allclose(bars, [(25, 25, 30), (50, 25, 50), (75, 25, 80)])  # one is empty
-    diagonal, scaled = panel.lines
+    diagonal, scaled, few = panel.lines
     np.testing.assert_allclose(diagonal.get_xydata(), [[0, 0], [100, 100]])
-    np.testing.assert_allclose(
-        scaled.get_xydata(), [[20, 25], [35, 30], [55, 50], [85, 80]], rtol=1e-6
-    )
+    np.testing.assert_allclose(seen(scaled), [[55, 50], [85, 80]], rtol=1e-6)
+    np.testing.assert_allclose(seen(few), [[20, 25], [35, 30]], rtol=1e-6)
+    assert scaled.get_linestyle() == "-" and few.get_linestyle() == "None"
+    assert few.get_markerfacecolor() == "white" != scaled.get_markerfacecolor()
     assert below.get_ylabel() == "share (%)"
     np.testing.assert_allclose([bar.get_height() for bar in below.patches], [0, 10, 30, 60])
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["as trained", "temperature-scaled", "perfect"]
+    assert labels == ["as trained", "temperature-scaled", "perfect", "fewer than 10 examples"]
+
+
+def test_reliability_of_a_handful_of_examples_is_hollow_and_breaks_the_line(tmp_path):
+    diagram = dict(
+        count=[9, 10, 1, 40, 0, 40],
+        confidence=[0.1, 0.25, 0.4, 0.6, None, 0.9],
+        accuracy=[0.5, 0.2, 1.0, 0.7, None, 0.8],
+    )
+    result = online(a=network(0.9, [0.9, 0.9], reliability=diagram))
+    result["networks"]["a"]["last"]["scaled"]["reliability"] = diagram
+    panel = classification_figures.reliability(report.load(fill(tmp_path, result))).axes[0]
+    filled = {bar.get_height(): bar.get_fill() for bar in panel.patches}
+    assert filled == {50: False, 20: True, 100: False, 70: True, 80: True}
+    _, scaled, few = panel.lines
+    np.testing.assert_allclose(
+        scaled.get_xydata()[1:], [[25, 20], [np.inf] * 2, [60, 70], [90, 80]], rtol=1e-6
+    )
+    np.testing.assert_allclose(seen(few), [[10, 50], [40, 100]], rtol=1e-6)
+
+
+def test_without_small_bins_none_are_spoken_of(tmp_path):
+    diagram = dict(count=[10, 30], confidence=[0.4, 0.9], accuracy=[0.3, 0.8])
+    result = online(a=network(0.9, [0.9, 0.9], reliability=diagram, scaled=None))
+    figure = classification_figures.reliability(report.load(fill(tmp_path, result)))
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["as trained", "perfect"]
 
 
 def test_reliability_without_scaling(tmp_path):
@@ -719,6 +762,25 @@ def test_eight_examples_at_most(tmp_path, num_examples, shown):
     assert len(figure.axes) == shown
     labelled = [axes.get_xlabel() for axes in figure.axes]
     assert labelled[-2:] == ["probability (%)"] * 2 and not any(labelled[:-2])
+
+
+def choose(workdir, result, candidates):
+    """The page, where the examples of a run were chosen among so many."""
+    fill(workdir, result)
+    with np.load(workdir / "examples.npz") as file:
+        arrays = dict(file)
+    choice = {"positions": np.arange(8), "candidates": np.asarray(candidates)}
+    np.savez(workdir / "examples.npz", **arrays, **choice)
+    return report.write(workdir, TASK).read_text()
+
+
+def test_the_page_says_how_the_examples_were_chosen(tmp_path):
+    assert "some network finds likely. They are the first ones.*" in written(tmp_path, OFFLINE)
+    apart = "on which the networks differ most, by the Jensen-Shannon divergence of their"
+    assert f"They are those 8 of the 1,234 {apart}" in choose(tmp_path, OFFLINE, 1234)
+    assert f"They are those 8 of the first 1,000 {apart}" in choose(tmp_path, OFFLINE, 1000)
+    alone = choose(tmp_path, online(a=network(0.9, [0.9, 0.9])), 1234)
+    assert "They are those 8 of the 1,234 of the highest entropy" in alone
 
 
 def test_no_examples_are_said(tmp_path):

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
+from scipy.special import entr, rel_entr
 from sklearn import metrics as reference
 
 from abkd_jax import data, metrics
@@ -249,6 +250,21 @@ def test_a_sample_has_distributions_and_images_where_the_inputs_are_some():
     np.testing.assert_allclose(found["probabilities/student"].sum(-1), 1, atol=1e-6)
     vectors = TASK.sample(rows, {"inputs": np.zeros((4, 5)), "where": where})
     assert set(vectors) == {"labels", "probabilities/student"}
+
+
+def test_what_is_notable_is_what_networks_disagree_on():
+    """By the Jensen-Shannon divergence; of one network, by its entropy."""
+    sure, other, unsure = [9.0, 0, 0, 0], [0, 9.0, 0, 0], [1.0, 1, 1, 1]
+    dead = [0.0, -np.inf, -np.inf, -np.inf]
+    a = np.asarray([sure, sure, unsure, sure, dead], np.float32)
+    b = np.asarray([sure, other, unsure, unsure, dead], np.float32)
+    rows = {name: {"logits": x, "labels": np.zeros(5, int)} for name, x in (("a", a), ("b", b))}
+    p, q = softmax(a.astype(float)), softmax(b.astype(float))
+    expected = (rel_entr(p, (p + q) / 2) + rel_entr(q, (p + q) / 2)).sum(-1) / 2
+    np.testing.assert_allclose(TASK.notable(rows), expected, atol=1e-6)
+    assert np.argmax(expected) == 1 and expected[1] <= np.log(2)
+    del rows["b"]
+    np.testing.assert_allclose(TASK.notable(rows), entr(p).sum(-1), atol=1e-6)
 
 
 def test_a_column_shows_a_number_with_its_unit():

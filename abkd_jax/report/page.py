@@ -154,25 +154,30 @@ def _results(report: Report, columns: Sequence[Column]) -> str:
 
 
 def _best(report: Report, task: Task) -> list[str]:
-    """The table of the best steps, where they are not the last ones."""
+    """The table of the best steps, unless all are the last ones, and which networks have none."""
     selected, evaluated = report.result["selected_on"], report.result["evaluated_on"]
-    score, rows = task.score_column, []
-    for name, network in report.networks.items():
-        best = network["best"]
-        if best and best["step"] != network["steps"]:
-            cells = score.cell(best["score"]), *markdown.cells(task.columns, best["scores"])
-            rows.append([name, f"{best['step']:,}", *cells])
-    if not rows:
+    score, by = task.score_column, f"{selected} {curves.words(task.score_column.key)}"
+    learned = {name: network for name, network in report.networks.items() if network["best"]}
+    if not learned:
         return []
+    if all(network["best"]["step"] == network["steps"] for network in learned.values()):
+        return [f"By {by} the last step of every network that learned is its best one."]
+    rows = []
+    for name, network in learned.items():
+        best = network["best"]
+        step = f"{best['step']:,}" + " (last)" * (best["step"] == network["steps"])
+        cells = score.cell(best["score"]), *markdown.cells(task.columns, best["scores"])
+        rows.append([name, step, *cells])
     how = f", measured on {evaluated} data, which had no part in the selection:"
     if selected == evaluated:
         how = f". These figures are selected on {evaluated} data, as the published protocol does, "
         how += "so they are optimistic:"
-    titles = (column.title for column in task.columns)
-    return [
-        f"At the step of the highest {selected} {curves.words(score.key)}{how}",
-        markdown.table(["network", "step", f"{selected} {score.title}", *titles], rows),
-    ]
+    header = ["network", "step", f"{selected} {score.title}", *(c.title for c in task.columns)]
+    said = [f"At the step of the highest {by}{how}", markdown.table(header, rows)]
+    if len(learned) < len(report.networks):
+        others = markdown.names(name for name in report.networks if name not in learned)
+        said.append(f"Without a best step, for it did not learn in this run: {others}.")
+    return said
 
 
 def _cost_of_analysis(report: Report) -> str:

@@ -20,8 +20,10 @@ from abkd_jax.run.phases import Run
 from abkd_jax.run.recorder import selecting, train_phase
 from abkd_jax.train import Networks, begin, frozen
 from abkd_jax.train.checkpoint import FOLDER, Checkpoints, digest
+from abkd_jax.types import Batch
 
 _EXAMPLES = 8  # test examples that the report shows
+_CANDIDATES = 10_000  # of which they are chosen: of a stream, no more are read again
 
 
 class Result(NamedTuple):
@@ -216,8 +218,33 @@ def _scored(run: Run, networks: Networks) -> tuple[dict[str, Any], dict[str, Any
 
 
 def _write_examples(run: Run, rows: Rows) -> None:
-    """The first test examples, as the task shows them."""
-    batch = next(datasets.evaluation_batches(run.data.test, _EXAMPLES))
-    count = int(np.sum(batch["where"]))
-    first = jax.tree.map(lambda x: x[:count], rows)
-    np.savez(run.workdir / "examples.npz", **run.plan.task.sample(first, batch))
+    """A few test examples as the task shows them: those that it finds most notable, in this order.
+
+    With "positions", theirs among the rows that count, and "candidates", of how many.
+    """
+    task = run.plan.task
+    candidates = jax.tree.map(lambda x: x[:_CANDIDATES], rows)
+    count = len(jax.tree.leaves(candidates)[0])
+    positions = np.arange(min(_EXAMPLES, count))
+    if task.notable is not None:
+        worth = np.nan_to_num(task.notable(candidates), nan=-np.inf)
+        positions = np.argsort(-worth, kind="stable")[:_EXAMPLES]
+    batch = _examples_at(run, positions)
+    arrays = task.sample(jax.tree.map(lambda x: x[positions], candidates), batch)
+    choice = {"positions": positions, "candidates": np.asarray(count)}
+    np.savez(run.workdir / "examples.npz", **(arrays | choice if task.notable else arrays))
+
+
+def _examples_at(run: Run, positions: np.ndarray) -> Batch:
+    """The test examples to which rows belong, as they are stored, by the rows' positions."""
+    found, first = {}, 0
+    for batch in datasets.evaluation_batches(run.data.test, run.plan.config["batch_size"]):
+        owners = np.nonzero(batch["where"])[0]
+        stored = {name: value for name, value in batch.items() if name != "outputs"}
+        for position in positions[(positions >= first) & (positions < first + len(owners))]:
+            owner = owners[position - first]
+            found[position] = jax.tree.map(lambda x, owner=owner: np.asarray(x[owner]), stored)
+        first += len(owners)
+        if len(found) == len(positions):
+            break
+    return jax.tree.map(lambda *x: np.stack(x), *(found[position] for position in positions))

@@ -33,6 +33,7 @@ def classification() -> Task:
         sample=sample,
         sections=report.sections,
         figures=report.figures,
+        notable=notable,
     )
 
 
@@ -158,6 +159,27 @@ def _calibration(logits: Array, labels: Array) -> dict[str, Any]:
 def _plain(values: Any) -> Any:
     """Arrays as plain numbers."""
     return jax.tree.map(lambda x: np.asarray(x, np.float64).tolist(), values)
+
+
+def notable(rows: Mapping[str, Mapping[str, np.ndarray]]) -> np.ndarray:
+    """How far the networks' distributions lie apart; of a single network, how unsure it is.
+
+    Args:
+        rows: `rows` of each network.
+
+    Returns:
+        `[rows]`, in nats: the mean KL divergence of the networks' distributions from their mean, a
+        Jensen-Shannon divergence of equal weights; or the entropy.
+    """
+    logits = np.stack([shown["logits"].astype(np.float32) for shown in rows.values()])
+    given = np.asarray(jax.nn.softmax(logits), np.float64)
+    own = _entropy(given).mean(axis=0)
+    return own if len(rows) == 1 else _entropy(given.mean(axis=0)) - own
+
+
+def _entropy(probabilities: np.ndarray) -> np.ndarray:
+    log = np.log(probabilities, where=probabilities > 0, out=np.zeros_like(probabilities))
+    return -np.sum(probabilities * log, axis=-1)
 
 
 def sample(rows: Mapping[str, Mapping[str, np.ndarray]], batch: Batch) -> dict[str, np.ndarray]:

@@ -13,18 +13,22 @@ from matplotlib.patches import Patch
 from abkd_jax import figures
 from abkd_jax.tasks.task import Column
 
+NUM_EXAMPLES = 8
 NUM_TOP_CLASSES = 5
+FEWEST = 10  # examples of a bin of which the accuracy is drawn as known: its deviation is <= 16 %
 _ECE = Column("ece", "ECE %", 100, 1)
-_NUM_EXAMPLES = 8
 _LONGEST_NAME = 14  # characters that fit beside an example's bars
 
 
 def reliability(report: Any) -> Figure:
-    """A panel a network: accuracy by confidence, before and after temperature scaling."""
+    """A panel a network: accuracy by confidence, before and after temperature scaling.
+
+    A bin of fewer than `FEWEST` examples is hollow, and no line goes through it.
+    """
     columns = min(len(report.networks), 4)
     rows = math.ceil(len(report.networks) / columns)
     side = min(7 / columns - 0.3, 2.5)  # of a panel, in inches
-    figure = figures.new(0.4 + rows * (4 / 3 * side + 1.4), layout="compressed")
+    figure = figures.new(0.7 + rows * (4 / 3 * side + 1.4), layout="compressed")
     grid = figure.add_gridspec(2 * rows, columns, height_ratios=[3, 1] * rows)
     last = {name: network["last"] for name, network in report.networks.items()}
     counts = np.array([scores["reliability"]["count"] for scores in last.values()], float)
@@ -43,17 +47,21 @@ def reliability(report: Any) -> Figure:
         Line2D([], [], color="black", marker="o", label="temperature-scaled"),
         Line2D([], [], color=figures.GREY, linestyle="--", label="perfect"),
     ]
-    if not any(scores["scaled"] for scores in last.values()):
+    scaled = [scores["scaled"]["reliability"] for scores in last.values() if scores["scaled"]]
+    if not scaled:
         del handles[1]
+    drawn = [scores["reliability"] for scores in last.values()] + scaled
+    if any(0 < count < FEWEST for diagram in drawn for count in diagram["count"]):
+        handles.append(_hollow(f"fewer than {FEWEST} examples"))
     figures.legend(figure, handles)
     return figure
 
 
 def examples(report: Any) -> Figure:
-    """The first examples with the class distribution that each network gives them."""
+    """The examples with the class distribution that each network gives them."""
     arrays = report.examples
     names = [name for name in report.networks if f"probabilities/{name}" in arrays]
-    labels, images = arrays["labels"][:_NUM_EXAMPLES].tolist(), arrays.get("images", np.zeros(0))
+    labels, images = arrays["labels"][:NUM_EXAMPLES].tolist(), arrays.get("images", np.zeros(0))
     have_images = images.ndim == 4 and images.shape[-1] in (1, 3, 4)
     given = [
         {name: arrays[f"probabilities/{name}"][index] for name in names}
@@ -83,22 +91,45 @@ def examples(report: Any) -> Figure:
 
 
 def _draw_reliability(axes: Axes, name: str, scores: Mapping[str, Any], colour: str) -> None:
-    accuracy = 100 * np.array(scores["reliability"]["accuracy"], float)
+    _, accuracy, known = _bins(scores["reliability"])
     edges = np.linspace(0, 100, len(accuracy) + 1)
-    filled = np.isfinite(accuracy)
-    style = dict(align="edge", color=colour, alpha=0.45, edgecolor=colour)
-    axes.bar(edges[:-1][filled], accuracy[filled], width=edges[1], **style)
+    few = np.isfinite(accuracy) & ~known
+    looks = {"color": colour, "alpha": 0.45}, {"fill": False, "linestyle": ":"}
+    for chosen, look in zip((known, few), looks, strict=True):
+        style = dict(width=edges[1], align="edge", edgecolor=colour) | look
+        axes.bar(edges[:-1][chosen], accuracy[chosen], **style)
     axes.plot([0, 100], [0, 100], color=figures.GREY, linestyle="--", linewidth=1.2)
     ece = _ECE.cell(scores["ece"])
     if scores["scaled"]:
-        diagram = scores["scaled"]["reliability"]
-        scaled = 100 * np.array([diagram["confidence"], diagram["accuracy"]], float)
-        seen = np.isfinite(scaled[1])  # an empty bin would break the line
-        axes.plot(*scaled[:, seen], color="black", linewidth=1.6, marker="o", markersize=3.5)
+        *points, known = _bins(scores["scaled"]["reliability"])
+        line = np.where(known | np.isnan(points[1]), points, np.inf)  # which breaks it
+        _draw_points(axes, line[:, ~np.isnan(line[1])], linewidth=1.6)
+        few = np.isfinite(points[1]) & ~known
+        if few.any():
+            style = dict(linestyle="", markerfacecolor="white")
+            _draw_points(axes, np.compress(few, points, axis=1), **style)
         ece += f" → {_ECE.cell(scores['scaled']['ece'])}"
     figures.label(axes, f"{_short(name)}\nECE {ece} %", None, None)
     axes.set(xlim=(0, 100), ylim=(0, 100), xticks=(0, 50, 100), yticks=(0, 50, 100))
     axes.set_box_aspect(1)
+
+
+def _bins(diagram: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each bin the confidence and accuracy in per cent, NaN if empty; whether it has enough."""
+    points = 100 * np.array([diagram["confidence"], diagram["accuracy"]], float)
+    return *points, np.asarray(diagram["count"]) >= FEWEST
+
+
+def _draw_points(axes: Axes, points: np.ndarray, **style: Any) -> None:
+    """Those of the scaled network, whole at the frame, too."""
+    axes.plot(*points, color="black", marker="o", markersize=3.5, clip_on=False, zorder=3, **style)
+
+
+def _hollow(label: str) -> Line2D:
+    """What a legend shows of a bin of few examples."""
+    return Line2D(
+        [], [], color="black", linestyle=":", marker="o", markerfacecolor="white", label=label
+    )
 
 
 def _draw_shares(axes: Axes, shares: np.ndarray, highest: float) -> None:
@@ -107,6 +138,8 @@ def _draw_shares(axes: Axes, shares: np.ndarray, highest: float) -> None:
     axes.bar(edges[:-1], shares, width=edges[1], align="edge", color=figures.LIGHT_GREY)
     figures.label(axes, None, "confidence (%)", None)
     axes.set(xlim=(0, 100), ylim=(0, highest), xticks=(0, 50, 100), yticks=(0, highest))
+    for text, side in zip(axes.get_xticklabels(), ("left", "center", "right"), strict=True):
+        text.set_horizontalalignment(side)  # so that neighbours' numbers stay apart
     axes.set_box_aspect(1 / 3)
 
 

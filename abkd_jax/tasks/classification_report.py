@@ -45,15 +45,34 @@ def figures(report: Any) -> dict[str, tuple[Any, str]]:
         "reliability": (
             drawn.reliability(report),
             f"Accuracy by confidence on the {evaluated} data, in bins of equal width: bars as "
-            "trained, line after temperature scaling, dashed line perfect calibration. Below, the "
-            "share of the examples in each bin. ECE before → after scaling.",
+            "trained, line after temperature scaling, dashed line perfect calibration; bins of "
+            f"fewer than {drawn.FEWEST} examples hollow, and not in the line. Below, the share of "
+            "the examples in each bin, as trained. ECE before → after scaling.",
         ),
         "examples": (
             drawn.examples(report),
             f"Probabilities that each network gives to {evaluated} examples: the true class (bold, "
-            f"✓) and up to {drawn.NUM_TOP_CLASSES} others that some network finds likely.",
+            f"✓) and up to {drawn.NUM_TOP_CLASSES} others that some network finds likely. "
+            + _choice(report, drawn.NUM_EXAMPLES),
         ),
     }
+
+
+def _choice(report: Any, most: int) -> str:
+    """How the examples were chosen."""
+    arrays = report.examples
+    if "positions" not in arrays:
+        return "They are the first ones."
+    names = [key for key in arrays if key.startswith("probabilities/")]
+    shown, count = min(most, len(arrays["labels"])), int(arrays["candidates"])
+    whole = all(network["last"]["count"] <= count for network in report.networks.values())
+    of = f"They are those {shown} of the {'' if whole else 'first '}{count:,}"
+    if len(names) == 1:
+        return f"{of} of the highest entropy, the highest one first, and not typical."
+    return (
+        f"{of} on which the networks differ most, by the Jensen-Shannon divergence of their "
+        "distributions, the largest one first, and not typical."
+    )
 
 
 def _scaling(report: Any) -> list[str]:

@@ -52,6 +52,8 @@ class Task(NamedTuple):
             for a person to look at.
         sections: report -> Markdown blocks, besides the tables that all tasks have.
         figures: report -> {name: (figure, caption)}, besides the learning curves.
+        notable: rows by network -> `[rows]`, how much each is worth a look: `sample` has those of
+            the highest values. None: the first ones.
     """
 
     check: Callable[[str, Outputs, Any], None]
@@ -66,3 +68,4 @@ class Task(NamedTuple):
     sample: Callable[[Mapping[str, Mapping[str, Any]], Batch], dict[str, Any]]
     sections: Callable[[Any], list[str]]
     figures: Callable[[Any], dict[str, tuple[Any, str]]]
+    notable: Callable[[Mapping[str, Mapping[str, Any]]], Any] | None = None
