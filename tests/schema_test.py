@@ -487,7 +487,7 @@ REFUSED = {
     "student.model must be a group dict(fn=NAME, ...) that names a model; found 'mlp'.": {
         "student__model": "mlp"
     },
-    "student.model.fn: there is no model 'mpl' (did you mean 'mlp'?); known are cnn, mlp, "
+    "student.model.fn: there is no model 'mpl' (did you mean 'mlp'?); known are cached, cnn, mlp, "
     "resnet.": {"student__model__fn": "mpl"},
     "student.model.width is unknown (did you mean 'widths'?); mlp takes widths.": {
         "student__model__width": 3

@@ -447,6 +447,7 @@ def train(monkeypatch, capfd):
         if inputs is not None:  # which from_arrays would refuse
             poisoned = own.train.replace(inputs=jnp.asarray(inputs))
             own = own.replace(train=poisoned, full=poisoned)
+        (workdir / "result.json").unlink(missing_ok=True)  # or a run that is done would say it
         capfd.readouterr()
         loop.train_and_evaluate(config | settings, workdir, data=own)
         result = json.loads((workdir / "result.json").read_text())
@@ -586,6 +587,7 @@ def test_without_a_readable_checkpoint_the_run_is_refused_and_nothing_deleted(tr
     for step in (tmp_path / "checkpoints").iterdir():
         for path in step.glob("state/d/*"):
             flip(path)
+    (tmp_path / "result.json").unlink()
     before = contents(tmp_path)
     with pytest.raises(ValueError, match="no checkpoint can be read; that of step 12: ") as error:
         train(tmp_path)
