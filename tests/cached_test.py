@@ -97,7 +97,7 @@ def test_a_file_stands_for_the_network_everywhere(tmp_path, called):
     assert_same((result, read(tmp_path / "run")), called)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_outputs_that_come_with_the_data_do_so_too(tmp_path, called):
     own = dataset()
     for name in ("train", "full", "validation", "test"):
@@ -108,7 +108,7 @@ def test_outputs_that_come_with_the_data_do_so_too(tmp_path, called):
     assert_same((result, read(tmp_path)), called)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_takes_them(tmp_path):
     rate = "student.optimizer.learning_rate"
     made = config(written(tmp_path / "teacher.npz"), analysis=())

@@ -47,7 +47,7 @@ def environment(folder):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @every_notebook
 def test_runs(name, tmp_path):
     nbclient = pytest.importorskip("nbclient")

@@ -23,14 +23,14 @@ def own_cache(tmp_path_factory):
     os.environ["ABKD_JAX_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
 
 
-_SLOW = set((pathlib.Path(__file__).parent / "slow.txt").read_text().splitlines())
+_LONG = set((pathlib.Path(__file__).parent / "long.txt").read_text().splitlines())
 
 
 def pytest_collection_modifyitems(items):
-    """Marks the tests of slow.txt."""
+    """Marks the tests of long.txt."""
     for item in items:
-        if item.nodeid in _SLOW:
-            item.add_marker(pytest.mark.slow)
+        if item.nodeid in _LONG:
+            item.add_marker(pytest.mark.long)
 
 
 _MOST_MAPS = 20_000  # of the 65,530 that Linux allows a process: past them XLA's compiler crashes

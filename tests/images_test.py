@@ -522,7 +522,7 @@ def test_files_that_are_damaged(tmp_path, splits, harm, stream):
 # --- the published sets, where they are ---------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.data
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the prepared sets are not here")
 @pytest.mark.parametrize(

@@ -468,7 +468,7 @@ def test_a_run_that_is_done_says_its_result_at_once(tmp_path, capsys):
     assert not (tmp_path / FOLDER).exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_is_done_can_be_made_longer(tmp_path, capsys):
     expected = run_alone(tmp_path / "whole", num_steps=9)
     run_alone(tmp_path / "run")
@@ -567,7 +567,7 @@ def test_a_source_goes_on_where_a_run_was_stopped(tmp_path, step):
     assert rows(tmp_path / "run") == rows(tmp_path / "expected")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_wish_to_stop_at_the_last_step_comes_too_late(tmp_path, monkeypatch):
     """The run is done, and says its result."""
     update, sent = Progress.update, []
@@ -613,7 +613,7 @@ def test_steps_of_one_call_are_steps(tmp_path):
         close(learned[5, 1.0], learned[5, 0.3], rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_calls_of_several_steps_end_where_something_is_told(tmp_path):
     intervals = dict(steps_per_call=5, log_every=4, checkpoint_every=6)
     made = config(teacher=GIVEN, num_steps=10, **intervals)

@@ -234,7 +234,8 @@ class Done:
     scope="module",
     params=[
         "offline",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("unselected", "online", "peers")),
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("unselected", "online")),
+        pytest.param("peers", marks=pytest.mark.slow),
     ],
 )
 def done(request, tmp_path_factory):
@@ -457,7 +458,7 @@ class Swept:
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in SWEEPS]
+    scope="module", params=[pytest.param(name, marks=pytest.mark.long) for name in SWEEPS]
 )
 def swept(request, tmp_path_factory):
     return Swept(request.param, tmp_path_factory.mktemp(request.param))

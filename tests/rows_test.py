@@ -112,7 +112,7 @@ def restored(workdir, name):
         return checkpoints.restore()[1]["learners"][name]["params"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_learns_and_is_evaluated_exactly(done):
     workdir, result = done
     inputs, labels, masks = examples(37, 400)
@@ -137,7 +137,7 @@ def test_it_learns_and_is_evaluated_exactly(done):
     assert last["nll"] < before[where].mean() - 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_is_reported(done):
     workdir, _ = done
     page = (workdir / "report.md").read_text()
@@ -146,7 +146,7 @@ def test_it_is_reported(done):
         assert (workdir / "figures" / f"{name}.png").stat().st_size > 1000
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_does_not_count_changes_nothing(done, tmp_path):
     _, result = done
     other = run(config(), tmp_path, networks=NETWORKS, data=dataset(garbage=1))
@@ -157,7 +157,7 @@ def test_what_does_not_count_changes_nothing(done, tmp_path):
         np.testing.assert_equal(found["last"], expected["last"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_resumes_bitwise(done, tmp_path):
     _, result = done
 
@@ -180,7 +180,7 @@ def test_it_resumes_bitwise(done, tmp_path):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_sweeps(done, tmp_path):
     _, result = done
     rows = sweep(

@@ -332,7 +332,7 @@ def mirrored() -> sources.Source:
 '''
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_teacher_sees_what_a_source_makes_of_the_examples(tmp_path, monkeypatch):
     """Whose outputs of the examples themselves may not stand for it."""
     (tmp_path / "mirrored_of_a_test.py").write_text(MIRRORED)

@@ -165,7 +165,7 @@ def test_one_of_several_networks_is_named(tmp_path):
     assert folders.load(tmp_path, "b").module.module.widths == (3,)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_given_network_is_loaded_into_what_was_given(tmp_path):
     made = config(
         teacher=dict(model=dict(fn="given")),
@@ -209,7 +209,7 @@ class Counted(nnx.Module):
         return self.last(self.norm(x))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_nnx_model_learns_and_is_loaded(tmp_path):
     student = network(model=dict(fn="given"))
     made = config(student=student, phases=dict(alone=dict(learn=("student",))), num_steps=3)
