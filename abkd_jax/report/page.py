@@ -7,6 +7,7 @@ from typing import Any
 from abkd_jax import figures, markdown
 from abkd_jax.report import curves
 from abkd_jax.report.files import Report, load
+from abkd_jax.run.log.writer import replacing
 from abkd_jax.tasks.task import Column, Task
 
 _OF_TERMS = ("weight", "where", "other")  # what a term's group has besides its loss
@@ -41,7 +42,8 @@ def write(workdir: Path, task: Task) -> Path:
     text = page(report, task, {name: caption for name, (_, caption) in pictures.items()})
     for name, (figure, _) in pictures.items():
         figures.save(figure, workdir / "figures" / f"{name}.png")
-    (workdir / "report.md").write_text(text, encoding="utf-8")
+    with replacing(workdir / "report.md", "wb") as file:  # last, which says that all is there
+        file.write(text.encode())
     return workdir / "report.md"
 
 

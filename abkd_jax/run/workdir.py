@@ -150,7 +150,8 @@ def claim(workdir: pathlib.Path, about: Mapping[str, Any], *, longer: bool = Fal
             "new length.",
             file=sys.stderr,
         )
-        (workdir / "result.json").unlink(missing_ok=True)
+        for name in ("report.md", "result.json"):
+            (workdir / name).unlink(missing_ok=True)
         write_json(path, {**about, **_origin()})
     elif differing:
         raise ValueError(
@@ -162,6 +163,8 @@ def claim(workdir: pathlib.Path, about: Mapping[str, Any], *, longer: bool = Fal
 
 def stored(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a run of the config ended with in the folder; None if there is no such thing."""
+    if not (workdir / "report.md").exists():  # which is written last
+        return None
     try:
         result = json.loads((workdir / "result.json").read_text())
         return None if _differing(weights.read_about(workdir), {"config": config}) else result
