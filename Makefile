@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-ci test-all lint clean
+.PHONY: demo test test-long test-all lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m abkd_jax.main --config=configs/digits.py --workdir=runs/digits
@@ -11,7 +11,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -n 2 -m "not slow and not long" $(PYTEST)
 
-test-ci: $(VENV)/.test lint
+test-long: $(VENV)/.test lint
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST)
 
 test-all: $(VENV)/.test lint
