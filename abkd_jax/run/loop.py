@@ -1,5 +1,6 @@
 """A run, from a config to a report: its phases in order, then the evaluation of all networks."""
 
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -74,15 +75,15 @@ def train_and_evaluate(
         FloatingPointError: one sentence, if a term or gradient is not finite; the batch and the
             state are saved in workdir/nonfinite.
     """
-    if not (evaluate_only or profile):
-        result = folders.stored(folders.path_of(workdir), identified(config, data))
-        if result is not None:
-            print(
-                f"{workdir}: this run is done; with a larger num_steps it goes on, and evaluating "
-                "it makes its report anew.",
-                file=sys.stderr,
-            )
-            return result
+    folder = folders.path_of(workdir)
+    done = None if evaluate_only or profile else folders.stored(folder)
+    if done is not None and folders.is_of(folder, identified(config, data)):
+        print(
+            f"{workdir}: this run is done; with a larger num_steps it goes on, and evaluating it "
+            "makes its report anew.",
+            file=sys.stderr,
+        )
+        return done
     plan = resolve(config, networks=networks, data=data)
     with phases.opened(plan, workdir, profile=profile) as run:
         states, results = phases.ready(run), {}
@@ -173,11 +174,11 @@ def _conclude(run: Run, states: Networks, results: Mapping[str, Result]) -> dict
             found[name]["phase"] = phase.name
             parts = ("params", "opt_state", "batch_stats")
             found[name]["sha256"] = {p: digest(getattr(state, p)) for p in parts}
-    value = _header(run) | {"networks": found}
-    folders.write_json(run.workdir / "result.json", value)
+    value, path = _header(run) | {"networks": found}, run.workdir / "result.json"
+    folders.write_json(path, value)
     _write_examples(run, rows)
     report.write(run.workdir, run.plan.task)
-    return folders.stored(run.workdir, run.plan.config)
+    return json.loads(path.read_text())
 
 
 def _header(run: Run) -> dict[str, Any]:

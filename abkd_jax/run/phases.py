@@ -90,11 +90,8 @@ def _with_known(plan: Plan, data: datasets.DataSet) -> datasets.DataSet:
                 continue
             resident = isinstance(split, datasets.Split)
             require(resident, field, "called where examples are streamed (data.stream)", "cached")
-            if network.cached:
-                outputs = datasets.from_file(split, network.cached, f"data.{part}")
-                split = split.replace(outputs={**split.outputs, name: outputs})
-            require(name in split.outputs, f"data.{part}.outputs", f"of {name}", [*split.outputs])
-            data = data.replace(**{part: split})
+            outputs = {**split.outputs, name: network.cached(split, f"data.{part}")}
+            data = data.replace(**{part: split.replace(outputs=outputs)})
     return data
 
 
@@ -132,9 +129,8 @@ def _fitting(run: Run, name: str, weights: Weights) -> Mapping[str, Any]:
     """The variables, if they are those of the network that the config describes."""
     module = run.plan.networks[name].module
     init = functools.partial(module.init, train=False)
-    expected = _shapes(jax.eval_shape(init, jax.random.key(0), _sample(run)))
-    found, here = _shapes(weights.variables), _plain(run.data.preprocess)
-    pairs = [(path, found.get(path), expected.get(path)) for path in {**expected, **found}]
+    own = jax.eval_shape(init, jax.random.key(0), _sample(run))
+    pairs, here = folders.unlike(weights.variables, own), _plain(run.data.preprocess)
     if weights.model is not None:
         own = run.plan.config[name]["model"]
         pairs.insert(0, ("the model", weights.model["fn"], own["fn"]))
@@ -144,12 +140,6 @@ def _fitting(run: Run, name: str, weights: Weights) -> Mapping[str, Any]:
         if there != here:
             raise ValueError(f"{weights.origin} has {what} {there}, but this run has {here}.")
     return weights.variables
-
-
-def _shapes(variables: Any) -> dict[str, tuple[int, ...]]:
-    """{"params.layer.kernel": shape}."""
-    name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
-    return {name(path): x.shape for path, x in jax.tree.leaves_with_path(variables)}
 
 
 def learners_of(run: Run, phase: Phase, states: Networks) -> Networks:

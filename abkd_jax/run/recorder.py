@@ -23,6 +23,7 @@ from abkd_jax.run.log.writer import Writer
 from abkd_jax.run.phases import Run, examples, objectives_of
 from abkd_jax.train import Carry, Networks, Objectives, Programs, Static
 from abkd_jax.train.checkpoint import FOLDER, Checkpoints
+from abkd_jax.types import named_leaves
 
 _PROFILED = range(5, 10)  # the steps of a process that a trace shows
 
@@ -123,11 +124,7 @@ class _Recorder:
         batch = self.phase.source.batch(carry.source, taken, data_seed, bad_step)
         folder.mkdir(exist_ok=True)
         arrays = {name: x for name, x in batch.items() if name not in ("key", "outputs")}
-        named = jax.tree.leaves_with_path(arrays)
-        keyed = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
-        np.savez(
-            folder / f"batch_{bad_step}.npz", **{keyed(path): np.asarray(x) for path, x in named}
-        )
+        np.savez(folder / f"batch_{bad_step}.npz", **named_leaves(jax.device_get(arrays)))
         with Checkpoints(folder / FOLDER) as saved:
             saved.save(bad_step, carry)
             saved.wait()
