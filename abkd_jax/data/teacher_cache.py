@@ -38,7 +38,7 @@ def with_outputs(
         size: B.
 
     Returns:
-        The split, its `outputs` with `logits` and `hidden` for each network.
+        The split, in its `outputs` also the `logits` and `hidden` of each network.
     """
     found = []
     for batch in evaluation_batches(split, size, preprocess):
@@ -47,7 +47,7 @@ def with_outputs(
     joined = lambda *parts: jnp.concatenate(parts)[: len(split)]  # noqa: E731
     first, *others = found
     outputs = {name: x.map_rows(joined, *(o[name] for o in others)) for name, x in first.items()}
-    return split.replace(outputs=outputs)
+    return split.replace(outputs={**split.outputs, **outputs})
 
 
 def row_hashes(inputs: Any) -> np.ndarray:

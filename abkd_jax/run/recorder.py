@@ -20,7 +20,7 @@ from abkd_jax.run.evaluation import evaluate
 from abkd_jax.run.fit import Fit, fit
 from abkd_jax.run.log.progress import Progress
 from abkd_jax.run.log.writer import Writer
-from abkd_jax.run.phases import Run, examples, objectives_of
+from abkd_jax.run.phases import Run, objectives_of, seen_examples
 from abkd_jax.train import Carry, Networks, Objectives, Programs, Static
 from abkd_jax.train.checkpoint import FOLDER, Checkpoints
 from abkd_jax.types import named_leaves
@@ -57,10 +57,10 @@ def train_phase(
         OSError: if a file cannot be written.
     """
     config, replicated = run.plan.config, functools.partial(parallel.replicated, mesh=run.mesh)
-    split, size = examples(run, phase)
+    frozen = replicated(frozen)
+    split, size = seen_examples(run, phase, frozen)
     split = replicated(split) if isinstance(split, datasets.Split) else split
     feed = datasets.Feed(split, run.data.preprocess, data_seed=config["data_seed"], size=size)
-    frozen = replicated(frozen)
     objectives, label = objectives_of(run, phase, frozen), " and ".join(phase.learners)
     score = run.plan.task.score_column
     progress = Progress(label, phase.num_steps, start=step, examples_per_step=size, score=score)
