@@ -1,7 +1,9 @@
 """Value and student gradient of the divergences, against the textbook's formulas."""
 
 import functools
+import itertools
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,6 +29,8 @@ _NUMBERS = {
 _OURS, _TEXTBOOK, _COPY = "abkd_jax", "JAX, textbook", "copy"
 _QUEUED = 20  # short calls, of which one starts while the device works on another
 _QUEUED_CLASSES = 2**28  # of all queued calls together
+_CACHES = 2**28  # bytes, more than caches hold
+_ARRAYS = 12  # of the logits' size, in float32, that a formula without fusion holds at once
 _CLOSE = 0.02  # relative: of values that are one divergence, and of their gradients' norms
 
 
@@ -40,7 +44,9 @@ def part(*, small: bool) -> Part:
         "Value and student gradient of the batch mean, a call, on one device. The least traffic "
         "is both logits read once and one gradient written; 'of the limit' is the time that this "
         "takes at the bandwidth of the copy, over the median. On accelerators up to "
-        f"{_QUEUED} calls are queued before the last one's result is waited for.\n\n"
+        f"{_QUEUED} calls are queued before the last one's result is waited for. Calls go round "
+        f"among logits of {_CACHES >> 20} MiB, which no cache holds. JAX and torch share the "
+        "device's memory.\n\n"
         f"Skipped peers: {absent or 'none'}."
     )
     return Part("Divergences", text, rows, _table)
@@ -79,9 +85,8 @@ def _arms(
     name: str, shape: tuple[int, int, str], queued: int, small: bool
 ) -> dict[str, Callable[[], Callable[[], Any]]]:
     *shape, dtype = shape
-    keys, numbers = jax.random.split(jax.random.key(0)), _NUMBERS[name]
-    draw = jax.jit(lambda key: 2 * jax.random.normal(key, shape, dtype))
-    student, teacher = map(draw, keys)
+    _check_memory(math.prod(shape))
+    numbers, inputs = _NUMBERS[name], _inputs(shape, dtype, small)
     bound = bind(getattr(divergences, name), **numbers)
 
     def ours(s, t, divergence):
@@ -92,8 +97,8 @@ def _arms(
         return textbook.mean_divergence(textbook.JAX, name, s, t, **numbers)
 
     def jitted(function, numbers):
-        compiled = jax.jit(jax.value_and_grad(function))
-        return lambda: compiled(student, teacher, numbers)
+        compiled, around = jax.jit(jax.value_and_grad(function)), itertools.cycle(inputs)
+        return lambda: compiled(*next(around), numbers)
 
     makers = {
         _OURS: lambda: jitted(ours, bound),
@@ -109,10 +114,24 @@ def _arms(
 
     found = {k: functools.partial(checked, make, lambda: None) for k, make in makers.items()}
     if "torch" not in absent:
-        peers = torch_peers.arms(name, student, teacher, numbers)
+        peers = torch_peers.arms(name, inputs, numbers)
         peers = {peer: make for peer, make in peers.items() if peer not in absent}
         found |= {k: functools.partial(checked, m, torch_peers.wait) for k, m in peers.items()}
     return found
+
+
+def _inputs(shape: list[int], dtype: str, small: bool) -> list[tuple[jax.Array, jax.Array]]:
+    """The students' and the teachers' logits, more than caches hold."""
+    draw = jax.jit(lambda key: 2 * jax.random.normal(key, shape, dtype))
+    count = 2 if small else -(-_CACHES // (2 * math.prod(shape) * jnp.dtype(dtype).itemsize))
+    return [tuple(map(draw, keys)) for keys in jax.random.split(jax.random.key(0), (count, 2))]
+
+
+def _check_memory(size: int) -> None:
+    """Whether a CPU has room for the textbook's arrays: it would end processes, not say no."""
+    needed, free = 4 * size * _ARRAYS, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if jax.default_backend() == "cpu" and needed > free:
+        raise MemoryError(f"takes about {needed / 1e9:.0f} GB, of which {free / 1e9:.0f} are free")
 
 
 def _in_queue(call: Callable[[], Any], count: int, wait: Callable[[], None]) -> Callable[[], Any]:

@@ -11,6 +11,7 @@ from experiments.accelerator.rows import Call
 
 _WIDTHS = (16, 16, 32, 64)
 _PAD = 4
+_RATE = 0.05
 
 
 def arm(
@@ -40,18 +41,9 @@ def arm(
     layout = {"device": device, "memory_format": torch.channels_last}
     teacher, learner = (network(torch, depth).to(**layout) for depth in depths)
     teacher.eval()
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (images, 32, 32, 3), np.uint8)
-    labels = torch.from_numpy(rng.integers(0, 100, images)).to(device)
-    padded = np.pad(pixels, ((0, 0), (_PAD, _PAD), (_PAD, _PAD), (0, 0)))
-    padded = torch.from_numpy(padded).to(device)
-    numbers = dict(student["optimizer"], fn=None)
-    optimizer = torch.optim.SGD(
-        learner.parameters(),
-        lr=5e-2,
-        momentum=numbers["momentum"],
-        weight_decay=numbers["weight_decay"],
-    )
+    padded, labels = (torch.from_numpy(x).to(device) for x in _data(images))
+    numbers = {name: student["optimizer"][name] for name in ("momentum", "weight_decay")}
+    optimizer = torch.optim.SGD(learner.parameters(), lr=_RATE, **numbers)
     loss = functools.partial(_loss, torch, teacher, learner, student["terms"]["distill"])
     if compiles:
         torch.compiler.reset()
@@ -66,6 +58,14 @@ def arm(
         torch_peers.wait()
 
     return call
+
+
+def _data(images: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random images with a margin for crops, and their labels."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (images, 32, 32, 3), np.uint8)
+    margin = (_PAD, _PAD)
+    return np.pad(pixels, ((0, 0), margin, margin, (0, 0))), rng.integers(0, 100, images)
 
 
 def network(torch: Any, depth: int) -> Any:

@@ -1,7 +1,8 @@
 """The divergences in torch, on the device that JAX computes on: the textbook's, and Liger's."""
 
 import importlib.util
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,28 +38,30 @@ def absent(*, small: bool) -> dict[str, str]:
 
 
 def arms(
-    name: str, student: jax.Array, teacher: jax.Array, numbers: dict[str, float]
+    name: str, inputs: Sequence[tuple[jax.Array, jax.Array]], numbers: Mapping[str, float]
 ) -> dict[str, Callable[[], Callable[[], Any]]]:
-    """{peer: () -> call}; a call gives the value, and the gradient's norm where it is asked for.
+    """{peer: () -> call}; a call gives the value and the student's gradient.
 
     Args:
         name: of the divergence.
-        student: logits `[B, K]`.
-        teacher: likewise.
+        inputs: a student's and a teacher's logits, `[B, K]`; each call takes the next ones.
         numbers: of the divergence.
     """
     import torch
 
     if device()[0] == "cuda":
         torch.cuda.empty_cache()
-    leaf = torch.from_dlpack(student).requires_grad_()
-    target, operations = torch.from_dlpack(teacher), textbook.of_torch(torch)
+    operations = textbook.of_torch(torch)
+    pairs = [(torch.from_dlpack(s).requires_grad_(), torch.from_dlpack(t)) for s, t in inputs]
 
     def mean(s, t):
         return textbook.mean_divergence(operations, name, s.float(), t.float(), **numbers)
 
     def of(function):
+        around = itertools.cycle(pairs)
+
         def call():
+            leaf, target = next(around)
             value = function(leaf, target)
             return value.detach(), *torch.autograd.grad(value, leaf)
 

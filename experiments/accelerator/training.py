@@ -45,12 +45,12 @@ def pair(*, small: bool) -> Part:
     lengths = (1, 2) if small else (1,) if cpu else (1, 10, 50)
     rows = []
     for students in (1,) if small else (1, 8):
-        for batch in (8,) if small else (64, 1024):
+        for batch in (8,) if small else (64,) if cpu else (64, 1024):
             steps = 2 if cpu else max(lengths)
             facts = {"students": students, "batch": batch, "steps": steps}
             arms = functools.partial(_pair_arms, students, batch, lengths, steps, small)
             rows.append(Row(f"pair, {students} students, batches of {batch}", arms, facts))
-    alone = "" if small or not cpu else " On a CPU a call makes one step: scans are slow there."
+    alone = " On a CPU: batches of 64, and one step a call." if cpu and not small else ""
     peer = torch_peers.absent(small=small).get("torch")
     text = (
         "ResNet-56 to ResNet-20 as in configs/cifar100.py (with --runlocal ResNet-8 to ResNet-8), "
