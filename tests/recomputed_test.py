@@ -233,8 +233,7 @@ class Done:
 @pytest.fixture(
     scope="module",
     params=[
-        "offline",
-        *(pytest.param(name, marks=pytest.mark.long) for name in ("unselected", "online")),
+        *(pytest.param(n, marks=pytest.mark.long) for n in ("offline", "unselected", "online")),
         pytest.param("peers", marks=pytest.mark.slow),
     ],
 )
