@@ -615,6 +615,30 @@ def test_proper_ones_are_distances_that_ignore_shifts(row, integers, shift):
         np.testing.assert_array_equal(slope, 0.0)
 
 
+@every_row
+def test_a_shift_of_a_hundred_changes_nothing_but_the_rounding_of_the_logits(row):
+    """logit_mse alone is of the logits themselves."""
+    student_logits, teacher_logits, numbers = row.draw(dtype=np.float32)
+    for pair in ((1, 0), (0, 1), (1, -1)):
+        shifts = [np.float32(100 * sign) for sign in pair]
+        logits = student_logits, teacher_logits
+        shifted = [x + shift for x, shift in zip(logits, shifts, strict=True)]
+        rounded = [x - shift for x, shift in zip(shifted, shifts, strict=True)]  # exact
+        found = value_and_gradients(row.function, *shifted, numbers)
+        if row.function is divergences.logit_mse:
+            gap = (shifted[0] - shifted[1]).astype(np.float64)
+            slope = 2 * gap / SHAPE[1]
+            assert_close(found, (np.mean(gap**2, -1), (slope, -slope, {})), rtol=1e-6)
+            continue
+        expected = value_and_gradients(row.function, *rounded, numbers)
+        if "temperature" in numbers:  # its slope is a sum over classes of slope times logit
+            of_found, of_expected = (x[1][2].pop("temperature") for x in (found, expected))
+            terms = [np.sum(np.abs(g * z), -1) for g, z in zip(found[1], shifted, strict=False)]
+            rounding = np.finfo(np.float32).eps * sum(terms) / numbers["temperature"]
+            assert (np.abs(of_found - of_expected) <= rounding).all()
+        assert_close(found, expected, rtol=2e-6)
+
+
 # Transformations.
 
 
