@@ -813,6 +813,26 @@ def test_alpha_beta_accuracy():
     assert (percentile <= oracle.PERCENTILE_99).all(), by_name
 
 
+def test_rounding_explains_the_errors_of_gradients_that_are_small_beside_their_slopes():
+    """By the formula for two classes, and where two are likely and the student gives them none."""
+    logits = np.float32([[1.0, 0.0], [0.0, 0.5]])
+    gap = np.subtract(*scipy.special.softmax(logits.astype(float), axis=-1))[0]
+    bound = np.finfo(np.float32).eps * (1 - np.log(abs(gap)))
+    np.testing.assert_allclose(oracle.gradient_bounds(*logits, 1.0, 0.0)[0], bound, rtol=1e-12)
+
+    row = Row("", divergences.alpha_beta, {"alpha": 0.9, "beta": 0.0}, alpha_beta_value)
+    _, _, numbers = row.draw(dtype=np.float32)
+    noise = np.random.default_rng(0).normal(size=(2, *SHAPE))
+    offsets = [[0.0, 0.0, 0.0, 0.0, 1e4], [1e4, 1e4, 0.0, 0.0, 0.0]]
+    student, teacher = (1e-2 * noise + np.expand_dims(offsets, 1)).astype(np.float32)
+    _, gradients = value_and_gradients(row.function, student, teacher, numbers)
+    for i, of_teacher in enumerate(gradients[1]):
+        case = student[i], teacher[i], np.float32(0.9), 0.0
+        of_student, bound = oracle.gradient_bounds(*case)
+        assert of_student < oracle.MAX_ERROR < bound < 1
+        assert oracle.relative_error(of_teacher, oracle.alpha_beta(*case).teacher) <= bound
+
+
 @pytest.mark.parametrize(("alpha", "beta"), [(0.3, 0.6), (1.0, 0.0), (0.0, 0.0), (1.2, -1.2)])
 def test_alpha_beta_in_float64(alpha, beta):
     row = Row("", divergences.alpha_beta, {"alpha": alpha, "beta": beta}, alpha_beta_value)
