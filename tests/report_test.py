@@ -643,9 +643,12 @@ def test_reliability_of_a_handful_of_examples_is_hollow_and_breaks_the_line(tmp_
     )
     result = online(a=network(0.9, [0.9, 0.9], reliability=diagram))
     result["networks"]["a"]["last"]["scaled"]["reliability"] = diagram
-    panel = classification_figures.reliability(report.load(fill(tmp_path, result))).axes[0]
+    run = report.load(fill(tmp_path, result))
+    panel = classification_figures.reliability(run).axes[0]
     filled = {bar.get_height(): bar.get_fill() for bar in panel.patches}
     assert filled == {50: False, 20: True, 100: False, 70: True, 80: True}
+    assert [bar.get_linestyle() == ":" for bar in panel.patches if not bar.get_fill()] == [True] * 2
+    assert {to_hex(bar.get_edgecolor()[:3]) for bar in panel.patches} == {run.colours["a"].lower()}
     _, scaled, few = panel.lines
     np.testing.assert_allclose(
         scaled.get_xydata()[1:], [[25, 20], [np.inf] * 2, [60, 70], [90, 80]], rtol=1e-6
