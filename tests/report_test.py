@@ -582,6 +582,14 @@ def test_learning_curves_show_the_rows(tmp_path):
     assert [text.get_text() for text in legend.get_texts()] == ["teacher", "baseline", "student"]
 
 
+@pytest.mark.parametrize("count,marker", [(20, "o"), (21, "None")])
+def test_many_points_are_a_line_alone(tmp_path, count, marker):
+    fill(tmp_path, ONLINE, rows=False)
+    write_lines(tmp_path, [{"step": 1 + i, "a/loss": 1.0} for i in range(count)])
+    (line,) = curves(report.load(tmp_path)).axes[0].lines
+    assert line.get_marker() == marker
+
+
 def test_learning_curves_on_test_data(tmp_path):
     right = curves(report.load(fill(tmp_path, ONLINE))).axes[1]
     assert right.get_title() == "Test accuracy"
