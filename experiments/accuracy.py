@@ -7,6 +7,12 @@ The cases lie on the singular lines of the definition, within 1e-12 to 1e-1 of t
 with 2 to 1000 classes and logits from nearly equal to saturated. An error is the largest of an
 array, relative to the largest entry of the truth. A case whose truth float32 cannot hold is checked
 for finiteness alone. The status is 1 if a bar is missed.
+
+A gradient in the logits is a difference of slopes, g_j = (1 - q_j) s_j - q_j sum_{k != j} s_k, and
+may be far smaller than these; the bar is no measure of what is rounded of them. Such a gradient
+passes if its error is within what the rounding of its own slopes explains, an a-priori bound from
+the same 110 digits (`gradient_bounds` of the oracle, with its derivation). Each is printed; all
+others have to meet the bar.
 """
 
 import concurrent.futures
@@ -73,7 +79,7 @@ def _check_table(pool: concurrent.futures.Executor) -> bool:
         rows = (regimes == regime) | (regime == "overall")
         scores = "".join(_summary(errors[rows, i]) for i in range(len(_QUANTITIES)))
         print(f"{regime:20}{rows.sum():6}{scores}{(~finite[rows]).sum():12}")
-    return bool(finite.all()) and all(_meets_bars(column) for column in errors.T)
+    return bool(finite.all()) and _meets_bars(errors, _allowed(cases, errors))
 
 
 def _check_cut_out() -> bool:
@@ -122,7 +128,7 @@ def _check_one_sided(pool: concurrent.futures.Executor) -> bool:
         f"max {np.nanmax(errors):.1e}, p99 {np.nanpercentile(errors, 99):.1e}; with an infinite "
         f"one, {negative} not positive; {(~finite).sum()} not finite"
     )
-    return bool(finite.all()) and not negative and all(_meets_bars(column) for column in errors.T)
+    return bool(finite.all()) and not negative and _meets_bars(errors)
 
 
 def _evaluate(cases: Sequence[oracle.Case]) -> list[tuple[np.ndarray, ...]]:
@@ -147,10 +153,27 @@ def _score(
     return np.array(errors), np.array(finite)
 
 
-def _meets_bars(errors: np.ndarray) -> bool:
-    """Whether these errors meet the bars; False where one is infinite, or none is scored (NaN)."""
-    largest, percentile = np.nanmax(errors), np.nanpercentile(errors, 99)
-    return bool(largest <= oracle.MAX_ERROR and percentile <= oracle.PERCENTILE_99)
+def _allowed(cases: Sequence[oracle.Case], errors: np.ndarray) -> np.ndarray:
+    """The largest error allowed: the bar, or the bound of a gradient in the logits beyond it."""
+    allowed = np.full(errors.shape, oracle.MAX_ERROR)
+    first = _QUANTITIES.index("student")  # and then "teacher", as in the bounds
+    for i, side in np.argwhere(errors[:, first : first + 2] > oracle.MAX_ERROR):
+        case, column = cases[i], first + side
+        bound = oracle.gradient_bounds(*case[1:])[side]
+        allowed[i, column] = max(oracle.MAX_ERROR, bound)
+        print(
+            f"beyond the bar: {_QUANTITIES[column]}, {len(case.student_logits)} "
+            f"classes, {case.regime}, alpha {case.alpha:.3g}, beta {case.beta:.3g}: "
+            f"error {errors[i, column]:.1e}, bound {bound:.1e}"
+        )
+    return allowed
+
+
+def _meets_bars(errors: np.ndarray, allowed: np.ndarray | float = oracle.MAX_ERROR) -> bool:
+    """Whether all quantities do; False where an error is infinite, or none is scored (NaN)."""
+    largest = np.nanmax(errors / allowed, axis=0)
+    percentile = np.nanpercentile(errors, 99, axis=0)
+    return bool(np.all(largest <= 1) and np.all(percentile <= oracle.PERCENTILE_99))
 
 
 def _summary(errors: np.ndarray) -> str:

@@ -93,6 +93,34 @@ def alpha_beta(
         )
 
 
+def gradient_bounds(
+    student_logits: Sequence[float], teacher_logits: Sequence[float], alpha: float, beta: float
+) -> tuple[float, float]:
+    """How far float32 may be off in the student's and the teacher's gradient of one finite pair.
+
+    With s the slopes in the log-probabilities, an entry is
+
+        g_j = (1 - q_j) s_j - q_j sum_{k != j} s_k,
+
+    which may be a difference of terms that are far larger than any entry. Where float32 rounds the
+    logarithm of a slope, and then the slope, this has a relative error of eps (1 + |log |s_k||), if
+    nothing else is lost. To first order the entry is then off by at most
+
+        eps ((1 - q_j) |s_j| (1 + |log |s_j||) + q_j sum_{k != j} |s_k| (1 + |log |s_k||)).
+
+    Returns:
+        The largest of these over j, relative to the largest entry, for each of the gradients.
+    """
+    with mpmath.workdps(_DIGITS):
+        x, y = (_log_softmax(logits) for logits in (teacher_logits, student_logits))
+        a, b = mpmath.mpf(float(alpha)), mpmath.mpf(float(beta))
+        p_a, p_b = ([mpmath.exp(power * log) for log in x] for power in (a, b))
+        q_a, q_b = ([mpmath.exp(power * log) for log in y] for power in (a, b))
+        student = _slopes_in_log_q(x, y, p_a, q_a, q_b, a)
+        teacher = _slopes_in_log_q(y, x, q_b, p_b, p_a, b)
+        return _rounding(student, y), _rounding(teacher, x)
+
+
 def draw_cases(num_classes: int, count: int, seed: int) -> list[Case]:
     """Cases with every regime of logits and numbers on, near and off each singular line.
 
@@ -233,3 +261,12 @@ def _through_softmax(slopes, log_probs):
     for k, slope in slopes.items():
         gradient[k] = slope - mpmath.exp(log_probs[k]) * total
     return gradient
+
+
+def _rounding(slopes, log_probs):
+    """`gradient_bounds` of one gradient."""
+    size = np.max(np.abs(_through_softmax(dict(enumerate(slopes)), log_probs)))
+    errors = [abs(slope) * (1 + abs(mpmath.log(abs(slope)))) if slope else 0 for slope in slopes]
+    total, probs = mpmath.fsum(errors), map(mpmath.exp, log_probs)
+    largest = max(e + q * (total - 2 * e) for e, q in zip(errors, probs, strict=True))
+    return float(np.finfo(np.float32).eps * largest / size) if size else math.inf

@@ -128,6 +128,9 @@ def test_gradients_of_the_parameters():
     np.testing.assert_allclose(
         norms, [0.5 * np.linalg.norm(task), 3 * np.linalg.norm(kd)], rtol=1e-4
     )
+    params, others, batches, terms = setup()
+    away = run(params, others, batches, terms | {"kd": Term(KD, -3.0, other="teacher")})
+    np.testing.assert_allclose(away["gradient_norm/kd"], norms[1], rtol=1e-6)
     cosine = task @ kd / np.linalg.norm(task) / np.linalg.norm(kd)
     np.testing.assert_allclose(measured()["gradient_cosine/kd/task"], cosine, atol=1e-5)
     whole = 0.5 * grads["task"] + 3 * grads["kd"]

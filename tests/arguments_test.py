@@ -53,6 +53,7 @@ def refusal(argument, call=get_config):
         ("", {}),
         ("  ", {}),
         ("runlocal", {"runlocal": True}),
+        pytest.param("x" * 2000, {"x" * 2000: True}, id="the longest"),
         ("divergence=reverse_kl", {"divergence": {"fn": "reverse_kl"}}),
         ("divergence=reverse_kl()", {"divergence": {"fn": "reverse_kl"}}),
         (

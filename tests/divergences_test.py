@@ -615,6 +615,30 @@ def test_proper_ones_are_distances_that_ignore_shifts(row, integers, shift):
         np.testing.assert_array_equal(slope, 0.0)
 
 
+@every_row
+def test_a_shift_of_a_hundred_changes_nothing_but_the_rounding_of_the_logits(row):
+    """logit_mse alone is of the logits themselves."""
+    student_logits, teacher_logits, numbers = row.draw(dtype=np.float32)
+    for pair in ((1, 0), (0, 1), (1, -1)):
+        shifts = [np.float32(100 * sign) for sign in pair]
+        logits = student_logits, teacher_logits
+        shifted = [x + shift for x, shift in zip(logits, shifts, strict=True)]
+        rounded = [x - shift for x, shift in zip(shifted, shifts, strict=True)]  # exact
+        found = value_and_gradients(row.function, *shifted, numbers)
+        if row.function is divergences.logit_mse:
+            gap = (shifted[0] - shifted[1]).astype(np.float64)
+            slope = 2 * gap / SHAPE[1]
+            assert_close(found, (np.mean(gap**2, -1), (slope, -slope, {})), rtol=1e-6)
+            continue
+        expected = value_and_gradients(row.function, *rounded, numbers)
+        if "temperature" in numbers:  # its slope is a sum over classes of slope times logit
+            of_found, of_expected = (x[1][2].pop("temperature") for x in (found, expected))
+            terms = [np.sum(np.abs(g * z), -1) for g, z in zip(found[1], shifted, strict=False)]
+            rounding = np.finfo(np.float32).eps * sum(terms) / numbers["temperature"]
+            assert (np.abs(of_found - of_expected) <= rounding).all()
+        assert_close(found, expected, rtol=2e-6)
+
+
 # Transformations.
 
 
@@ -787,6 +811,26 @@ def test_alpha_beta_accuracy():
     by_name = dict(zip(oracle.Truth._fields, zip(largest, percentile, strict=True), strict=True))
     assert (largest <= oracle.MAX_ERROR).all(), by_name
     assert (percentile <= oracle.PERCENTILE_99).all(), by_name
+
+
+def test_rounding_explains_the_errors_of_gradients_that_are_small_beside_their_slopes():
+    """By the formula for two classes, and where two are likely and the student gives them none."""
+    logits = np.float32([[1.0, 0.0], [0.0, 0.5]])
+    gap = np.subtract(*scipy.special.softmax(logits.astype(float), axis=-1))[0]
+    bound = np.finfo(np.float32).eps * (1 - np.log(abs(gap)))
+    np.testing.assert_allclose(oracle.gradient_bounds(*logits, 1.0, 0.0)[0], bound, rtol=1e-12)
+
+    row = Row("", divergences.alpha_beta, {"alpha": 0.9, "beta": 0.0}, alpha_beta_value)
+    _, _, numbers = row.draw(dtype=np.float32)
+    noise = np.random.default_rng(0).normal(size=(2, *SHAPE))
+    offsets = [[0.0, 0.0, 0.0, 0.0, 1e4], [1e4, 1e4, 0.0, 0.0, 0.0]]
+    student, teacher = (1e-2 * noise + np.expand_dims(offsets, 1)).astype(np.float32)
+    _, gradients = value_and_gradients(row.function, student, teacher, numbers)
+    for i, of_teacher in enumerate(gradients[1]):
+        case = student[i], teacher[i], np.float32(0.9), 0.0
+        of_student, bound = oracle.gradient_bounds(*case)
+        assert of_student < oracle.MAX_ERROR < bound < 1
+        assert oracle.relative_error(of_teacher, oracle.alpha_beta(*case).teacher) <= bound
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(0.3, 0.6), (1.0, 0.0), (0.0, 0.0), (1.2, -1.2)])

@@ -103,6 +103,7 @@ def test_a_plateau_keeps_its_colours_beside_some_collapsed_points():
 AXES = {
     "even": ((0.0, 0.5, 1.0, 1.5), "linear", (-0.25, 1.75)),
     "even but rounded": ((0.1, 0.2, 0.30000001, 0.4), "linear", (0.05, 0.45)),
+    "even over a decade": ((1.0, 4.0, 7.0, 10.0), "linear", (-0.5, 11.5)),
     "two": ((1.0, 9.0), "linear", (-3.0, 13.0)),
     "negative": ((-4.0, 1.0, 10.0), "linear", (-6.5, 14.5)),
     "two, a decade": ((0.01, 0.1), "log", (10**-2.5, 10**-0.5)),

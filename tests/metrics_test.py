@@ -1,7 +1,5 @@
 """The metrics against scikit-learn, scipy, mpmath and plain loops."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -325,13 +323,23 @@ def test_summarize_takes_merged_and_stacked_sums():
 # --- batches, masks, classes --------------------------------------------------------------------
 
 
-def test_sums_of_parts_add_up_to_the_whole():
+sums_of_parts = jax.jit(jax.vmap(sums_of))
+
+
+@pytest.mark.parametrize("valid", [np.arange(NUM_ROWS) % 7 != 0, [*range(15, 29), 45]])
+def test_sums_of_parts_add_up_to_the_whole(valid):
+    """Of parts without a valid row and with a single one, too; the other rows are NaN."""
     logits, labels = make()
-    batch = logits, labels, np.arange(NUM_ROWS) % 7 != 0
-    parts = jax.jit(jax.vmap(sums_of))(*(x.reshape(4, 15, *x.shape[1:]) for x in batch))
-    parts = [jax.tree.map(lambda x, i=i: x[i], parts) for i in range(4)]
-    added = functools.reduce(functools.partial(jax.tree.map, jnp.add), parts)
-    whole = evaluate(*batch)
+    where = np.zeros(NUM_ROWS, bool)
+    where[valid] = True
+    batch = np.where(where[:, None], logits, NAN), labels, where
+    parts = sums_of_parts(*(x.reshape(4, 15, *x.shape[1:]) for x in batch))
+    counts = where.reshape(4, 15).sum(-1)
+    for sums in parts.values():
+        np.testing.assert_array_equal(sums["count"], counts)
+        assert not any(np.any(value[counts == 0]) for value in sums.values())
+    added = jax.tree.map(lambda x: jnp.sum(x, 0), parts)
+    whole = evaluate(logits, labels, where)
     chex.assert_trees_all_close(added, {name: whole[name] for name in added}, rtol=1e-5)
 
 

@@ -582,6 +582,14 @@ def test_learning_curves_show_the_rows(tmp_path):
     assert [text.get_text() for text in legend.get_texts()] == ["teacher", "baseline", "student"]
 
 
+@pytest.mark.parametrize("count,marker", [(20, "o"), (21, "None")])
+def test_many_points_are_a_line_alone(tmp_path, count, marker):
+    fill(tmp_path, ONLINE, rows=False)
+    write_lines(tmp_path, [{"step": 1 + i, "a/loss": 1.0} for i in range(count)])
+    (line,) = curves(report.load(tmp_path)).axes[0].lines
+    assert line.get_marker() == marker
+
+
 def test_learning_curves_on_test_data(tmp_path):
     right = curves(report.load(fill(tmp_path, ONLINE))).axes[1]
     assert right.get_title() == "Test accuracy"
@@ -643,9 +651,12 @@ def test_reliability_of_a_handful_of_examples_is_hollow_and_breaks_the_line(tmp_
     )
     result = online(a=network(0.9, [0.9, 0.9], reliability=diagram))
     result["networks"]["a"]["last"]["scaled"]["reliability"] = diagram
-    panel = classification_figures.reliability(report.load(fill(tmp_path, result))).axes[0]
+    run = report.load(fill(tmp_path, result))
+    panel = classification_figures.reliability(run).axes[0]
     filled = {bar.get_height(): bar.get_fill() for bar in panel.patches}
     assert filled == {50: False, 20: True, 100: False, 70: True, 80: True}
+    assert [bar.get_linestyle() == ":" for bar in panel.patches if not bar.get_fill()] == [True] * 2
+    assert {to_hex(bar.get_edgecolor()[:3]) for bar in panel.patches} == {run.colours["a"].lower()}
     _, scaled, few = panel.lines
     np.testing.assert_allclose(
         scaled.get_xydata()[1:], [[25, 20], [np.inf] * 2, [60, 70], [90, 80]], rtol=1e-6

@@ -139,6 +139,51 @@ def test_accumulation_is_exact_whatever_the_masks(micro_batches):
     assert_trees_equal(metrics, part_metrics, rtol=1e-5)
 
 
+def test_parts_without_an_example_of_a_term_add_nothing_to_it():
+    """Of four parts two have no row that counts, and three none with a label."""
+    networks, batch, objectives = offline(), make_batch(), {"student": make_terms()}
+    rows = np.arange(B)
+    batch |= {"where": jnp.asarray(rows >= B // 2), "labelled": jnp.asarray(rows == B - 1)}
+    batch |= {"labels": jnp.where(batch["labelled"], 1, -1)}
+    whole, metrics = train_step(networks, batch, objectives)
+    found, found_metrics = train_step(networks, batch, objectives, micro_batches=4)
+    assert_trees_equal(whole["student"].params, found["student"].params, rtol=1e-5, atol=1e-6)
+    assert_trees_equal(metrics, found_metrics, rtol=1e-5)
+
+
+def parameters_of_rows(variables, rows, *, train, key):
+    """Logits of one class: of each row, the sum of its own parameters that dropout keeps."""
+    kept = jax.random.bernoulli(key, 0.5, (len(rows), D)) if train else 1.0
+    return jnp.sum(kept * variables[rows], -1, keepdims=True)
+
+
+def kept_by_dropout(seed=0, **options):
+    """What dropout keeps in a step, [B, D] of each of two learners: the gradients tell."""
+
+    def logit(student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
+        return student.logits[..., 0]
+
+    rule = bind(optimizers.sgd, learning_rate=float(B))
+    state = train.adopt(parameters_of_rows, jnp.zeros((B, D)), optimizer=rule)
+    networks = {"a": state, "b": state}
+    objectives = {name: {"logit": Term(bind(logit), jnp.ones(()))} for name in networks}
+    batch = {"inputs": jnp.arange(B), "key": jax.random.key(seed)}
+    after, _ = train_step(networks, batch, objectives, **options)
+    return np.stack([-after[name].params for name in networks])
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+def test_dropout_has_a_key_for_each_learner_and_each_part_of_the_batch(micro_batches):
+    found = kept_by_dropout(micro_batches=micro_batches)
+    assert np.isin(found, (0.0, 1.0)).all()
+    parts = [part.tobytes() for kept in found for part in np.split(kept, micro_batches)]
+    assert len(set(parts)) == 2 * micro_batches
+    np.testing.assert_array_equal(found, kept_by_dropout(micro_batches=micro_batches))
+    assert np.any(found != kept_by_dropout(seed=1, micro_batches=micro_batches))
+    if micro_batches == 1:
+        np.testing.assert_array_equal(found, kept_by_dropout())
+
+
 def test_accumulation_refusals():
     networks, batch = offline(), make_batch()
     with pytest.raises(ValueError, match=r"^micro_batches must be a divisor of 16 rows; found 3\."):

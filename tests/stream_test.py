@@ -251,6 +251,14 @@ def test_random_boxes_are_as_they_are_defined():
     np.testing.assert_allclose([places.mean(), places.std()], [0.5, 12**-0.5], rtol=0.02)
 
 
+def test_a_random_box_may_be_anywhere_inside_of_the_image():
+    rng = np.random.default_rng(0)
+    boxes = np.array([stream.random_box(4, 4, rng) for _ in range(500)])
+    for low, high in ((0, 2), (1, 3)):
+        of_two = boxes[boxes[:, high] - boxes[:, low] == 2, low]
+        assert set(of_two.tolist()) == {0, 1, 2}
+
+
 def test_an_image_that_no_box_fits_gives_its_centre():
     rng = np.random.default_rng(0)
     boxes = {stream.random_box(10, 1000, rng) for _ in range(200)}

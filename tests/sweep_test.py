@@ -488,6 +488,12 @@ def test_the_size_of_a_chunk_is_that_with_which_a_sweep_began(tmp_path):
         assert memory.remembered(tmp_path / "chunk.json", lambda free=free: free) == 3
 
 
+def test_a_chunk_has_a_member_however_large_it_is():
+    """4 PiB; a member of a few bytes leaves room for many."""
+    assert memory.fitting(lambda x: jnp.zeros((2**30, 2**20)) + x, 1.0) == 1
+    assert memory.fitting(lambda x: x + 1.0, 1.0) > 1000
+
+
 @pytest.mark.parametrize("size", [1, 7, 8, 19])
 def test_spread_is_vmap_on_any_number_of_devices(size, monkeypatch):
     assert jax.local_device_count() == 8

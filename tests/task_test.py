@@ -175,6 +175,23 @@ def test_the_reliability_diagram_adds_up_to_the_ece():
     np.testing.assert_allclose(gaps.sum() / 200, found["ece"], rtol=1e-5)
 
 
+def test_adaptive_bins_hold_equally_many_rows_and_the_diagrams_are_equally_wide():
+    """As trained and scaled, in numpy; of 400 rows, 10 of 15 bins hold 27 and 5 hold 26."""
+    logits, labels = drawn(400)
+    found = scores(logits, labels, drawn(400, seed=1))
+    scaled = logits / np.float32(found["temperature"])
+    for part, part_logits in ((found, logits), (found["scaled"], scaled)):
+        probabilities = softmax(part_logits)
+        confidence = probabilities.max(-1)
+        correct = probabilities.argmax(-1) == labels
+        bins = np.array_split(np.argsort(confidence, kind="stable"), 15)
+        gaps = [len(x) * abs(correct[x].mean() - confidence[x].mean()) for x in bins]
+        np.testing.assert_allclose(part["adaptive_ece"], sum(gaps) / 400, rtol=1e-5)
+        counts = np.histogram(confidence, np.arange(16) / 15)[0]
+        np.testing.assert_array_equal(part["reliability"]["count"], counts)
+    assert abs(found["scaled"]["adaptive_ece"] - found["scaled"]["ece"]) > 1e-3
+
+
 def test_a_temperature_scales_the_calibration_alone():
     logits, labels = drawn(400)
     held_out, known = drawn(400, seed=1)

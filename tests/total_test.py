@@ -1,5 +1,7 @@
 """`total`: masks reach every part; `chunked_total` is `total`, gradients included."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -77,6 +79,42 @@ def test_chunks_equal_the_whole(chunk):
     value, means = chunked(chunk)(*STUDENT, *NUMBERS)
     np.testing.assert_allclose(value, expected[0][0], rtol=1e-5)
     assert set(means) == {"distill", "task"}
+
+
+@pytest.mark.long
+def test_chunks_of_parts_with_the_counts_of_the_whole_add_up_to_it():
+    """One row has no example, so that chunks, and a part, are without any."""
+    spoilt = {name: BATCH[name].at[1].set(False) for name in ("where", "labelled")}
+    batch = {"labels": BATCH["labels"]} | spoilt
+    objective = terms(*NUMBERS)
+    student = Outputs(hidden=STUDENT[0].at[1].set(jnp.nan), head=Head(*STUDENT[1:]))
+    counts = term_counts(objective, batch)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def of_part(student, others, batch):
+        return chunked_total(objective, student, others, batch, chunk=3, counts=counts)
+
+    def row(outputs, index):
+        return outputs.map_rows(lambda x: x[index : index + 1])
+
+    parts = []
+    for index in range(len(WHERE)):
+        examples = {name: x[index : index + 1] for name, x in batch.items()}
+        parts.append(of_part(row(student, index), {"teacher": row(TEACHER, index)}, examples))
+    (values, means), slopes = jax.tree.map(lambda *x: jnp.stack(x), *parts)
+    assert values[1] == 0 and not np.any(slopes.hidden[1])
+    found = jax.tree.map(lambda x: jnp.sum(x, 0), (values, means, slopes.head))
+
+    def all_at_once(student):
+        logits = Outputs(logits=student.head(jnp.nan_to_num(student.hidden)))
+        teacher = Outputs(logits=TEACHER.head(TEACHER.hidden))
+        return total(objective, logits, {"teacher": teacher}, batch)
+
+    (value, expected), slope = jax.jit(jax.value_and_grad(all_at_once, has_aux=True))(student)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)  # noqa: E731
+    jax.tree.map(close, found, (value, expected, slope.head))
+    close(slopes.hidden[:, 0], slope.hidden)
 
 
 def test_cached_teacher_logits_serve_as_well():

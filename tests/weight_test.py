@@ -502,6 +502,15 @@ def test_the_power_sum_is_one_at_one_and_counts_the_classes_at_zero():
         np.testing.assert_allclose(evaluate(bound, student, teacher), true, rtol=1e-6)
 
 
+def test_the_power_sum_grows_to_a_power_of_the_classes_as_the_teacher_flattens():
+    student, teacher = make()
+    teacher = np.linspace(20, 0, B, dtype=np.float32)[:, None] * teacher[0]
+    bound = bind(power_weighted, loss=UNIT, teacher_power=0.1)
+    weights = evaluate(bound, student, teacher)
+    assert np.all(weights >= 1) and np.all(np.diff(weights) > 0)
+    np.testing.assert_allclose(weights[-1], K**0.9, rtol=1e-6)
+
+
 # --- WTTM with weights of mean 1 ----------------------------------------------------------------
 
 

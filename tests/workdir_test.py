@@ -385,6 +385,21 @@ def test_what_differs_is_named_with_both_values(tmp_path):
     )
 
 
+def test_a_folder_may_become_that_of_more_steps_alone(tmp_path, capsys):
+    """And then what the shorter run ended with is gone."""
+    folders.claim(tmp_path, about(num_steps=5))
+    for name in ("report.md", "result.json"):
+        (tmp_path / name).write_text("{}")
+    for steps, longer in ((9, False), (4, True), (9.0, True)):
+        found = refusal(folders.claim, tmp_path, about(num_steps=steps), longer=longer)
+        assert f"these differ: num_steps (5 there, {steps} here)." in found
+    assert len(list(tmp_path.iterdir())) == 3
+    folders.claim(tmp_path, about(num_steps=9), longer=True)
+    assert f"{tmp_path}: goes on with num_steps (5 there, 9 here);" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    folders.claim(tmp_path, about(num_steps=9))
+
+
 def test_the_place_of_the_data_and_the_versions_may_differ(tmp_path):
     folders.claim(tmp_path, about())
     there = dict(fn="digits", data_dir="/there", download=True)
