@@ -41,6 +41,7 @@ class Run(NamedTuple):
         mesh: its devices.
         interruption: the wish to stop.
         profile: whether to trace some steps of the last phase.
+        seed: which of the config's `init_seeds` it is, counted from 0.
     """
 
     plan: Plan
@@ -49,6 +50,7 @@ class Run(NamedTuple):
     mesh: Mesh
     interruption: Interruption
     profile: bool = False
+    seed: int = 0
 
 
 @contextlib.contextmanager
@@ -98,10 +100,42 @@ def _with_known(plan: Plan, data: datasets.DataSet) -> datasets.DataSet:
     return data
 
 
+def of_seed(run: Run, seed: int) -> Run:
+    """The run of one of the `init_seeds`, of which the first one is the run itself.
+
+    Args:
+        run: with the first one.
+        seed: which, counted from 0.
+
+    Returns:
+        The same with the next networks of `Plan.seeded`: their init seeds are larger by `seed`.
+    """
+    if seed == 0:
+        return run
+    networks = {
+        name: x._replace(init_seed=x.init_seed + seed) if name in run.plan.seeded else x
+        for name, x in run.plan.networks.items()
+    }
+    return run._replace(plan=run.plan._replace(networks=networks), profile=False, seed=seed)
+
+
+def trained_once(run: Run, phase: Phase) -> bool:
+    """Whether all of the `init_seeds` share what a phase trains."""
+    return run.plan.seeded.isdisjoint(phase.learners)
+
+
 def identity(run: Run, phase: Phase) -> dict[str, Any]:
-    """What identifies the folder of a phase, and what it takes to load its networks."""
+    """What identifies the folder of a phase, and what it takes to load its networks.
+
+    The config of a further seed is that of the run which trains the same networks alone.
+    """
+    config = run.plan.config
+    if run.seed:
+        seeds = {name: run.plan.networks[name].init_seed for name in run.plan.seeded}
+        own = {name: config[name] | {"init_seed": seed} for name, seed in seeds.items()}
+        config = config | own | {"init_seeds": 1}
     return {
-        "config": run.plan.config,
+        "config": config,
         "learners": tuple(phase.learners),
         "select": phase.select,
         "num_classes": run.data.num_classes,

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 from jax import Array
 
 from abkd_jax.types import Batch, Outputs
@@ -26,10 +27,12 @@ class Column(NamedTuple):
     factor: float = 1
     digits: int = 4
 
-    def cell(self, value: float | None) -> str:
-        """The number as text; "-" for none, or NaN."""
-        known = value is not None and value == value
-        return f"{self.factor * value:.{self.digits}f}" if known else "-"
+    def cell(self, *values: float | None) -> str:
+        """The number as text, of several "mean +- sample deviation"; "-" for none, or NaN."""
+        if any(value is None or value != value for value in values):
+            return "-"
+        found = [np.mean(values), *([np.std(values, ddof=1)] if len(values) > 1 else [])]
+        return " +- ".join(f"{self.factor * value:.{self.digits}f}" for value in found)
 
 
 class Task(NamedTuple):
