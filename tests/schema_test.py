@@ -394,7 +394,7 @@ IN_PHASES = {
 }  # fmt: skip
 TAKEN = (
     "an identifier, for the phase's folder, and none of checkpoints, figures, nonfinite, profile, "
-    "seed_1, seed_2, ..."
+    "seed_[0-9]+"
 )
 
 
@@ -468,8 +468,8 @@ REFUSED = {
         "init_seeds": 3,
         "student__init_seed": 2**31 - 2,
     },
-    "init_seeds must be 1, for a seed changes nothing: baseline and student have parameters; "
-    "found 2.": {
+    "init_seeds must be 1, for a seed changes nothing where the parameters of baseline and student "
+    "are given; found 2.": {
         "init_seeds": 2,
         "student__weights": dict(fn="run", workdir="w"),
         "baseline__weights": dict(fn="run", workdir="w"),

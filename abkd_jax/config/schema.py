@@ -42,8 +42,8 @@ _LEARNING = ("optimizer", "terms", "ema_decay")  # of a network, or of a phase i
 _NETWORK = ("model", "weights", "init_seed", "project", *_LEARNING)
 _PHASE = ("learn", "see", "split", "num_steps", "source", "start", "select")
 _STARTS = ("last", "best")
-_FOLDERS = (FOLDER, "figures", "nonfinite", "profile")  # which a workdir has besides its phases'
-_OF_SEED = re.compile("seed_[0-9]+")  # likewise
+# Which a workdir has besides its phases', as regular expressions.
+_FOLDERS = (FOLDER, "figures", "nonfinite", "profile", "seed_[0-9]+")
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -165,7 +165,8 @@ def _check_seeds(plan: Plan) -> None:
     """Refuses several init seeds where none tells the networks apart, or one is too large."""
     count, learned = plan.config["init_seeds"], {name: plan.networks[name] for name in plan.seeded}
     new = [x.init_seed for x in learned.values() if not (x.weights or x.given)]
-    expected = f"1, for a seed changes nothing: {' and '.join(sorted(learned))} have parameters"
+    of = " and ".join(sorted(learned))
+    expected = f"1, for a seed changes nothing where the parameters of {of} are given"
     require(new, "init_seeds", expected, count)
     check_seeds(new, count)
 
@@ -208,10 +209,9 @@ def _phases(plan: Plan) -> list[Phase]:
     networks, groups = plan.networks, plan.config["phases"]
     phases, ready = [], {name for name, x in networks.items() if x.weights or x.given}
     for name, group in groups.items():
-        folder = isinstance(name, str) and name.isidentifier() and name not in _FOLDERS
-        folder = folder and not _OF_SEED.fullmatch(name)
-        reserved = f"{', '.join(_FOLDERS)}, seed_1, seed_2, ..."
-        expected = f"an identifier, for the phase's folder, and none of {reserved}"
+        folder = isinstance(name, str) and name.isidentifier()
+        folder = folder and not re.fullmatch("|".join(_FOLDERS), name)
+        expected = f"an identifier, for the phase's folder, and none of {', '.join(_FOLDERS)}"
         require(folder, "a phase's name", expected, name)
         phase = _phase(plan, name, group, folder="" if name == list(groups)[-1] else name)
         for other in phase.see:

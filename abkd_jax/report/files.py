@@ -42,7 +42,7 @@ class Report:
 
     @property
     def phases(self) -> list[Mapping[str, Any]]:
-        """The phases in order, each with "name", "folder", "learn", "see" and "split"."""
+        """The phases in order, each with "name", "folder", "learn", "see", "split" and "seeds"."""
         return self.result["phases"]
 
     def seeds(self, name: str) -> list[Mapping[str, Any]]:

@@ -104,19 +104,16 @@ def of_seed(run: Run, seed: int) -> Run:
     """The run of one of the `init_seeds`, of which the first one is the run itself.
 
     Args:
-        run: with the first one.
+        run: of the first one.
         seed: which, counted from 0.
 
     Returns:
-        The same with the next networks of `Plan.seeded`: their init seeds are larger by `seed`.
+        The same, but for the init seeds of the networks of `Plan.seeded`, which are larger by it.
     """
-    if seed == 0:
-        return run
-    networks = {
-        name: x._replace(init_seed=x.init_seed + seed) if name in run.plan.seeded else x
-        for name, x in run.plan.networks.items()
-    }
-    return run._replace(plan=run.plan._replace(networks=networks), profile=False, seed=seed)
+    networks, profile = dict(run.plan.networks), run.profile and seed == 0
+    for name in run.plan.seeded:
+        networks[name] = networks[name]._replace(init_seed=networks[name].init_seed + seed)
+    return run._replace(plan=run.plan._replace(networks=networks), profile=profile, seed=seed)
 
 
 def trained_once(run: Run, phase: Phase) -> bool:

@@ -50,7 +50,8 @@ class Task(NamedTuple):
         columns: of the report's tables of scores.
         rows: `(outputs, batch) -> {name: [...]}`, what the final scores need of each row.
         scores: `(summary, test rows, rows of the data that select or None) -> dict`: all that is
-            said of a network in result.json, from its part of the summary and its rows.
+            said of a network in result.json, from its part of the summary and its rows: numbers, in
+            lists and dicts, and None.
         sample: `(rows by network, batch as it is stored) -> arrays by name`, of a few examples,
             for a person to look at.
         sections: report -> Markdown blocks, besides the tables that all tasks have.
