@@ -1,14 +1,17 @@
 """Several init seeds in one run: each is the run with its seed alone, and the report has all."""
 
+import contextlib
+import io
 import itertools
 import json
+import logging
 import signal
 
 import jax
 import numpy as np
 import pytest
 
-from abkd_jax import data, load, train_and_evaluate
+from abkd_jax import data, figures, load, train_and_evaluate
 from abkd_jax.run.log.progress import Progress
 from abkd_jax.run.log.writer import read
 
@@ -81,45 +84,98 @@ def refusal(call, *args, **options):
     return message
 
 
+@pytest.fixture(scope="module", autouse=True)
+def undrawn():
+    """Reports without their pictures, which take most of the time of runs as small as these."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "save", lambda figure, path: path)
+        yield
+
+
+@contextlib.contextmanager
+def stopped_in_the_second_student():
+    """SIGTERM at the third step of the student that begins next, which ends the run.
+
+    Yields:
+        The steps that are done until the context ends, in order.
+    """
+    update, steps = Progress.update, []
+
+    def stopping(self, step, **shown):
+        steps.append(step)
+        if step == 3 and steps.count(3) == 1:  # no other phase has three steps
+            signal.raise_signal(signal.SIGTERM)
+        update(self, step, **shown)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "update", stopping)
+        with pytest.raises(SystemExit) as left:
+            yield steps
+    assert left.value.code == 128 + signal.SIGTERM
+
+
+class Done:
+    """A run of one seed that grew to two, and was stopped on the way."""
+
+    def __init__(self, workdir):
+        self.workdir, self.first, told = workdir, trained(workdir), io.StringIO()
+        logger, handler = logging.getLogger("jax"), logging.StreamHandler(told)
+        logger.addHandler(handler)
+        with stopped_in_the_second_student() as self.steps, jax.log_compiles():
+            trained(workdir, init_seeds=2)
+        logger.removeHandler(handler)
+        self.compiled, self.reported = told.getvalue(), (workdir / "report.md").exists()
+        self.result = trained(workdir, init_seeds=2)
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A run of two seeds: (workdir, result)."""
-    workdir = tmp_path_factory.mktemp("done")
-    return workdir, trained(workdir, init_seeds=2)
+    return Done(tmp_path_factory.mktemp("done"))
 
 
 @pytest.fixture(scope="module")
 def second(tmp_path_factory):
-    """The run of the second seed alone: (workdir, result)."""
+    """The run of the second seed alone, which nothing stopped: (workdir, result)."""
     workdir = tmp_path_factory.mktemp("second")
     return workdir, train_and_evaluate(alone(1), workdir, data=dataset())
 
 
 def test_a_seed_is_the_run_with_it_alone(done, second):
     """Bitwise, in its states, scores and rows, and in what its folder says of itself."""
-    (workdir, result), (single, expected) = done, second
-    assert result["networks"]["teacher"] == expected["networks"]["teacher"]  # for both seeds
+    (single, expected), networks = second, done.result["networks"]
+    assert networks["teacher"] == expected["networks"]["teacher"]  # of both seeds
     for name in SEEDED:
-        found = result["networks"][name]
-        assert [x["init_seed"] for x in found["seeds"]] == [first_seed(name), first_seed(name) + 1]
-        assert found["seeds"][1] == {"init_seed": first_seed(name) + 1} | expected["networks"][name]
-        assert found["seeds"][0]["sha256"] == found["sha256"] != found["seeds"][1]["sha256"]
-        assert found["seeds"][0]["last"] == found["last"]
+        seed, alone = first_seed(name), (done.first, expected)
+        each = [{"init_seed": seed + i} | x["networks"][name] for i, x in enumerate(alone)]
+        assert networks[name]["seeds"] == each and each[0]["sha256"] != each[1]["sha256"]
+        assert networks[name] == networks[name] | done.first["networks"][name]
     for phase in ("", "baseline"):
-        assert rows(workdir / phase / "seed_1") == rows(single / phase) != rows(workdir / phase)
-        own, other = (
-            json.loads((x / "config.json").read_text())
-            for x in (workdir / phase / "seed_1", single / phase)
-        )
-        assert own == other
-    assert not (workdir / "teacher" / "seed_1").exists()
+        own = done.workdir / phase / "seed_1"
+        assert rows(own) == rows(single / phase) != rows(done.workdir / phase)
+        whose = [json.loads((x / "config.json").read_text()) for x in (own, single / phase)]
+        assert whose[0] == whose[1]
+    assert not (done.workdir / "teacher" / "seed_1").exists()
+
+
+def test_what_is_done_is_neither_trained_nor_compiled_again(done):
+    """Of the second seed, the baseline; three steps of the student; the fourth one."""
+    assert "Compiling jit(" in done.compiled and "Compiling jit(_advance)" not in done.compiled
+    assert [step for step, _ in itertools.groupby(done.steps)] == [1, 2, 1, 2, 3]
+    assert [row["step"] for row in rows(done.workdir / "seed_1")] == [1, 2, 2, 3, 4, 4]
+    assert not done.reported
+    before = (done.workdir / "report.md").stat().st_mtime_ns
+    np.testing.assert_equal(trained(done.workdir, init_seeds=2), done.result)
+    assert (done.workdir / "report.md").stat().st_mtime_ns == before
+    assert refusal(trained, done.workdir) == (
+        f"{done.workdir} is the workdir of another run; these differ: init_seeds (2 there, 1 "
+        "here). Choose another workdir, or the config of that run."
+    )
 
 
 def test_means_and_deviations(done):
-    workdir, result = done
-    page = (workdir / "report.md").read_text()
+    page = (done.workdir / "report.md").read_text()
     for name in SEEDED:
-        found = result["networks"][name]
+        found = done.result["networks"][name]
         for key in ("accuracy", "nll", "class_accuracy"):
             values = [seed["last"][key] for seed in found["seeds"]]
             np.testing.assert_allclose(found["mean"][key], np.mean(values, 0), rtol=1e-12)
@@ -128,61 +184,25 @@ def test_means_and_deviations(done):
         assert found["deviation"]["scaled"]["nll"] == pytest.approx(np.std(values, ddof=1))
         nll = [seed["last"]["nll"] for seed in found["seeds"]]
         assert f" {np.mean(nll):.4f} +- {np.std(nll, ddof=1):.4f} |" in page
-    assert "mean" not in result["networks"]["teacher"]
+    assert "mean" not in done.result["networks"]["teacher"]
 
 
 def test_a_seed_is_loaded(done, second):
-    (workdir, _), (single, _) = done, second
     inputs = np.asarray(dataset().test.inputs)
-    for folder in ("", "baseline"):
-        first, found = (load(workdir / folder, seed=seed)(inputs).logits for seed in (0, 1))
-        np.testing.assert_array_equal(found, load(single / folder)(inputs).logits)
+    for phase in ("", "baseline"):
+        first, found = (load(done.workdir / phase, seed=seed)(inputs).logits for seed in (0, 1))
+        np.testing.assert_array_equal(found, load(second[0] / phase)(inputs).logits)
         assert np.any(first != found)
-    for folder, seed in (("", 2), ("teacher", 1)):
-        assert refusal(load, workdir / folder, seed=seed) == (
-            f"seed must be 0, or that of a folder seed_1, seed_2, ... of {workdir / folder}; "
-            f"found {seed}."
+    for folder, seed in ((done.workdir, 2), (done.workdir / "teacher", 1)):
+        assert refusal(load, folder, seed=seed) == (
+            f"seed must be 0, or that of a folder seed_1, seed_2, ... of {folder}; found {seed}."
         )
-
-
-def test_a_run_that_grows_and_is_stopped_ends_as_one_that_was_not(
-    done, tmp_path, monkeypatch, caplog
-):
-    """From one seed to two, stopped in the second student: nothing done or compiled twice."""
-    workdir, result = done
-    trained(tmp_path)
-    update, steps = Progress.update, []
-
-    def stopping(self, step, **shown):
-        steps.append(step)
-        if step == 3 and 3 not in steps[:-1]:  # the student alone has three steps
-            signal.raise_signal(signal.SIGTERM)
-        update(self, step, **shown)
-
-    monkeypatch.setattr(Progress, "update", stopping)
-    with pytest.raises(SystemExit) as left, jax.log_compiles():
-        trained(tmp_path, init_seeds=2)
-    assert "Compiling jit(" in caplog.text and "Compiling jit(_advance)" not in caplog.text
-    assert left.value.code == 128 + signal.SIGTERM and not (tmp_path / "report.md").exists()
-    grown = trained(tmp_path, init_seeds=2)
-    assert [step for step, _ in itertools.groupby(steps)] == [1, 2, 1, 2, 3, 4]
-    np.testing.assert_equal(grown, result)
-    for phase in ("teacher", "baseline", "baseline/seed_1", "", "seed_1"):
-        assert rows(tmp_path / phase) == rows(workdir / phase)
-    before = (tmp_path / "report.md").stat().st_mtime_ns
-    np.testing.assert_equal(trained(tmp_path, init_seeds=2), result)  # which is there
-    assert (tmp_path / "report.md").stat().st_mtime_ns == before
-    assert refusal(trained, tmp_path) == (
-        f"{tmp_path} is the workdir of another run; these differ: init_seeds (2 there, 1 here). "
-        "Choose another workdir, or the config of that run."
-    )
 
 
 @pytest.mark.long
 def test_all_seeds_are_evaluated(done):
-    workdir, result = done
     options = dict(data=dataset(), evaluate_only=True)
-    again = train_and_evaluate(config(init_seeds=2), workdir, **options)
-    np.testing.assert_equal(again, result)
-    message = refusal(train_and_evaluate, config(init_seeds=3), workdir, **options)
+    again = train_and_evaluate(config(init_seeds=2), done.workdir, **options)
+    np.testing.assert_equal(again, done.result)
+    message = refusal(train_and_evaluate, config(init_seeds=3), done.workdir, **options)
     assert "init_seeds (2 there, 3 here)" in message
