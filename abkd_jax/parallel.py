@@ -84,8 +84,6 @@ def spread(fn: Callable, members: Any, *shared: Any) -> Any:
     size, count = sizes.pop(), jax.local_device_count()
     if count == 1:
         return _mapped(fn, len(shared), False)(members, *shared)
-    each = -(-size // count)
-
     each, sharding = -(-size // count), _on_local(PartitionSpec("i"))
     dealt = jax.tree.map(
         lambda x: _in_turn(jax.device_put(_dealt(x, count, each), sharding)), members

@@ -7,6 +7,17 @@ import jax
 from flax import struct
 from jax import Array
 
+
+def dotted(path: tuple) -> str:
+    """The path of a leaf as people write it, "params.layer.kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """{dotted path: leaf}."""
+    return {dotted(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
 Batch = Mapping[str, Any]
 """`inputs`, a pytree; `labels` [...] (-1 where withheld); `where` [...] bool (False: does not
 count); any other boolean masks [...] that the data declares, such as `labelled`; optionally `key`,
@@ -64,8 +75,7 @@ class Outputs:
         Returns:
             The outputs; the head, which has no rows, is that of these.
         """
-        name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")  # noqa: E731
-        call = (lambda path, *x: f(name(path), *x)) if named else (lambda _, *x: f(*x))
+        call = (lambda path, *x: f(dotted(path), *x)) if named else (lambda _, *x: f(*x))
         rows = (outputs.replace(head=None) for outputs in (self, *others))
         return jax.tree.map_with_path(call, *rows).replace(head=self.head)
 

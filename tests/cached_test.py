@@ -109,6 +109,21 @@ def test_outputs_that_come_with_the_data_do_so_too(tmp_path, called):
 
 
 @pytest.mark.long
+def test_what_a_called_network_shows_is_computed_once(tmp_path, capsys):
+    """Where examples are seen more often than once; else it is called in each step."""
+    how = dict(networks={"teacher": (network, {})}, data=dataset())
+    rows, said = {}, {}
+    for steps in (8, 3):  # of 16 out of 50 examples
+        made = config(dict(fn="given"), num_steps=steps, log_every=1, analysis=())
+        train_and_evaluate(made, tmp_path / f"{steps}", **how)
+        rows[steps], said[steps] = read(tmp_path / f"{steps}"), capsys.readouterr().err
+    assert "outputs of teacher: computed once" in said[8]
+    assert "computed once" not in said[3]
+    for once, each in zip(rows[8][:3], rows[3], strict=False):
+        for name in ("student/kd", "student/nd", "student/gradient_norm"):
+            assert once[name] == pytest.approx(each[name], rel=1e-5), name
+
+
 def test_a_sweep_takes_them(tmp_path):
     rate = "student.optimizer.learning_rate"
     made = config(written(tmp_path / "teacher.npz"), analysis=())

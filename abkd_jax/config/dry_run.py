@@ -1,9 +1,12 @@
 """A phase on shapes alone: what does not fit is refused before anything is read or made."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from flax.errors import FlaxError
 from jax import numpy as jnp
 
 from abkd_jax import optimizers
@@ -94,15 +97,20 @@ def _tried(
 
     if network.given:
         state = jax.eval_shape(lambda: adopt(*network.given, **options))
-    try:
+    with taking(f"{name}: its model", description.inputs):
         state = state if network.given else jax.eval_shape(new, inputs)
         return state, jax.eval_shape(forward, state, inputs)[0]
-    except (TypeError, ValueError, IndexError) as error:
-        shapes = " and ".join(f"{x.shape}" for x in jax.tree.leaves(description.inputs))
+
+
+@contextlib.contextmanager
+def taking(network: str, inputs: Any) -> Iterator[None]:
+    """One sentence, a ValueError, for what a network says of inputs that it cannot take."""
+    try:
+        yield
+    except (FlaxError, TypeError, ValueError, IndexError) as error:
+        shapes = " and ".join(f"{np.shape(x)}" for x in jax.tree.leaves(inputs))
         reason = f"{error}".strip().splitlines()[0].rstrip(".")
-        raise ValueError(
-            f"{name}: its model cannot take inputs of shape {shapes}: {reason}."
-        ) from error
+        raise ValueError(f"{network} cannot take inputs of shape {shapes}: {reason}.") from error
 
 
 def _inputs(description: Description, size: int) -> Any:

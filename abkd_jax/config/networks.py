@@ -1,6 +1,7 @@
 """The networks of a config: their modules with projections, or what the caller hands over."""
 
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from abkd_jax.checks import require
 from abkd_jax.config.build import refusing
 from abkd_jax.config.dry_run import hidden_width
 from abkd_jax.config.plan import GIVEN, Network, Plan, network_groups
-from abkd_jax.data import outputs_of_file
+from abkd_jax.data import Split, read_outputs
 from abkd_jax.models import Cached, as_outputs, projected
 from abkd_jax.types import Outputs
 
@@ -60,27 +61,36 @@ def networks_of(plan: Plan, given: Mapping[str, Any]) -> dict[str, Network]:
         if group.get("weights"):
             weights = builder.bound(group["weights"], "weights", f"{name}.weights")
         seed = group.get("init_seed", plan.config["init_seed"])
-        built[name] = Network(module, given.get(name), weights, seed)
         if isinstance(module, Cached):
-            known = _known(name, module.file, plan)
-            built[name] = Network(None, (known, {}), None, seed, cached=module.file)
+            built[name] = _known(name, module.file, seed, plan)
+        else:
+            built[name] = Network(module, given.get(name), weights, seed)
     return {name: _projecting(name, plan, built) for name in built}
 
 
-def _known(name: str, path: str, plan: Plan) -> Callable[..., Outputs]:
-    """Stands for a network whose outputs are known: NaN of their shapes, which nobody reads."""
-    field, shown = f"{name}.model.path", plan.description.outputs
+def _known(name: str, path: str, seed: int, plan: Plan) -> Network:
+    """A network whose outputs are known; called, it shows NaN of their shapes, for nobody."""
+    of_data = plan.description.outputs
     if path:
         with refusing(ValueError, f"{name}.model: "):
-            shown = {name: outputs_of_file(path)[1].map_rows(lambda x: x[0])}
-    of_data = f"a file of data.save_outputs, since the data come with outputs of {[*shown]} alone"
-    require(name in shown, field, of_data, path)
+            known = read_outputs(path)
+        shown, cached = known.outputs.map_rows(lambda x: x[0]), known.of_split
+    else:
+        expected = f"a file of data.save_outputs, since the data come with outputs of {[*of_data]}"
+        require(name in of_data, f"{name}.model.path", f"{expected} alone", path)
+        shown, cached = of_data[name], functools.partial(_coming_with, name)
 
     def apply(variables: Any, inputs: Any) -> Outputs:
         rows = jax.tree.leaves(inputs)[0].shape[0]
-        return shown[name].map_rows(lambda x: jnp.full((rows, *x.shape), jnp.nan, jnp.float32))
+        return shown.map_rows(lambda x: jnp.full((rows, *x.shape), jnp.nan, jnp.float32))
 
-    return apply
+    return Network(None, (apply, {}), None, seed, cached)
+
+
+def _coming_with(name: str, split: Split, field: str) -> Outputs:
+    """The outputs of a network that come with a split."""
+    require(name in split.outputs, f"{field}.outputs", f"of {name}", [*split.outputs])
+    return split.outputs[name]
 
 
 def _projecting(name: str, plan: Plan, networks: Mapping[str, Network]) -> Network:

@@ -7,11 +7,11 @@ from jax import Array
 
 from abkd_jax.binding import Bound, Schedule
 from abkd_jax.config.build import Builder
-from abkd_jax.data import DataSet, Description
+from abkd_jax.data import DataSet, Description, Split
 from abkd_jax.models import Module
 from abkd_jax.sources import Source
 from abkd_jax.tasks import Task
-from abkd_jax.types import Term
+from abkd_jax.types import Outputs, Term
 
 GIVEN = {"fn": "given"}  # the model of a network, or the data, that the caller hands over
 SPLITS = {
@@ -27,8 +27,8 @@ class Network(NamedTuple):
     Attributes:
         module: with its projections; None for one that the caller hands over.
         given: (apply_fn, variables) of one that the caller hands over, else None.
-        cached: the file of the outputs that stand for it, "" where they come with the data; None
-            for a network that is called.
+        cached: of one that is known by its outputs alone: a split and its name ("data.train") ->
+            `Outputs` of each example; None for a network that is called.
         weights: a function of `config.weights`, bound; None for new parameters.
         init_seed: of new parameters.
     """
@@ -37,7 +37,7 @@ class Network(NamedTuple):
     given: tuple[Callable, Any] | None
     weights: Bound | None
     init_seed: int
-    cached: str | None = None
+    cached: Callable[[Split, str], Outputs] | None = None
 
 
 class Learner(NamedTuple):

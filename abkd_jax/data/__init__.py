@@ -9,8 +9,7 @@ from abkd_jax.data.options import Options, data_set
 from abkd_jax.data.sets import DataSet, Description, Split, describe
 from abkd_jax.data.stream import Stream
 from abkd_jax.data.teacher_cache import (
-    from_file,
-    outputs_of_file,
+    read_outputs,
     row_hashes,
     save_outputs,
     with_outputs,

@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from abkd_jax.checks import require
 from abkd_jax.data.augment import Preprocess
 from abkd_jax.data.options import Found, Options, data_set
-from abkd_jax.data.sets import DataSet, Split, describe
+from abkd_jax.data.sets import DataSet, Split, describe, stored_dtype
 
 Examples = tuple[Any, Array] | tuple[Any, Array, Mapping[str, Array]]
 """inputs, a pytree of [N, ...]; labels [N, ...]; and maybe masks {name: [N, ...]}: numpy or JAX"""
@@ -123,12 +123,10 @@ def _masks(field: str, masks: Mapping[str, Any], shape: tuple[int, ...]) -> dict
 
 def _stored(field: str, x: np.ndarray | Array) -> Array:
     """An array of the inputs, on the device."""
-    if x.dtype == np.uint8:
-        return jnp.asarray(x)
-    whole = jnp.issubdtype(x.dtype, jnp.integer)
+    numbers = any(jnp.issubdtype(x.dtype, kind) for kind in (jnp.integer, jnp.floating))
     expected = "floating, uint8 (pixels in 0..255) or other integers (ids)"
-    require(whole or jnp.issubdtype(x.dtype, jnp.floating), f"{field}'s inputs", expected, x.dtype)
-    return jnp.asarray(x, jnp.int32 if whole else jnp.float32)
+    require(numbers, f"{field}'s inputs", expected, x.dtype)
+    return jnp.asarray(x, stored_dtype(x.dtype))
 
 
 def _kinds(split: Split) -> Any:

@@ -40,9 +40,10 @@ def decoded(records: Any) -> tuple[np.ndarray, np.ndarray]:
     inputs, labels = _decode(records)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            np.savez(file, inputs=inputs, labels=labels)
-        pathlib.Path(file.name).replace(path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            written = pathlib.Path(folder, path.name)
+            np.savez(written, inputs=inputs, labels=labels)
+            written.replace(path)
     return inputs, labels
 
 

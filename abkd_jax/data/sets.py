@@ -79,6 +79,13 @@ class DataSet:
     class_names: tuple[str, ...] = struct.field(pytree_node=False, default=())
 
 
+def stored_dtype(dtype: Any) -> np.dtype:
+    """Of an array of inputs in a split: uint8, which stays, int32 for integers, float32."""
+    if dtype == np.uint8:
+        return np.dtype(np.uint8)
+    return np.dtype(np.int32 if np.issubdtype(dtype, np.integer) else np.float32)
+
+
 class Description(NamedTuple):
     """What is known of a set before an example of it is read.
 

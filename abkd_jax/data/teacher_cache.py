@@ -8,7 +8,7 @@ import hashlib
 import os
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from jax import numpy as jnp
 from abkd_jax.checks import require
 from abkd_jax.data.augment import Preprocess
 from abkd_jax.data.batches import evaluation_batches
-from abkd_jax.data.sets import Split
+from abkd_jax.data.sets import Split, stored_dtype
 from abkd_jax.types import Batch, Outputs
 
 
@@ -38,7 +38,7 @@ def with_outputs(
         size: B.
 
     Returns:
-        The split, its `outputs` with `logits` and `hidden` for each network.
+        The split, in its `outputs` also the `logits` and `hidden` of each network.
     """
     found = []
     for batch in evaluation_batches(split, size, preprocess):
@@ -47,7 +47,7 @@ def with_outputs(
     joined = lambda *parts: jnp.concatenate(parts)[: len(split)]  # noqa: E731
     first, *others = found
     outputs = {name: x.map_rows(joined, *(o[name] for o in others)) for name, x in first.items()}
-    return split.replace(outputs=outputs)
+    return split.replace(outputs={**split.outputs, **outputs})
 
 
 def row_hashes(inputs: Any) -> np.ndarray:
@@ -60,7 +60,8 @@ def row_hashes(inputs: Any) -> np.ndarray:
     Returns:
         `[N]` uint64.
     """
-    arrays = [_as_stored(np.asarray(x)) for x in jax.tree.leaves(inputs)]
+    leaves = map(np.asarray, jax.tree.leaves(inputs))
+    arrays = [x.astype(stored_dtype(x.dtype)) for x in leaves]
     kinds = repr([(x.dtype.str, x.shape[1:]) for x in arrays]).encode()
     rows = (b"".join([kinds, *(x.tobytes() for x in row)]) for row in zip(*arrays, strict=True))
     hashes = [hashlib.blake2b(row, digest_size=8).digest() for row in rows]
@@ -91,11 +92,47 @@ def save_outputs(path: str | os.PathLike, *parts: tuple[Any, Outputs]) -> None:
         np.savez(file, **arrays)
 
 
-def outputs_of_file(path: str | os.PathLike) -> tuple[np.ndarray, Outputs]:
-    """The hashes `[N]` and the outputs `[N, ...]` of a file, on the host.
+class KnownOutputs(NamedTuple):
+    """What a file of outputs holds, on the host.
+
+    Attributes:
+        path: of the file.
+        hashes: `[N]`, of the examples.
+        outputs: `[N, ...]`.
+    """
+
+    path: str
+    hashes: np.ndarray
+    outputs: Outputs
+
+    def of_split(self, split: Split, field: str) -> Outputs:
+        """The outputs of each example of a split, on the device.
+
+        Args:
+            split: in memory.
+            field: what the split is called: "data.train".
+
+        Raises:
+            ValueError: if the file lacks an example.
+        """
+        hashes, wanted = self.hashes, row_hashes(split.inputs)
+        order = np.argsort(hashes, kind="stable")
+        at = order[np.minimum(np.searchsorted(hashes, wanted, sorter=order), len(hashes) - 1)]
+        missing = int(np.sum(hashes[at] != wanted))
+        if missing:
+            raise ValueError(
+                f"{self.path} has no outputs for {missing} of the {len(split)} examples of "
+                f"{field}: outputs are found by a hash of the inputs as the split has them "
+                "(data.row_hashes)."
+            )
+        return self.outputs.map_rows(lambda x: jnp.asarray(x[at]))
+
+
+def read_outputs(path: str | os.PathLike) -> KnownOutputs:
+    """What a file of `save_outputs` holds.
 
     Raises:
-        ValueError: if it cannot be read, or is none of `save_outputs`.
+        ValueError: if it cannot be read, or is no such file.
     """
     try:
         with np.load(path) as file:
@@ -106,36 +143,8 @@ def outputs_of_file(path: str | os.PathLike) -> tuple[np.ndarray, Outputs]:
     fits = {"hash", "logits"} <= set(arrays) and len({len(x) for x in arrays.values()}) == 1
     expected = "an npz with hash and logits of as many rows, as data.save_outputs writes"
     require(fits, f"the file of outputs {path}", expected, sorted(arrays))
-    return arrays["hash"], Outputs(logits=arrays["logits"], hidden=arrays.get("hidden"))
-
-
-def from_file(split: Split, path: str | os.PathLike, field: str) -> Outputs:
-    """The outputs of each example of a split, on the device.
-
-    Args:
-        split: in memory.
-        path: of the file.
-        field: what the split is called: "data.train".
-
-    Raises:
-        ValueError: if the file lacks an example, or cannot be read.
-    """
-    hashes, outputs = outputs_of_file(path)
-    order, wanted = np.argsort(hashes, kind="stable"), row_hashes(split.inputs)
-    at = order[np.minimum(np.searchsorted(hashes, wanted, sorter=order), len(hashes) - 1)]
-    missing = int(np.sum(hashes[at] != wanted))
-    if missing:
-        raise ValueError(
-            f"{path} has no outputs for {missing} of the {len(split)} examples of {field}: outputs "
-            "are found by a hash of the inputs as the split has them (data.row_hashes)."
-        )
-    return outputs.map_rows(lambda x: jnp.asarray(x[at]))
-
-
-def _as_stored(x: np.ndarray) -> np.ndarray:
-    if x.dtype == np.uint8:
-        return x
-    return x.astype(np.int32 if np.issubdtype(x.dtype, np.integer) else np.float32)
+    outputs = Outputs(logits=arrays["logits"], hidden=arrays.get("hidden"))
+    return KnownOutputs(os.fspath(path), arrays["hash"], outputs)
 
 
 _PARTS = ("logits", "hidden")

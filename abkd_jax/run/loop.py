@@ -1,6 +1,7 @@
 """A run, from a config to a report: its phases in order, then the evaluation of all networks."""
 
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -80,15 +81,15 @@ def train_and_evaluate(
         FloatingPointError: one sentence, if a term or gradient is not finite; the batch and the
             state are saved in workdir/nonfinite.
     """
-    if not (evaluate_only or profile):
-        result = folders.stored(folders.path_of(workdir), identified(config, data))
-        if result is not None:
-            print(
-                f"{workdir}: this run is done; with a larger num_steps or init_seeds it goes on, "
-                "and evaluating it makes its report anew.",
-                file=sys.stderr,
-            )
-            return result
+    folder = folders.path_of(workdir)
+    done = None if evaluate_only or profile else folders.stored(folder)
+    if done is not None and folders.is_of(folder, identified(config, data)):
+        print(
+            f"{workdir}: this run is done; with a larger num_steps or init_seeds it goes on, and "
+            "evaluating it makes its report anew.",
+            file=sys.stderr,
+        )
+        return done
     plan = resolve(config, networks=networks, data=data)
     with phases.opened(plan, workdir, profile=profile) as run:
         ready, first, found = phases.ready(run), {}, []
@@ -172,9 +173,10 @@ def _conclude(run: Run, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         seed = run.plan.networks[name].init_seed
         seeds = [{"init_seed": seed + i} | x[name] for i, x in enumerate(found)]
         networks[name] = networks[name] | {"seeds": seeds} | _spread([x["last"] for x in seeds])
-    folders.write_json(run.workdir / "result.json", _header(run) | {"networks": networks})
+    path = run.workdir / "result.json"
+    folders.write_json(path, _header(run) | {"networks": networks})
     report.write(run.workdir, run.plan.task)
-    return folders.stored(run.workdir, run.plan.config)
+    return json.loads(path.read_text())
 
 
 def _spread(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 import pathlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -27,8 +28,12 @@ from abkd_jax.config.weights import Weights
 from abkd_jax.losses import feature
 from abkd_jax.run import workdir as folders
 from abkd_jax.run.interruption import Interruption
+from abkd_jax.sources import dataset
 from abkd_jax.train import Networks, Objectives, TrainState, adopt, create, eval_outputs
-from abkd_jax.types import Batch
+from abkd_jax.types import Batch, Outputs
+
+_CACHED_PARTS = frozenset(("logits", "hidden"))  # of Outputs
+_AT_ONCE = 1000  # examples of a forward pass of frozen networks, at the most
 
 
 class Run(NamedTuple):
@@ -92,11 +97,8 @@ def _with_known(plan: Plan, data: datasets.DataSet) -> datasets.DataSet:
                 continue
             resident = isinstance(split, datasets.Split)
             require(resident, field, "called where examples are streamed (data.stream)", "cached")
-            if network.cached:
-                outputs = datasets.from_file(split, network.cached, f"data.{part}")
-                split = split.replace(outputs={**split.outputs, name: outputs})
-            require(name in split.outputs, f"data.{part}.outputs", f"of {name}", [*split.outputs])
-            data = data.replace(**{part: split})
+            outputs = {**split.outputs, name: network.cached(split, f"data.{part}")}
+            data = data.replace(**{part: split.replace(outputs=outputs)})
     return data
 
 
@@ -163,9 +165,8 @@ def _fitting(run: Run, name: str, weights: Weights) -> Mapping[str, Any]:
     """The variables, if they are those of the network that the config describes."""
     module = run.plan.networks[name].module
     init = functools.partial(module.init, train=False)
-    expected = _shapes(jax.eval_shape(init, jax.random.key(0), _sample(run)))
-    found, here = _shapes(weights.variables), _plain(run.data.preprocess)
-    pairs = [(path, found.get(path), expected.get(path)) for path in {**expected, **found}]
+    own = jax.eval_shape(init, jax.random.key(0), _sample(run))
+    pairs, here = folders.unlike(weights.variables, own), _plain(run.data.preprocess)
     if weights.model is not None:
         own = run.plan.config[name]["model"]
         pairs.insert(0, ("the model", weights.model["fn"], own["fn"]))
@@ -175,12 +176,6 @@ def _fitting(run: Run, name: str, weights: Weights) -> Mapping[str, Any]:
         if there != here:
             raise ValueError(f"{weights.origin} has {what} {there}, but this run has {here}.")
     return weights.variables
-
-
-def _shapes(variables: Any) -> dict[str, tuple[int, ...]]:
-    """{"params.layer.kernel": shape}."""
-    name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
-    return {name(path): x.shape for path, x in jax.tree.leaves_with_path(variables)}
 
 
 def learners_of(run: Run, phase: Phase, states: Networks) -> Networks:
@@ -257,6 +252,52 @@ def examples(run: Run, phase: Phase) -> tuple[datasets.Split | datasets.Stream, 
     expected = f"at most the {len(split)} examples to train {learners}"
     require(size <= len(split), "batch_size", expected, size)
     return split, size
+
+
+def seen_examples(
+    run: Run, phase: Phase, frozen: Networks
+) -> tuple[datasets.Split | datasets.Stream, int]:
+    """The examples of a phase with what the frozen networks show of them, where that stays.
+
+    That is the faster way at every size of a sweep, one student included
+    (`experiments.benchmark_sweep`); its rounding is that of another program's forward pass, and
+    whether it is taken depends on the config alone, so a resumed run takes it again.
+
+    Args:
+        run: to which the phase belongs.
+        phase: that trains.
+        frozen: the networks that it sees, replicated over the devices.
+
+    Returns:
+        The examples, and how many of them are a batch.
+    """
+    split, size = examples(run, phase)
+    frozen = {name: x for name, x in frozen.items() if run.plan.networks[name].cached is None}
+    if frozen and _outputs_stay(run, phase, split):
+        names = ", ".join(frozen)
+        print(f"outputs of {names}: computed once for all steps", file=sys.stderr)
+        forward = functools.partial(_shown, frozen)
+        split = datasets.with_outputs(
+            split, forward, run.data.preprocess, min(_AT_ONCE, len(split))
+        )
+    return split, size
+
+
+def _outputs_stay(run: Run, phase: Phase, split: datasets.Split | datasets.Stream) -> bool:
+    """Whether an example's outputs are the same in every epoch, are all that losses read, and
+    are needed more than once."""
+    preprocess = run.data.preprocess
+    terms = [term for objective in phase.objectives.values() for term in objective.values()]
+    needs = {part for term in terms for part in (*term.loss.needs.own, *term.loss.needs.other)}
+    repeats = phase.num_steps * run.plan.config["batch_size"] > len(split)
+    fixed = isinstance(split, datasets.Split) and not (preprocess.pad or preprocess.flip)
+    plain = phase.source == dataset()  # whose batches are the examples as they are
+    return fixed and plain and repeats and needs <= _CACHED_PARTS
+
+
+@jax.jit
+def _shown(frozen: Networks, batch: Batch) -> dict[str, Outputs]:
+    return eval_outputs(frozen, batch)
 
 
 def _sample(run: Run) -> Any:

@@ -20,9 +20,10 @@ from abkd_jax.run.evaluation import evaluate
 from abkd_jax.run.fit import Fit, fit
 from abkd_jax.run.log.progress import Progress
 from abkd_jax.run.log.writer import Writer
-from abkd_jax.run.phases import Run, examples, objectives_of, trained_once
+from abkd_jax.run.phases import Run, objectives_of, seen_examples, trained_once
 from abkd_jax.train import Carry, Networks, Objectives, Programs, Static
 from abkd_jax.train.checkpoint import FOLDER, Checkpoints
+from abkd_jax.types import named_leaves
 
 _PROFILED = range(5, 10)  # the steps of a process that a trace shows
 
@@ -56,10 +57,10 @@ def train_phase(
         OSError: if a file cannot be written.
     """
     config, replicated = run.plan.config, functools.partial(parallel.replicated, mesh=run.mesh)
-    split, size = examples(run, phase)
+    frozen = replicated(frozen)
+    split, size = seen_examples(run, phase, frozen)
     split = replicated(split) if isinstance(split, datasets.Split) else split
     feed = datasets.Feed(split, run.data.preprocess, data_seed=config["data_seed"], size=size)
-    frozen = replicated(frozen)
     objectives, label = objectives_of(run, phase, frozen), " and ".join(phase.learners)
     if config["init_seeds"] > 1 and not trained_once(run, phase):
         label += f" {run.seed + 1} of {config['init_seeds']}"
@@ -125,11 +126,7 @@ class _Recorder:
         batch = self.phase.source.batch(carry.source, taken, data_seed, bad_step)
         folder.mkdir(exist_ok=True)
         arrays = {name: x for name, x in batch.items() if name not in ("key", "outputs")}
-        named = jax.tree.leaves_with_path(arrays)
-        keyed = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
-        np.savez(
-            folder / f"batch_{bad_step}.npz", **{keyed(path): np.asarray(x) for path, x in named}
-        )
+        np.savez(folder / f"batch_{bad_step}.npz", **named_leaves(jax.device_get(arrays)))
         with Checkpoints(folder / FOLDER) as saved:
             saved.save(bad_step, carry)
             saved.wait()

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import functools
 import json
 import os
 import pathlib
@@ -13,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax.errors import FlaxError
 from flax.traverse_util import flatten_dict
 from jax import numpy as jnp
 
@@ -21,9 +19,10 @@ from abkd_jax import models
 from abkd_jax.checks import require
 from abkd_jax.config import weights
 from abkd_jax.config.build import Builder
+from abkd_jax.config.dry_run import taking
 from abkd_jax.models import split_variables
 from abkd_jax.run.log.writer import replacing
-from abkd_jax.types import Outputs
+from abkd_jax.types import Outputs, dotted, named_leaves
 
 _ABSENT = "absent"
 _PLACES = ("data.data_dir", "data.download")  # may differ when a run moves to another machine
@@ -50,14 +49,8 @@ class Loaded(NamedTuple):
         Raises:
             ValueError: if the inputs are not such as the network has learned from.
         """
-        try:
+        with taking("the network", inputs):
             return self.module.apply(self.variables, inputs, train=False)
-        except (FlaxError, TypeError, ValueError, IndexError) as error:
-            shapes = " and ".join(f"{np.shape(x)}" for x in jax.tree.leaves(inputs))
-            reason = f"{error}".strip().splitlines()[0].rstrip(".")
-            raise ValueError(
-                f"the network cannot take inputs of shape {shapes}: {reason}."
-            ) from error
 
 
 def load(
@@ -110,18 +103,19 @@ def load(
 
 def _in_place_of(variables: Mapping[str, Any], found: weights.Weights) -> Mapping[str, Any]:
     """What was found, in the containers of the variables, which files do not know."""
-    named = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
-    there, here = (
-        {named(path): x for path, x in jax.tree.leaves_with_path(tree)}
-        for tree in (found.variables, variables)
-    )
-    for path in {**there, **here}:
-        shapes = [np.shape(tree[path]) if path in tree else None for tree in (there, here)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"{found.origin} has {path} {shapes[0]}, but networks has {shapes[1]}."
-            )
-    return jax.tree.map_with_path(lambda path, _: jnp.asarray(there[named(path)]), variables)
+    for path, there, here in unlike(found.variables, variables):
+        raise ValueError(f"{found.origin} has {path} {there}, but networks has {here}.")
+    leaves = named_leaves(found.variables)
+    return jax.tree.map_with_path(lambda path, _: jnp.asarray(leaves[dotted(path)]), variables)
+
+
+def unlike(there: Any, here: Any) -> list[tuple[str, Any, Any]]:
+    """(dotted path, shape there, shape here) of the arrays that differ in it; None for none."""
+    pairs = [
+        {path: np.shape(x) for path, x in named_leaves(tree).items()} for tree in (there, here)
+    ]
+    found = [(path, *(shapes.get(path) for shapes in pairs)) for path in {**pairs[0], **pairs[1]}]
+    return [(path, there, here) for path, there, here in found if there != here]
 
 
 def path_of(workdir: str | os.PathLike) -> pathlib.Path:
@@ -176,15 +170,22 @@ def claim(workdir: pathlib.Path, about: Mapping[str, Any], *, longer: bool = Fal
         )
 
 
-def stored(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a run of the config ended with in the folder; None if there is no such thing."""
+def stored(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """What a run ended with in the folder; None if none has."""
     if not (workdir / "report.md").exists():  # which is written last
         return None
     try:
-        result = json.loads((workdir / "result.json").read_text())
-        return None if _differing(weights.read_about(workdir), {"config": config}) else result
+        return json.loads((workdir / "result.json").read_text())
     except (OSError, ValueError):
         return None
+
+
+def is_of(workdir: pathlib.Path, config: Mapping[str, Any]) -> bool:
+    """Whether the folder is that of a run of the config."""
+    try:
+        return not _differing(weights.read_about(workdir), {"config": config})
+    except ValueError:
+        return False
 
 
 def _differing(found: Mapping[str, Any], about: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import itertools
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +21,6 @@ from abkd_jax import parallel, train
 from abkd_jax.config.dry_run import with_statistics
 from abkd_jax.config.plan import Phase
 from abkd_jax.config.schema import check_integer, needed, plain, resolve
-from abkd_jax.data.teacher_cache import with_outputs
 from abkd_jax.run import phases
 from abkd_jax.run import workdir as folders
 from abkd_jax.run.evaluation import summarized
@@ -31,17 +29,14 @@ from abkd_jax.run.log.progress import Progress
 from abkd_jax.run.loop import run_phase
 from abkd_jax.run.phases import Run
 from abkd_jax.run.recorder import selecting
-from abkd_jax.sources import dataset
 from abkd_jax.sweep import memory
 from abkd_jax.sweep.plan import Members, map_numbers, planned
 from abkd_jax.sweep.table import column, read_rows, shown, write_csv
 from abkd_jax.tasks import Task
 from abkd_jax.train.checkpoint import FOLDER, Checkpoints
-from abkd_jax.types import Batch, Outputs
 
 TABLE = "sweep.csv"
 HISTORY = "history.csv"
-_CACHEABLE = frozenset(("logits", "hidden"))  # parts of Outputs that a cache holds
 _EVALUATED = 1000  # examples of a batch of an evaluation, at the most
 
 
@@ -108,11 +103,11 @@ def opened(
     Yields:
         Its program, the phases before it trained.
     """
-    values = plain(config)
-    init_seeds = values["init_seeds"] if init_seeds is None else init_seeds
+    config = plain(config)
+    init_seeds = config["init_seeds"] if init_seeds is None else init_seeds
     check_integer("init_seeds", init_seeds, least=1)
     check_integer("chunk", chunk, least=0)
-    plan = resolve(needed(values) | {"init_seeds": 1}, networks=networks, data=data)
+    plan = resolve(needed(config) | {"init_seeds": 1}, networks=networks, data=data)
     *before, phase = plan.phases
     members = planned(plan, over, init_seeds)
     with phases.opened(plan, workdir) as run:
@@ -149,12 +144,7 @@ class Program:
         self._states, self._chunk, config = states, chunk, run.plan.config
         self.frozen = parallel.everywhere({name: train.frozen(states[name]) for name in phase.see})
         self._means = functools.cache(lambda name: phases.class_means(run, name, self.frozen[name]))
-        split, size = phases.examples(run, phase)
-        if _cacheable(run, phase, split):
-            names = ", ".join(self.frozen)
-            print(f"outputs of {names}: computed once for all steps", file=sys.stderr)
-            forward = functools.partial(_row_outputs, self.frozen)
-            split = with_outputs(split, forward, run.data.preprocess, min(_EVALUATED, len(split)))
+        split, size = phases.seen_examples(run, phase, self.frozen)
         split = parallel.everywhere(split) if isinstance(split, datasets.Split) else split
         seed = config["data_seed"]
         self.feed = datasets.Feed(split, run.data.preprocess, data_seed=seed, size=size)
@@ -335,19 +325,3 @@ def _by_key(summary: Mapping[str, Mapping[str, Any]], task: Task) -> dict[str, n
         for metric, values in sorted(metrics.items(), key=lambda x: x[0] != task.score_column.key)
         if np.ndim(values) == 1
     }
-
-
-def _cacheable(run: Run, phase: Phase, split: Any) -> bool:
-    """Whether the outputs of frozen networks may be computed once: exact, and less work."""
-    preprocess = run.data.preprocess
-    terms = [term for objective in phase.objectives.values() for term in objective.values()]
-    needs = {part for term in terms for part in (*term.loss.needs.own, *term.loss.needs.other)}
-    repeats = phase.num_steps * run.plan.config["batch_size"] > len(split)
-    fixed = isinstance(split, datasets.Split) and not (preprocess.pad or preprocess.flip)
-    plain = phase.source == dataset()  # whose batches are the examples as they are
-    return bool(phase.see) and fixed and plain and repeats and needs <= _CACHEABLE
-
-
-@jax.jit
-def _row_outputs(frozen: train.Networks, batch: Batch) -> dict[str, Outputs]:
-    return train.eval_outputs(frozen, batch)

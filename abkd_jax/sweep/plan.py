@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import numpy as jnp
-from jax.tree_util import GetAttrKey, KeyPath, keystr
+from jax.tree_util import GetAttrKey, KeyPath
 
 from abkd_jax.binding import Bound, Domain, Schedule, Statistic, as_number, domain_of, nearest
 from abkd_jax.checks import require
 from abkd_jax.config.plan import Learner, Plan
 from abkd_jax.config.schema import check_seeds
 from abkd_jax.train.state import Decay
+from abkd_jax.types import dotted
 
 _EXAMPLE = "student.terms.distill.divergence.alpha"
 
@@ -99,7 +100,7 @@ def _is_number(value: Any) -> bool:
 def _name(path: KeyPath) -> str:
     """A leaf's path as people write it: "student.terms.distill.divergence.alpha"."""
     inner = (GetAttrKey("loss"), GetAttrKey("numbers"))
-    return keystr([key for key in path if key not in inner], simple=True, separator=".")
+    return dotted(tuple(key for key in path if key not in inner))
 
 
 def _check(path: str, values: list[float], learners: Mapping[str, Learner], num_steps: int) -> None:

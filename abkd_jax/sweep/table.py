@@ -11,6 +11,7 @@ import numpy as np
 
 from abkd_jax.binding import nearest
 from abkd_jax.config.plan import Phase
+from abkd_jax.run.log.writer import replacing
 
 _SPLITS = ("validation_", "test_")
 
@@ -109,9 +110,7 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes the table as a whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="") as file:
+    with replacing(path, newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    temporary.replace(path)

@@ -55,7 +55,8 @@ def train_step(
             split evenly, or a loss that couples the batch would see only a part of it.
     """
     _check(networks, batch, objectives, micro_batches)
-    batch = {"where": _every_row(batch)} | batch
+    if "where" not in batch:
+        batch = {**batch, "where": _every_row(batch)}
     terms = {name: at_step(dict(objectives[name]), networks[name].step) for name in objectives}
     counts = {name: term_counts(terms[name], batch) for name in terms}
     learn = functools.partial(_gradients, networks, terms, counts)

@@ -114,12 +114,13 @@ def cut(directory: Path, step: int) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, mode: str = "w") -> Iterator[IO]:
+def replacing(path: Path, mode: str = "w", newline: str | None = None) -> Iterator[IO]:
     """A file that takes a path's place as a whole, when the context ends, or not at all.
 
     Args:
         path: of the file.
         mode: in which it is opened.
+        newline: as `open` has it.
 
     Yields:
         The file.
@@ -128,7 +129,7 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO]:
         OSError: if it cannot be written.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open(mode) as file:
+    with temporary.open(mode, newline=newline) as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
