@@ -30,8 +30,13 @@ def main() -> None:
         sys.exit("--workdir is missing; give the folder of the run: --workdir=runs/digits.")
     how = {"evaluate_only": _EVALUATE.value, "profile": _PROFILE.value}
     result = loop.train_and_evaluate(_CONFIG.value, _WORKDIR.value, **how)
+    score = result["score"]
     for name, network in result["networks"].items():
-        print(f"{name}: {result['score']} {network['last'][result['score']]:.4f} on the test set")
+        found = f"{network['last'][score]:.4f}"
+        if "seeds" in network:
+            found = f"{network['mean'][score]:.4f} +- {network['deviation'][score]:.4f}"
+            found += f" ({len(network['seeds'])} init seeds)"
+        print(f"{name}: {score} {found} on the test set")
     print(f"report: {pathlib.Path(_WORKDIR.value) / 'report.md'}")
 
 

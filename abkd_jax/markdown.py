@@ -10,9 +10,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def cells(columns: Iterable[Any], scores: Mapping[str, float | None]) -> list[str]:
-    """Of a table: the scores as the columns (`abkd_jax.tasks.Column`) show them."""
-    return [column.cell(scores[column.key]) for column in columns]
+def cells(columns: Iterable[Any], *scores: Mapping[str, float | None]) -> list[str]:
+    """Of a table: the scores, of each seed, as the columns (`abkd_jax.tasks.Column`) show them."""
+    return [column.cell(*(one[column.key] for one in scores)) for column in columns]
 
 
 def plain(text: str) -> str:

@@ -27,7 +27,7 @@ from abkd_jax.sweep import averaged, best, spread, sweep
 _CONFIG = command.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the sweep, which is made.")
 _OVER = flags.DEFINE_multi_string("over", [], "PATH=START:END:STEP, or PATH=A,B,C.")
-_SEEDS = flags.DEFINE_integer("init_seeds", 1, "How many init seeds, from the config's on.")
+_SEEDS = flags.DEFINE_integer("init_seeds", None, "How many init seeds; None: as the config has.")
 _CHUNK = flags.DEFINE_integer("chunk", 0, "Students at once; 0: as many as memory holds.")
 _PLANE = ("divergence.alpha", "divergence.beta")
 _SCORES = (
@@ -54,7 +54,8 @@ def main() -> None:
     selects = score.removesuffix("accuracy")
     unfinished = sum(row["bad_step"] >= 0 for row in rows)
     print(f"{len(rows)} students in {time.monotonic() - started:.0f} s; not finite: {unfinished}")
-    print(f"best by {_words(score)}, mean over {_SEEDS.value} init seeds:")
+    seeds = len({row["init_seed"] for row in rows})
+    print(f"best by {_words(score)}, mean over {seeds} init seeds:")
     for path in over:
         print(f"  {path} {winner[path]:g}")
     for scores in dict.fromkeys((selects, selects.replace("validation", "test"))):

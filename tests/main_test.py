@@ -86,8 +86,8 @@ OF_FLAGS = [
     ([*_FAST, "--workdir=w", "--config.studnet.model.widths=(3,)"],
      "--config.studnet.model.widths: the config has no 'studnet' there (did you mean 'student'?); "
      "it has analysis, baseline, batch_size, checkpoint_every, data, data_seed, devices, "
-     "init_seed, log_every, micro_batches, num_steps, phases, plugins, steps_per_call, student, "
-     "task, teacher."),
+     "init_seed, init_seeds, log_every, micro_batches, num_steps, phases, plugins, steps_per_call, "
+     "student, task, teacher."),
     ([*_FAST, "--workdir=w", "--config.student.optimizer.momentum=1.0"],
      "--config.student.optimizer.momentum: the config has no 'momentum' there; it has "
      "fn, learning_rate."),

@@ -109,6 +109,7 @@ def header(run: "Run") -> dict[str, Any]:
             learn=list(phase.learners),
             see=list(phase.frozen),
             split=SPLITS[phase.split],
+            seeds=1,
         )
         for phase in run.phases
     ]

@@ -16,6 +16,7 @@ from abkd_jax import config as configs
 from abkd_jax import data, models, optimizers, sources
 from abkd_jax.binding import Schedule, at_step
 from abkd_jax.config import resolve
+from abkd_jax.config.plan import Phase, Plan
 from abkd_jax.config.schema import DEFAULTS
 from abkd_jax.losses import cross_entropy, on_logits
 from abkd_jax.types import Outputs
@@ -110,6 +111,28 @@ def test_the_phases_of_an_offline_run():
         (1500, "last", name) for name in ("teacher", "baseline", "student")
     ]
     assert all(x.source == sources.dataset() for x in phases)
+
+
+@pytest.mark.parametrize(
+    "phases,seeded",
+    [
+        (["teacher:", "baseline:", "student:teacher"], "baseline student"),
+        (["teacher:", "assistant:teacher", "student:assistant"], "student"),
+        (["student:", "student:teacher"], "student"),
+        (["student,teacher:"], "student teacher"),
+        (["student,teacher:", "student:teacher"], "student teacher"),
+        (["teacher,peer:", "student:teacher"], "peer student teacher"),
+        (["teacher,peer:", "assistant:teacher", "last:assistant"], "assistant last peer teacher"),
+        (["teacher:", "student:teacher", "teacher:student"], "student teacher"),
+    ],
+)
+def test_the_networks_that_are_trained_for_each_seed(phases, seeded):
+    """All but those that a phase sees, unless they learn last, or with or from one of these."""
+    parts = []
+    for i, (learn, see) in enumerate(phase.split(":") for phase in phases):
+        learners, see = dict.fromkeys(learn.split(",")), tuple(filter(None, [see]))
+        parts.append(Phase(f"{i}", "", learners, see, "train", 1, None, "last", None))
+    assert Plan(*[None] * 6, phases=tuple(parts)).seeded == set(seeded.split())
 
 
 def test_a_teacher_with_weights_needs_no_phase_and_no_terms():
@@ -370,7 +393,8 @@ IN_PHASES = {
         dict(phases__distill__student=dict(ema_decay=2.0)),
 }  # fmt: skip
 TAKEN = (
-    "an identifier, for the phase's folder, and none of checkpoints, figures, nonfinite, profile"
+    "an identifier, for the phase's folder, and none of checkpoints, figures, nonfinite, profile, "
+    "seed_[0-9]+"
 )
 
 
@@ -379,7 +403,7 @@ def test_refusals_of_phases(message):
     assert refusal(config(**IN_PHASES[message])) == message
 
 
-@pytest.mark.parametrize("name", ["..", "a/b", "", "a b", "checkpoints", "profile", 3])
+@pytest.mark.parametrize("name", ["..", "a/b", "", "a b", "checkpoints", "profile", "seed_12", 3])
 def test_a_phase_is_named_like_a_folder_of_its_own(name):
     made = small(phases={name: dict(learn=("student",)), "last": dict(learn=("student",))})
     assert refusal(made, data=dataset()) == f"a phase's name must be {TAKEN}; found {name!r}."
@@ -409,8 +433,8 @@ def test_networks_that_would_start_as_one_are_refused():
 
 TAKES = (
     "data, phases, task, batch_size, num_steps, checkpoint_every, log_every, steps_per_call, "
-    "devices, micro_batches, init_seed, data_seed, plugins, analysis, and networks, which have a "
-    "model."
+    "devices, micro_batches, init_seed, init_seeds, data_seed, plugins, analysis, and networks, "
+    "which have a model."
 )
 TERMS = "must be a group of at least one term by name, for"
 DIGITS = "digits takes validation, shape, labelled, omit, pad, flip, mean, std."
@@ -438,6 +462,17 @@ REFUSED = {
     "init_seed must be an integer of at least 0 and less than 2**31; found -1.": {"init_seed": -1},
     "student.init_seed must be an integer of at least 0 and less than 2**31; found 2147483648.": {
         "student__init_seed": 2**31
+    },
+    "init_seeds must be an integer of at least 1 and less than 2**31; found 0.": {"init_seeds": 0},
+    "init_seeds must be as many as leave every init seed below 2**31; found 3.": {
+        "init_seeds": 3,
+        "student__init_seed": 2**31 - 2,
+    },
+    "init_seeds must be 1, for a seed changes nothing where the parameters of baseline and student "
+    "are given; found 2.": {
+        "init_seeds": 2,
+        "student__weights": dict(fn="run", workdir="w"),
+        "baseline__weights": dict(fn="run", workdir="w"),
     },
     "micro_batches must be an integer of at least 1 and less than 2**31; found True.": {
         "micro_batches": True

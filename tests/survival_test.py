@@ -182,8 +182,9 @@ def contents(folder):
 
 
 def said(errors):
-    """The lines of stderr, but for those of the progress display."""
-    return [line for line in errors.splitlines() if not re.match(r"[\w ]+ step \d+/\d+", line)]
+    """The lines of stderr, but for those of the progress display, and of what is computed once."""
+    passed_over = re.compile(r"[\w ]+ step \d+/\d+|outputs of [\w, ]+: computed once for all")
+    return [line for line in errors.splitlines() if not passed_over.match(line)]
 
 
 def assert_one_sentence(errors):
@@ -220,6 +221,23 @@ def test_a_run_that_is_killed_in_every_phase_ends_as_one_that_was_not(run, digit
     killed("os.rename", "/result.json.tmp$")
     assert run(DIGITS, workdir)[0] == 0
     assert_equal_runs(workdir, digits, PHASES)
+
+
+@pytest.mark.slow
+def test_a_run_of_two_seeds_that_is_killed_ends_as_one_that_was_not(run, tmp_path):
+    """While the second baseline is saved, in the second student, and before the result."""
+    flags, workdir, expected = [*DIGITS, "--config.init_seeds=2"], tmp_path / "run", tmp_path / "x"
+    for moment in (
+        ("os.rename", "baseline/seed_1/checkpoints/8.orbax-checkpoint-tmp$", 1),
+        ("step", "^student 2 of 2 7$", 1),
+        ("os.rename", "/result.json.tmp$", 1),
+    ):
+        status, errors = run(flags, workdir, ("SIGKILL", *moment))
+        assert status == -signal.SIGKILL, (moment, errors)
+    for folder in (workdir, expected):
+        status, errors = run(flags, folder)
+        assert status == 0, errors
+    assert_equal_runs(workdir, expected, (*PHASES, "seed_1", "baseline/seed_1"))
 
 
 @pytest.mark.slow

@@ -145,6 +145,7 @@ def test_a_sweep_that_is_complete_trains_nothing(swept, monkeypatch):
     monkeypatch.setattr(parallel, "spread", None)
     over = {ALPHA: [1.0, 0.2], RATE: [0.1, 0.3]}
     assert sweep.sweep(config(), workdir, over=over, init_seeds=2, data=dataset()) == rows
+    assert sweep.sweep(config(init_seeds=2), workdir, over=over, data=dataset()) == rows
 
 
 def test_best_and_averages():

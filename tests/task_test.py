@@ -288,3 +288,5 @@ def test_a_column_shows_a_number_with_its_unit():
     assert Column("accuracy", "accuracy %", 100, 2).cell(0.12345) == "12.35"
     assert Column("nll", "NLL").cell(1.5) == "1.5000"
     assert Column("nll", "NLL").cell(None) == Column("nll", "NLL").cell(float("nan")) == "-"
+    assert Column("accuracy", "accuracy %", 100, 1).cell(0.5, 0.6, 0.7) == "60.0 +- 10.0"
+    assert Column("nll", "NLL").cell(1.5, None) == "-"

@@ -106,6 +106,21 @@ class Plan(NamedTuple):
     networks: Mapping[str, Network]
     phases: tuple[Phase, ...]
 
+    @property
+    def seeded(self) -> frozenset[str]:
+        """The networks that are trained for each of `init_seeds`; all others are trained once.
+
+        One is trained once, as a teacher is, if a phase sees it, unless it learns in the last phase
+        or learns with, or from, one that is trained for each seed.
+        """
+        seen = {name for phase in self.phases for name in phase.see}
+        found = {name for phase in self.phases for name in phase.learners} - seen
+        found |= self.phases[-1].learners.keys()
+        for phase in self.phases * len(self.phases):  # until no further one joins
+            if found & {*phase.learners, *phase.see}:
+                found |= phase.learners.keys()
+        return frozenset(found)
+
 
 def network_groups(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The groups of a config that stand for networks, by name: those with a model."""

@@ -5,6 +5,7 @@ A top-level group with a `model` is a network; `phases` say who learns what from
 checked, and is not checked again further on.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -31,6 +32,7 @@ DEFAULTS = {
     "devices": 0,  # 0: all that there are
     "micro_batches": 1,
     "init_seed": 0,
+    "init_seeds": 1,  # how many, from init_seed on, for the networks of `Plan.seeded`
     "data_seed": 0,
     "plugins": (),
     "analysis": (),  # of `analysis.PROBES`: what is measured besides, every log_every steps
@@ -40,7 +42,8 @@ _LEARNING = ("optimizer", "terms", "ema_decay")  # of a network, or of a phase i
 _NETWORK = ("model", "weights", "init_seed", "project", *_LEARNING)
 _PHASE = ("learn", "see", "split", "num_steps", "source", "start", "select")
 _STARTS = ("last", "best")
-_FOLDERS = (FOLDER, "figures", "nonfinite", "profile")  # which a workdir has besides its phases'
+# Which a workdir has besides its phases', as regular expressions.
+_FOLDERS = (FOLDER, "figures", "nonfinite", "profile", "seed_[0-9]+")
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -116,6 +119,8 @@ def resolve(
     of_two = any(len(terms) > 1 for phase in plan.phases for terms in phase.objectives.values())
     if "gradient_cosines" in config["analysis"] and not of_two:
         raise ValueError("analysis: gradient_cosines are between terms, and no learner has two.")
+    if config["init_seeds"] > 1:
+        _check_seeds(plan)
     for phase in plan.phases:
         dry_run(plan, phase)
     return plan
@@ -156,6 +161,22 @@ def check_integer(key: str, value: Any, *, least: int) -> None:
     require(integer and least <= value < 2**31, key, expected, value)
 
 
+def _check_seeds(plan: Plan) -> None:
+    """Refuses several init seeds where none tells the networks apart, or one is too large."""
+    count, learned = plan.config["init_seeds"], {name: plan.networks[name] for name in plan.seeded}
+    new = [x.init_seed for x in learned.values() if not (x.weights or x.given)]
+    of = " and ".join(sorted(learned))
+    expected = f"1, for a seed changes nothing where the parameters of {of} are given"
+    require(new, "init_seeds", expected, count)
+    check_seeds(new, count)
+
+
+def check_seeds(first: Iterable[int], count: int) -> None:
+    """Refuses more init seeds, from the first ones on, than there are."""
+    expected = "as many as leave every init seed below 2**31"
+    require(max(first) + count <= 2**31, "init_seeds", expected, count)
+
+
 def _check_keys(group: Any, known: Iterable[str], field: str) -> None:
     if not isinstance(group, Mapping):
         raise ValueError(f"{field} must be a group; found {group!r}.")
@@ -188,7 +209,8 @@ def _phases(plan: Plan) -> list[Phase]:
     networks, groups = plan.networks, plan.config["phases"]
     phases, ready = [], {name for name, x in networks.items() if x.weights or x.given}
     for name, group in groups.items():
-        folder = isinstance(name, str) and name.isidentifier() and name not in _FOLDERS
+        folder = isinstance(name, str) and name.isidentifier()
+        folder = folder and not re.fullmatch("|".join(_FOLDERS), name)
         expected = f"an identifier, for the phase's folder, and none of {', '.join(_FOLDERS)}"
         require(folder, "a phase's name", expected, name)
         phase = _phase(plan, name, group, folder="" if name == list(groups)[-1] else name)

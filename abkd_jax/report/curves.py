@@ -52,7 +52,7 @@ def analysis(report: Report) -> Figure:
 
 def analysed(report: Report) -> list[str]:
     """The metrics of `config.analysis` that the rows have."""
-    keys = (key for rows in report.rows.values() for row in rows for key in row)
+    keys = (key for seeds in report.rows.values() for rows in seeds for row in rows for key in row)
     return list(dict.fromkeys(key.split("/", 2)[2] for key in keys if key.startswith("analysis/")))
 
 
@@ -62,15 +62,20 @@ def words(key: str) -> str:
 
 
 def _draw(axes: Axes, report: Report, key: str, most_markers: float, factor: float = 1) -> None:
-    """A curve for each network whose name, in place of {}, makes a key of rows; null is a gap."""
-    for name in report.networks:
-        rows, borders = report.history(name)
+    """A curve for each network whose name, in place of {}, makes a key of rows; null is a gap.
+
+    Those of further seeds are faint.
+    """
+    pairs = ((name, seed) for name in report.networks for seed in range(len(report.seeds(name))))
+    for name, seed in pairs:
+        rows, borders = report.history(name, seed)
         points = [(row["step"], row[key.format(name)]) for row in rows if key.format(name) in row]
         if not points:
             continue
         steps, values = np.array(points, float).T
         marker = "o" if len(steps) <= most_markers else None
         style = dict(color=report.colours[name], linewidth=1.8, marker=marker, markersize=4)
+        style |= dict(alpha=0.35, zorder=1) if seed else {}
         axes.plot(steps, factor * values, label=name, **style)
         whole = axes.get_xaxis_transform()  # from the lower end of the axes to the upper one
         axes.vlines(borders, 0, 1, transform=whole, color=figures.GREY, linewidth=0.8)

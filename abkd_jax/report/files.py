@@ -12,6 +12,7 @@ import numpy as np
 
 from abkd_jax import figures
 from abkd_jax.run.log import writer
+from abkd_jax.run.workdir import of_seed
 
 USUAL_ORDER = ("teacher", "baseline", "student")  # of the colours
 
@@ -24,14 +25,14 @@ class Report:
         config: the resolved config.
         origin: "versions", "commit" and "device".
         result: result.json.
-        rows: by phase, the rows of its metrics.jsonl.
+        rows: by phase, the rows of its metrics.jsonl, of each seed.
         examples: the arrays of examples.npz.
     """
 
     config: Mapping[str, Any]
     origin: Mapping[str, Any]
     result: Mapping[str, Any]
-    rows: Mapping[str, list[dict[str, Any]]]
+    rows: Mapping[str, list[list[dict[str, Any]]]]
     examples: Mapping[str, np.ndarray]
 
     @property
@@ -41,14 +42,24 @@ class Report:
 
     @property
     def phases(self) -> list[Mapping[str, Any]]:
-        """The phases in order, each with "name", "folder", "learn", "see" and "split"."""
+        """The phases in order, each with "name", "folder", "learn", "see", "split" and "seeds"."""
         return self.result["phases"]
 
-    def history(self, name: str) -> tuple[list[dict[str, Any]], list[int]]:
+    def seeds(self, name: str) -> list[Mapping[str, Any]]:
+        """The results of a network for each init seed; one, if it was trained once."""
+        return self.networks[name].get("seeds") or [self.networks[name]]
+
+    @property
+    def has_seeds(self) -> bool:
+        """Whether some network was trained for several init seeds."""
+        return any(len(self.seeds(name)) > 1 for name in self.networks)
+
+    def history(self, name: str, seed: int = 0) -> tuple[list[dict[str, Any]], list[int]]:
         """The rows of the phases in which a network learned, one phase after the other.
 
         Args:
             name: of the network.
+            seed: which of its init seeds, counted from 0.
 
         Returns:
             The rows, whose steps are counted from the first of these phases on, and the steps at
@@ -59,7 +70,8 @@ class Report:
             if name in phase["learn"]:
                 start = found[-1]["step"] if found else 0
                 borders += [start] if found else []
-                found += [row | {"step": start + row["step"]} for row in self.rows[phase["name"]]]
+                rows = self.rows[phase["name"]][seed]
+                found += [row | {"step": start + row["step"]} for row in rows]
         return found, borders
 
     @property
@@ -91,7 +103,12 @@ def load(workdir: Path) -> Report:
     workdir = Path(workdir)
     files = ("config.json", "result.json", "examples.npz")
     origin, result, examples = (_read(workdir / name) for name in files)
-    rows = {phase["name"]: writer.read(workdir / phase["folder"]) for phase in result["phases"]}
+    rows = {
+        phase["name"]: [
+            writer.read(of_seed(workdir / phase["folder"], seed)) for seed in range(phase["seeds"])
+        ]
+        for phase in result["phases"]
+    }
     return Report(origin["config"], origin, result, rows, examples)
 
 

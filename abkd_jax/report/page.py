@@ -1,5 +1,6 @@
 """The page of a report, in Markdown."""
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ def page(report: Report, task: Task, captions: Mapping[str, str]) -> str:
         *task.sections(report),
         "## Figures",
     ]
+    if report.has_seeds:
+        blocks.append("Figures are of the first init seed; curves of the others are faint.")
     for number, (name, caption) in enumerate(captions.items(), start=1):
         if name == "analysis":
             blocks += ["## Analysis", _cost_of_analysis(report)]
@@ -114,6 +117,10 @@ def _what_was_run(report: Report, data_name: str) -> list[str]:
             terms = (report.config[name] | own).get("terms") or {}
             if "distill" in terms:
                 said.append(f"The {name} is distilled by `{_distillation(terms['distill'])}`.")
+    if report.has_seeds:
+        counts = {name: len(report.seeds(name)) for name in report.networks}
+        several = markdown.names(name for name, count in counts.items() if count > 1)
+        said.append(f"Trained for {max(counts.values())} init seeds: {several}.")
     if labelled is not None:
         each = f"{labelled / num_classes:g} of each of the {num_classes} classes"
         said.append(f"The {labelled:,} labels are {each}.")
@@ -143,15 +150,21 @@ def _origin(origin: Mapping[str, Any]) -> str:
 def _results(report: Report, columns: Sequence[Column]) -> str:
     rows = []
     for name, network in report.networks.items():
-        size, steps = f"{network['parameters']:,}", f"{network['steps']:,}"
-        time = _time(report.history(name)[0])
-        rows.append([name, *markdown.cells(columns, network["last"]), size, steps, time])
+        seeds, size, steps = report.seeds(name), network["parameters"], network["steps"]
+        scores = markdown.cells(columns, *(seed["last"] for seed in seeds))
+        histories = [report.history(name, seed)[0] for seed in range(len(seeds))]
+        time = _time(itertools.chain(*histories))
+        count = [f"{len(seeds)}"] * report.has_seeds
+        rows.append([name, *scores, *count, f"{size:,}", f"{steps:,}", time])
     count = network["last"].get("count")  # the same for all; none if a task counts no examples
     counted = "" if count is None else f"{int(count):,} "
     said = f"After the last step, on {counted}{report.result['evaluated_on']} examples"
+    if report.has_seeds:
+        said += "; mean +- standard deviation over init seeds, and the time of all of them"
     if any(len(phase["learn"]) > 1 for phase in report.phases):
         said += "; the networks of a phase are trained at once, so the time is that of all"
-    header = ["network", *(column.title for column in columns), "parameters", "steps", "time"]
+    titles = [*(column.title for column in columns), *["seeds"] * report.has_seeds]
+    header = ["network", *titles, "parameters", "steps", "time"]
     return f"{said}:\n\n{markdown.table(header, rows)}"
 
 
@@ -159,17 +172,17 @@ def _best(report: Report, task: Task) -> list[str]:
     """The table of the best steps, unless all are the last ones, and which networks have none."""
     selected, evaluated = report.result["selected_on"], report.result["evaluated_on"]
     score, by = task.score_column, f"{selected} {curves.words(task.score_column.key)}"
-    learned = {name: network for name, network in report.networks.items() if network["best"]}
+    learned = {name: report.seeds(name) for name, x in report.networks.items() if x["best"]}
     if not learned:
         return []
-    if all(network["best"]["step"] == network["steps"] for network in learned.values()):
+    if all(seed["best"]["step"] == seed["steps"] for seeds in learned.values() for seed in seeds):
         return [f"By {by} the last step of every network that learned is its best one."]
     rows = []
-    for name, network in learned.items():
-        best = network["best"]
-        step = f"{best['step']:,}" + " (last)" * (best["step"] == network["steps"])
-        cells = score.cell(best["score"]), *markdown.cells(task.columns, best["scores"])
-        rows.append([name, step, *cells])
+    for name, seeds in learned.items():
+        best = [seed["best"] for seed in seeds]
+        chosen = score.cell(*(one["score"] for one in best))
+        cells = markdown.cells(task.columns, *(one["scores"] for one in best))
+        rows.append([name, _steps(seeds), chosen, *cells])
     how = f", measured on {evaluated} data, which had no part in the selection:"
     if selected == evaluated:
         how = f". These figures are selected on {evaluated} data, as the published protocol does, "
@@ -182,8 +195,15 @@ def _best(report: Report, task: Task) -> list[str]:
     return said
 
 
+def _steps(seeds: Sequence[Mapping[str, Any]]) -> str:
+    """The best step, or the first and the last one of several seeds."""
+    steps, last = sorted({seed["best"]["step"] for seed in seeds}), seeds[0]["steps"]
+    said = [f"{step:,}" + " (last)" * (step == last) for step in steps]
+    return " to ".join([said[0], *said[1:][-1:]])
+
+
 def _cost_of_analysis(report: Report) -> str:
-    rows = [row for of_phase in report.rows.values() for row in of_phase]
+    rows = [row for seeds in report.rows.values() for of_seed in seeds for row in of_seed]
     keys = ("time/analysis_seconds", "time/seconds")
     spent, whole = (sum(row.get(key) or 0.0 for row in rows) for key in keys)
     return (

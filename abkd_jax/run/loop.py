@@ -1,9 +1,10 @@
 """A run, from a config to a report: its phases in order, then the evaluation of all networks."""
 
+import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -52,7 +53,10 @@ def train_and_evaluate(
 ) -> dict[str, Any]:
     """Trains and evaluates all that a config asks for, or goes on where the workdir stands.
 
-    A run that is done is told at once, and goes on under a larger `num_steps`.
+    A run that is done is told at once, and goes on under a larger `num_steps` or `init_seeds`.
+
+    Several `init_seeds` train one after the other, by the same compiled steps: each the networks of
+    `Plan.seeded`, the students of one teacher.
 
     The first SIGTERM or SIGINT saves and leaves by SystemExit, with code 143 or 130.
 
@@ -67,7 +71,9 @@ def train_and_evaluate(
         profile: writes a trace of a few steps of the last phase to workdir/profile.
 
     Returns:
-        What result.json holds: {"networks": {name: {"last": scores, "best": ..., ...}}, ...}.
+        What result.json holds: {"networks": {name: {"last": scores, "best": ..., ...}}, ...}. A
+        network that was trained for several seeds is that of the first one, with "seeds", a list of
+        all of them, and the "mean" and sample "deviation" of what they have as "last".
 
     Raises:
         ValueError: one sentence, if the config, the workdir or the data cannot be used.
@@ -79,22 +85,38 @@ def train_and_evaluate(
     done = None if evaluate_only or profile else folders.stored(folder)
     if done is not None and folders.is_of(folder, identified(config, data)):
         print(
-            f"{workdir}: this run is done; with a larger num_steps it goes on, and evaluating it "
-            "makes its report anew.",
+            f"{workdir}: this run is done; with a larger num_steps or init_seeds it goes on, and "
+            "evaluating it makes its report anew.",
             file=sys.stderr,
         )
         return done
     plan = resolve(config, networks=networks, data=data)
     with phases.opened(plan, workdir, profile=profile) as run:
-        states, results = phases.ready(run), {}
+        ready, first, found = phases.ready(run), {}, []
         if evaluate_only and not (run.workdir / "config.json").exists():
             raise ValueError(f"{run.workdir} has no checkpoint to evaluate; train first.")
         about = phases.identity(run, plan.phases[-1])
         folders.claim(run.workdir, about, longer=not evaluate_only)
-        for phase in plan.phases:
-            results[phase.name] = run_phase(run, phase, states, results, trains=not evaluate_only)
-            states |= results[phase.name].last
-        return _conclude(run, states, results)
+        for seed in range(plan.config["init_seeds"]):
+            member = phases.of_seed(run, seed)
+            results = _run_phases(member, ready, first, trains=not evaluate_only)
+            found.append(_evaluated(member, ready, results))
+            first = first or results
+        return _conclude(run, found)
+
+
+def _run_phases(
+    run: Run, ready: Networks, first: Mapping[str, Result], *, trains: bool
+) -> dict[str, Result]:
+    """The results of all phases; those that are trained once have that of the first seed."""
+    states, results = dict(ready), {}
+    for phase in run.plan.phases:
+        if run.seed and phases.trained_once(run, phase):
+            results[phase.name] = first[phase.name]
+        else:
+            results[phase.name] = run_phase(run, phase, states, results, trains=trains)
+        states |= results[phase.name].last
+    return results
 
 
 def run_phase(
@@ -124,7 +146,7 @@ def run_phase(
         states = dict(states)
         for before in results.values():
             states |= {name: x for name, x in before.best.items() if name in phase.learners}
-    folder = run.workdir / phase.folder
+    folder = folders.of_seed(run.workdir / phase.folder, run.seed)
     folder.mkdir(exist_ok=True)
     folders.claim(folder, phases.identity(run, phase), longer=trains)
     learners = phases.learners_of(run, phase, states)
@@ -142,11 +164,34 @@ def run_phase(
         return Result(carry.learners, best.learners, best_step)
 
 
-def _conclude(run: Run, states: Networks, results: Mapping[str, Result]) -> dict[str, Any]:
-    """Evaluates every network on the test set and writes result.json and the report."""
+def _conclude(run: Run, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Writes result.json and the report of what was found for each seed."""
     from abkd_jax import report  # matplotlib takes a second, which `import abkd_jax` saves
 
-    networks = {name: frozen(states[name]) for name in run.plan.networks}
+    networks = dict(found[0])
+    for name in run.plan.seeded if len(found) > 1 else ():
+        seed = run.plan.networks[name].init_seed
+        seeds = [{"init_seed": seed + i} | x[name] for i, x in enumerate(found)]
+        networks[name] = networks[name] | {"seeds": seeds} | _spread([x["last"] for x in seeds])
+    path = run.workdir / "result.json"
+    folders.write_json(path, _header(run) | {"networks": networks})
+    report.write(run.workdir, run.plan.task)
+    return json.loads(path.read_text())
+
+
+def _spread(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean and the sample deviation of each score."""
+    of_all = lambda f: jax.tree.map(lambda *x: float(f(x)), *scores)  # noqa: E731
+    return {"mean": of_all(np.mean), "deviation": of_all(functools.partial(np.std, ddof=1))}
+
+
+def _evaluated(run: Run, ready: Networks, results: Mapping[str, Result]) -> dict[str, Any]:
+    """What result.json says of each network that a seed has of its own, and of all in the first."""
+    states = dict(ready)
+    for result in results.values():
+        states |= result.last
+    names = run.plan.seeded if run.seed else run.plan.networks
+    networks = {name: frozen(states[name]) for name in run.plan.networks if name in names}
     last, chosen, rows = _scored(run, networks)
     found = {
         name: {
@@ -165,7 +210,7 @@ def _conclude(run: Run, states: Networks, results: Mapping[str, Result]) -> dict
     latest = {name: phase for phase in run.plan.phases for name in phase.learners}
     for phase in run.plan.phases:
         result, scores, summary = results[phase.name], last, chosen
-        learned = {n: state for n, state in result.last.items() if latest[n] is phase}
+        learned = {n: x for n, x in result.last.items() if latest[n] is phase and n in found}
         if learned and result.best is not result.last:
             scores, summary, _ = _scored(run, {name: result.best[name] for name in learned})
         for name, state in learned.items():
@@ -174,27 +219,26 @@ def _conclude(run: Run, states: Networks, results: Mapping[str, Result]) -> dict
             found[name]["phase"] = phase.name
             parts = ("params", "opt_state", "batch_stats")
             found[name]["sha256"] = {p: digest(getattr(state, p)) for p in parts}
-    value, path = _header(run) | {"networks": found}, run.workdir / "result.json"
-    folders.write_json(path, value)
-    _write_examples(run, rows)
-    report.write(run.workdir, run.plan.task)
-    return json.loads(path.read_text())
+    if run.seed == 0:
+        _write_examples(run, rows)
+    return found
 
 
 def _header(run: Run) -> dict[str, Any]:
     """What result.json says of the run as a whole."""
-    phases = [
+    parts = [
         {
             "name": phase.name,
             "folder": phase.folder,
             "learn": list(phase.learners),
             "see": list(phase.see),
             "split": phase.split,
+            "seeds": 1 if phases.trained_once(run, phase) else run.plan.config["init_seeds"],
         }
         for phase in run.plan.phases
     ]
     return {
-        "phases": phases,
+        "phases": parts,
         "num_classes": run.data.num_classes,
         "class_names": list(run.data.class_names),
         "evaluated_on": "test",

@@ -46,6 +46,7 @@ class Run(NamedTuple):
         mesh: its devices.
         interruption: the wish to stop.
         profile: whether to trace some steps of the last phase.
+        seed: which of the config's `init_seeds` it is, counted from 0.
     """
 
     plan: Plan
@@ -54,6 +55,7 @@ class Run(NamedTuple):
     mesh: Mesh
     interruption: Interruption
     profile: bool = False
+    seed: int = 0
 
 
 @contextlib.contextmanager
@@ -100,10 +102,39 @@ def _with_known(plan: Plan, data: datasets.DataSet) -> datasets.DataSet:
     return data
 
 
+def of_seed(run: Run, seed: int) -> Run:
+    """The run of one of the `init_seeds`, of which the first one is the run itself.
+
+    Args:
+        run: of the first one.
+        seed: which, counted from 0.
+
+    Returns:
+        The same, but for the init seeds of the networks of `Plan.seeded`, which are larger by it.
+    """
+    networks, profile = dict(run.plan.networks), run.profile and seed == 0
+    for name in run.plan.seeded:
+        networks[name] = networks[name]._replace(init_seed=networks[name].init_seed + seed)
+    return run._replace(plan=run.plan._replace(networks=networks), profile=profile, seed=seed)
+
+
+def trained_once(run: Run, phase: Phase) -> bool:
+    """Whether all of the `init_seeds` share what a phase trains."""
+    return run.plan.seeded.isdisjoint(phase.learners)
+
+
 def identity(run: Run, phase: Phase) -> dict[str, Any]:
-    """What identifies the folder of a phase, and what it takes to load its networks."""
+    """What identifies the folder of a phase, and what it takes to load its networks.
+
+    The config of a further seed is that of the run which trains the same networks alone.
+    """
+    config = run.plan.config
+    if run.seed:
+        seeds = {name: run.plan.networks[name].init_seed for name in run.plan.seeded}
+        own = {name: config[name] | {"init_seed": seed} for name, seed in seeds.items()}
+        config = config | own | {"init_seeds": 1}
     return {
-        "config": run.plan.config,
+        "config": config,
         "learners": tuple(phase.learners),
         "select": phase.select,
         "num_classes": run.data.num_classes,

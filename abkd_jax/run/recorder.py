@@ -20,7 +20,7 @@ from abkd_jax.run.evaluation import evaluate
 from abkd_jax.run.fit import Fit, fit
 from abkd_jax.run.log.progress import Progress
 from abkd_jax.run.log.writer import Writer
-from abkd_jax.run.phases import Run, objectives_of, seen_examples
+from abkd_jax.run.phases import Run, objectives_of, seen_examples, trained_once
 from abkd_jax.train import Carry, Networks, Objectives, Programs, Static
 from abkd_jax.train.checkpoint import FOLDER, Checkpoints
 from abkd_jax.types import named_leaves
@@ -62,6 +62,8 @@ def train_phase(
     split = replicated(split) if isinstance(split, datasets.Split) else split
     feed = datasets.Feed(split, run.data.preprocess, data_seed=config["data_seed"], size=size)
     objectives, label = objectives_of(run, phase, frozen), " and ".join(phase.learners)
+    if config["init_seeds"] > 1 and not trained_once(run, phase):
+        label += f" {run.seed + 1} of {config['init_seeds']}"
     score = run.plan.task.score_column
     progress = Progress(label, phase.num_steps, start=step, examples_per_step=size, score=score)
     kept = step or -1  # of a run that begins anew not even the evaluation at step 0

@@ -58,6 +58,7 @@ def load(
     name: str | None = None,
     *,
     best: bool = False,
+    seed: int = 0,
     networks: Mapping[str, tuple[Callable, Any]] | None = None,
 ) -> Loaded:
     """Loads a network that a run trained.
@@ -66,6 +67,7 @@ def load(
         workdir: of the run, or of a phase before its last, which is in workdir/PHASE.
         name: of the network; None for the one by which the run selects.
         best: the state that was best on the validation data, in place of the last one.
+        seed: of which of the config's `init_seeds`, counted from 0.
         networks: {name: (apply_fn, variables)} as the run had it, for networks that were given to
             it: what is loaded takes the place of these variables.
 
@@ -73,10 +75,15 @@ def load(
         (module, variables, config), which can be called with a batch of inputs.
 
     Raises:
-        ValueError: one sentence, if there is no such run, network or checkpoint.
+        ValueError: one sentence, if there is no such run, network, seed or checkpoint.
     """
-    found = weights.run(workdir=os.fspath(workdir), network=name or "", best=best)
-    about = weights.read_about(pathlib.Path(workdir))
+    folder = of_seed(pathlib.Path(workdir), seed)
+    if seed:
+        weights.read_about(pathlib.Path(workdir))  # refuses what is no run
+        expected = f"0, or that of a folder seed_1, seed_2, ... of {workdir}"
+        require((folder / "config.json").exists(), "seed", expected, seed)
+    found = weights.run(workdir=os.fspath(folder), network=name or "", best=best)
+    about = weights.read_about(folder)
     config, name = about["config"], name or about["select"]
     if found.model["fn"] == "given":
         if name not in (networks or {}):
@@ -122,13 +129,19 @@ def path_of(workdir: str | os.PathLike) -> pathlib.Path:
     return pathlib.Path(workdir)
 
 
+def of_seed(folder: pathlib.Path, seed: int) -> pathlib.Path:
+    """The folder of one of the `init_seeds`, for that of a phase, which is the first one's."""
+    return folder / f"seed_{seed}" if seed else folder
+
+
 def claim(workdir: pathlib.Path, about: Mapping[str, Any], *, longer: bool = False) -> None:
     """Makes the folder that of this run, or checks that it is.
 
     Args:
         workdir: of the run or of one of its phases.
         about: what identifies it: "config", "learners", "num_classes", "preprocess", ...
-        longer: whether it may become that of the same run with more steps, which is told.
+        longer: whether it may become that of the same run with more steps, which is told, or with
+            more init seeds.
 
     Raises:
         ValueError: naming what differs, if the folder is that of another run.
@@ -139,11 +152,13 @@ def claim(workdir: pathlib.Path, about: Mapping[str, Any], *, longer: bool = Fal
         return
     differing = _differing(weights.read_about(workdir), about)
     if longer and differing and all(map(_is_longer, differing)):
-        print(
-            f"{workdir}: goes on with {_told(differing)}; schedules are from now on those of the "
-            "new length.",
-            file=sys.stderr,
-        )
+        steps = [difference for difference in differing if difference[0] != "init_seeds"]
+        if steps:
+            print(
+                f"{workdir}: goes on with {_told(steps)}; schedules are from now on those of the "
+                "new length.",
+                file=sys.stderr,
+            )
         for name in ("report.md", "result.json"):
             (workdir / name).unlink(missing_ok=True)
         write_json(path, {**about, **_origin()})
@@ -187,7 +202,8 @@ def _differing(found: Mapping[str, Any], about: Mapping[str, Any]) -> list[tuple
 
 def _is_longer(difference: tuple[str, Any, Any]) -> bool:
     name, there, here = difference
-    return name.split(".")[-1] == "num_steps" and type(there) is type(here) is int and here > there
+    grows = name == "init_seeds" or name.split(".")[-1] == "num_steps"
+    return grows and type(there) is type(here) is int and here > there
 
 
 def _told(differing: list[tuple[str, Any, Any]]) -> str:

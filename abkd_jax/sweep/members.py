@@ -45,7 +45,7 @@ def sweep(
     workdir: str | os.PathLike,
     *,
     over: Mapping[str, Sequence[float]],
-    init_seeds: int = 1,
+    init_seeds: int | None = None,
     chunk: int = 0,
     networks: Mapping[str, tuple[Callable, Any]] | None = None,
     data: datasets.DataSet | None = None,
@@ -61,7 +61,7 @@ def sweep(
         workdir: the folder of the sweep, which is made.
         over: {path: values}: numbers of the networks that learn last, such as
             "student.terms.distill.divergence.alpha" or "student.optimizer.learning_rate".
-        init_seeds: how many, from the config's on.
+        init_seeds: how many, from the config's `init_seed` on; None for its `init_seeds`.
         chunk: how many members train at once; 0 for as many as memory holds.
         networks: as for `train_and_evaluate`.
         data: likewise.
@@ -93,7 +93,7 @@ def opened(
     workdir: str | os.PathLike,
     *,
     over: Mapping[str, Sequence[float]],
-    init_seeds: int = 1,
+    init_seeds: int | None = None,
     chunk: int = 0,
     networks: Mapping[str, tuple[Callable, Any]] | None = None,
     data: datasets.DataSet | None = None,
@@ -103,9 +103,11 @@ def opened(
     Yields:
         Its program, the phases before it trained.
     """
+    config = plain(config)
+    init_seeds = config["init_seeds"] if init_seeds is None else init_seeds
     check_integer("init_seeds", init_seeds, least=1)
     check_integer("chunk", chunk, least=0)
-    plan = resolve(needed(plain(config)), networks=networks, data=data)
+    plan = resolve(needed(config) | {"init_seeds": 1}, networks=networks, data=data)
     *before, phase = plan.phases
     members = planned(plan, over, init_seeds)
     with phases.opened(plan, workdir) as run:

@@ -13,6 +13,7 @@ from jax.tree_util import GetAttrKey, KeyPath
 from abkd_jax.binding import Bound, Domain, Schedule, Statistic, as_number, domain_of, nearest
 from abkd_jax.checks import require
 from abkd_jax.config.plan import Learner, Plan
+from abkd_jax.config.schema import check_seeds
 from abkd_jax.train.state import Decay
 from abkd_jax.types import dotted
 
@@ -54,8 +55,7 @@ def planned(plan: Plan, over: Mapping[str, Sequence[float]], init_seeds: int) ->
     over = {path: _listed(path, values) for path, values in over.items()}
     learners = plan.phases[-1].learners
     own = {name: plan.networks[name].init_seed for name in learners}
-    expected = "as many as leave every init seed below 2**31"
-    require(max(own.values()) + init_seeds <= 2**31, "init_seeds", expected, init_seeds)
+    check_seeds(own.values(), init_seeds)
     grid = list(itertools.product(*over.values(), range(init_seeds)))
     swept = {
         path: jnp.asarray([row[column] for row in grid], float) for column, path in enumerate(over)

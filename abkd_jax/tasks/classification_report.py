@@ -79,11 +79,11 @@ def _scaling(report: Any) -> list[str]:
     """The table of the scores before and after temperature scaling."""
     rows = []
     for name, network in report.networks.items():
-        before, after = network["last"], network["last"]["scaled"]
-        if after:
-            temperature = _TEMPERATURE.cell(before["temperature"])
-            rows.append([name, "before", "1", *markdown.cells(CALIBRATION, before)])
-            rows.append([name, "after", temperature, *markdown.cells(CALIBRATION, after)])
+        if network["last"]["scaled"]:
+            before = [seed["last"] for seed in report.seeds(name)]
+            after = [{"temperature": last["temperature"]} | last["scaled"] for last in before]
+            rows.append([name, "before", "1", *markdown.cells(CALIBRATION, *before)])
+            rows.append([name, "after", *markdown.cells((_TEMPERATURE, *CALIBRATION), *after)])
     if not rows:
         return ["There is no temperature scaling, for no validation data to fit it on."]
     header = ["network", "scaling", *(column.title for column in (_TEMPERATURE, *CALIBRATION))]
@@ -98,7 +98,10 @@ def _classes(report: Any) -> list[str]:
     pair = _on_labels_alone(report)
     if pair is None:
         return []
-    before, after = (np.array(report.networks[n]["last"]["class_accuracy"], float) for n in pair)
+    before, after = (
+        np.mean([np.array(seed["last"]["class_accuracy"], float) for seed in report.seeds(n)], 0)
+        for n in pair
+    )
     change = after - before  # NaN where the test data lack a class
     order = [k for k in np.argsort(change, kind="stable") if math.isfinite(change[k])]
     lost = [k for k in order[:3] if change[k] < 0]
@@ -115,7 +118,7 @@ def _classes(report: Any) -> list[str]:
     return [
         "## Classes",
         f"Accuracy of the {learner} within a class, against the {baseline} (the {learner} on its "
-        "labels alone):",
+        f"labels alone){', means over the init seeds' * report.has_seeds}:",
         f"- gained most: {gains}\n- lost most: {losses}",
     ]
 

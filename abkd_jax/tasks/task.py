@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 from jax import Array
 
 from abkd_jax.types import Batch, Outputs
@@ -26,10 +27,12 @@ class Column(NamedTuple):
     factor: float = 1
     digits: int = 4
 
-    def cell(self, value: float | None) -> str:
-        """The number as text; "-" for none, or NaN."""
-        known = value is not None and value == value
-        return f"{self.factor * value:.{self.digits}f}" if known else "-"
+    def cell(self, *values: float | None) -> str:
+        """The number as text, of several "mean +- sample deviation"; "-" for none, or NaN."""
+        if any(value is None or value != value for value in values):
+            return "-"
+        found = [np.mean(values), *([np.std(values, ddof=1)] if len(values) > 1 else [])]
+        return " +- ".join(f"{self.factor * value:.{self.digits}f}" for value in found)
 
 
 class Task(NamedTuple):
@@ -47,7 +50,8 @@ class Task(NamedTuple):
         columns: of the report's tables of scores.
         rows: `(outputs, batch) -> {name: [...]}`, what the final scores need of each row.
         scores: `(summary, test rows, rows of the data that select or None) -> dict`: all that is
-            said of a network in result.json, from its part of the summary and its rows.
+            said of a network in result.json, from its part of the summary and its rows: numbers, in
+            lists and dicts, and None.
         sample: `(rows by network, batch as it is stored) -> arrays by name`, of a few examples,
             for a person to look at.
         sections: report -> Markdown blocks, besides the tables that all tasks have.
