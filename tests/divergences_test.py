@@ -323,6 +323,14 @@ every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 one_row_per_function = pytest.mark.parametrize(
     "row", {row.function: row for row in ROWS}.values(), ids=lambda row: row.name
 )
+QUICK = (divergences.alpha_beta, divergences.adaptive_kl, divergences.skew_forward_kl)
+transformed = pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=row.name, marks=[] if function in QUICK else pytest.mark.long)
+        for function, row in {row.function: row for row in ROWS}.items()
+    ],
+)
 
 
 def value_of(function, args):
@@ -652,7 +660,7 @@ def test_without_jit(row):
     assert_close(plain, jitted, rtol=1e-6)
 
 
-@one_row_per_function
+@transformed
 def test_rows_are_a_batch_by_vmap_and_by_broadcasting(row):
     """Students [2, 1, K], teachers [3, K] and numbers [2, 1], against rows one by one."""
     rng = np.random.default_rng(0)
@@ -672,7 +680,7 @@ def test_rows_are_a_batch_by_vmap_and_by_broadcasting(row):
     assert_close(by_row, value_and_gradients(row.function, *args), rtol=1e-6)
 
 
-@one_row_per_function
+@transformed
 def test_pmap(row):
     args = jax.tree.map(
         lambda x: np.stack([x + 0.01 * i for i in range(NUM_DEVICES)]),
@@ -698,7 +706,7 @@ def sixteen_rows(row):
     return *logits.astype(np.float32), {name: np.float32(x) for name, x in row.numbers.items()}
 
 
-@one_row_per_function
+@transformed
 def test_shard_map(row):
     args = sixteen_rows(row)
     out_specs = P("data"), (P("data"), P("data"), P())  # the gradients of the numbers are summed
@@ -715,7 +723,7 @@ def test_shard_map_differentiated_from_outside():
     assert_close(found, value_and_gradients(row.function, *args)[1], rtol=1e-6)
 
 
-@one_row_per_function
+@transformed
 def test_scan_and_remat(row):
     args = row.draw(dtype=np.float32)
 
@@ -732,7 +740,7 @@ def test_scan_and_remat(row):
     assert_close(scanned(args), expected, rtol=1e-6)
 
 
-@one_row_per_function
+@transformed
 def test_bfloat16_is_lifted(row):
     _, _, numbers = row.draw(dtype=np.float32)
     logits = jnp.asarray(5 * np.random.default_rng(0).normal(size=SHAPE), jnp.bfloat16)
