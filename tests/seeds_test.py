@@ -15,6 +15,7 @@ from abkd_jax import data, figures, load, train_and_evaluate
 from abkd_jax.run.log.progress import Progress
 from abkd_jax.run.log.writer import read
 
+pytestmark = pytest.mark.long
 K, DIM = 3, 6
 TASK = dict(task=dict(fn="cross_entropy", weight=1.0, where="labelled"))
 KL = dict(fn="on_logits", weight=1.0, divergence=dict(fn="forward_kl"))
@@ -199,7 +200,6 @@ def test_a_seed_is_loaded(done, second):
         )
 
 
-@pytest.mark.long
 def test_all_seeds_are_evaluated(done):
     options = dict(data=dataset(), evaluate_only=True)
     again = train_and_evaluate(config(init_seeds=2), done.workdir, **options)
