@@ -4,7 +4,8 @@
 
 Nothing runs, and no TPU is needed: libtpu (the extra `[tpu]`) compiles for one on any machine. A
 row is printed when it is there. `--only` chooses among the tables, `--names` the rows,
-`--topologies` the chips.
+`--topologies` the chips. A row takes some ten seconds, one with products in full precision, or a
+deep network, a minute.
 """
 
 import os
