@@ -97,8 +97,8 @@ def gram(
     """
     q, p, present = batch_probabilities(student, teacher, batch, temperature)
     num_classes = jnp.maximum(jnp.sum(jnp.any(present, axis=0)), 1)
-    rows = jnp.sum(jnp.square(_gram_gap(p, q)), axis=-1).reshape(batch["where"].shape)
-    shared = jnp.sum(jnp.square(_gram_gap(p.T, q.T))) / num_classes
+    rows = jnp.sum(jnp.square(_gram(p) - _gram(q)), axis=-1).reshape(batch["where"].shape)
+    shared = jnp.sum(jnp.square(_gram(p.T) - _gram(q.T))) / num_classes
     on_rows = numerics.per_value("batch_weight", batch_weight, rows)
     on_classes = numerics.per_value("class_weight", class_weight, rows)
     return on_rows * rows + on_classes * shared
@@ -203,13 +203,9 @@ def _where_any(present: Array, values: Array, axis: int) -> Array:
     return jnp.where(jnp.any(present, axis=axis), values, 0.0)
 
 
-def _gram_gap(x: Array, y: Array) -> Array:
-    """x x' - y y', by one product of matrices, which keeps its digits where x is close to y.
-
-    It is taken without the short digits that accelerators have for such products.
-    """
-    product = jnp.matmul(x - y, (x + y).T, precision=jax.lax.Precision.HIGHEST)
-    return 0.5 * (product + product.T)
+def _gram(x: Array) -> Array:
+    """x x', without the short digits that accelerators have for products of matrices."""
+    return jnp.matmul(x, x.T, precision=jax.lax.Precision.HIGHEST)
 
 
 def _correlation(x: Array, y: Array, present: Array, axis: int, epsilon: float = 0.0) -> Array:
