@@ -5,6 +5,7 @@ import json
 import pathlib
 import signal
 
+import jax
 import ml_collections
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from abkd_jax import config as configs
 from abkd_jax import data, optimizers
 from abkd_jax.config.build import Builder
+from abkd_jax.config.dry_run import one_step
 from abkd_jax.config.schema import DEFAULTS
 from abkd_jax.run import recorder
 from abkd_jax.run.log.progress import Progress
@@ -60,6 +62,17 @@ def test_the_full_config_is_one(name, argument):
     assert not missing  # for the command line overrides only what is there
     assert {phase.num_steps for phase in plan.phases} == {config.num_steps}
     assert set(plan.networks) == {name for phase in plan.phases for name in phase.learners}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[] if x == "digits" else pytest.mark.long) for x in _CONFIGS]
+)
+def test_a_step_lowers_for_accelerators(name):
+    config = module(name).get_config()
+    plan = configs.resolve(config, data=stand_in(config.data))
+    step, *args = one_step(plan, plan.phases[-1])
+    lower = jax.export.export(jax.jit(step), platforms=["tpu", "cuda"])
+    assert lower(*args).platforms == ("tpu", "cuda")
 
 
 @pytest.mark.parametrize("runlocal", ["", "runlocal"])

@@ -20,6 +20,7 @@ FLOORS = {
     "figures": 0,
     "markdown": 0,
     "timing": 0,
+    "costs": 0,
     "parallel": 0,
     "divergences": 1,
     "models": 1,

@@ -763,3 +763,16 @@ def test_a_loss_that_couples_the_batch_sees_all_that_is_no_padding(name):
 def test_what_it_reads(row):
     of_teacher = () if row.bound.fn is cross_entropy else ("logits",)
     assert row.bound.needs == ({"logits"}, set(of_teacher)) and not row.bound.couples_batch
+
+
+# --- accelerators -------------------------------------------------------------------------------
+
+QUICK = ("alpha_beta", "top_k", "decoupled_features", "dist", "cross_entropy")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[] if x in QUICK else pytest.mark.long) for x in EVERYTHING]
+)
+def test_value_and_gradient_lower_for_accelerators(name):
+    lower = jax.export.export(jax.jit(slopes_of_total), platforms=["tpu", "cuda"])
+    assert lower(bound_loss(name), *everything()).platforms == ("tpu", "cuda")

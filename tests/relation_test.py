@@ -402,6 +402,20 @@ def test_memory_grows_with_the_classes_not_with_their_square():
     assert peak(1024) < 6 * peak(256)
 
 
+@pytest.mark.long
+def test_a_tpu_sorts_where_others_gather(monkeypatch):
+    arrays = np.float32(make(5, 17))
+    _, expected = mean_and_slopes(bind(rank_correlation), *arrays)
+    lower = jax.export.export(mean_and_slopes, platforms=["tpu"])
+    text = lower(bind(rank_correlation), *arrays).mlir_module()
+    found = {name for name in ("sort", "gather", "scatter", "dot") if f"stablehlo.{name}" in text}
+    assert found == {"sort"}
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda x, *, tpu, default: tpu(x))
+    _, slopes = mean_and_slopes(bind(rank_correlation), *arrays[:, :4])  # traced anew
+    expected = 5 / 4 * np.stack(expected)[:, :4]
+    np.testing.assert_allclose(np.stack(slopes), expected, rtol=1e-5, atol=1e-7)
+
+
 # --- all ----------------------------------------------------------------------------------------
 
 

@@ -8,14 +8,15 @@ import jax
 import numpy as np
 from flax.errors import FlaxError
 from jax import numpy as jnp
+from jax.sharding import Mesh
 
 from abkd_jax import optimizers
 from abkd_jax.binding import Statistic, bind
 from abkd_jax.config.plan import Learner, Network, Phase, Plan
 from abkd_jax.data import Description
 from abkd_jax.sources import Source
-from abkd_jax.train import Static, TrainState, adopt, advance, begin, create, frozen
-from abkd_jax.types import Outputs, Term
+from abkd_jax.train import Networks, Static, TrainState, adopt, advance, begin, create, frozen
+from abkd_jax.types import Batch, Outputs, Term
 
 _ROWS = 2  # of the batch on which networks are tried
 _OF_THE_STEP = ("input_gradient",)  # what the training step makes, for any network
@@ -31,33 +32,36 @@ def dry_run(plan: Plan, phase: Phase) -> None:
     Raises:
         ValueError: one sentence.
     """
-    description, size = plan.description, plan.config["batch_size"]
-    states, outputs = {}, {}
+    states, outputs = _networks(plan, phase)
     for name in (*phase.learners, *phase.see):
-        learner = phase.learners.get(name)
-        states[name], outputs[name] = _tried(name, plan.networks[name], learner, description)
-        plan.task.check(name, outputs[name], description)
+        plan.task.check(name, outputs[name], plan.description)
     for name in phase.learners:
         own = "terms" in plan.config["phases"][phase.name].get(name, ())
         at = f"phases.{phase.name}.{name}.terms" if own else f"{name}.terms"
         _check_needs(at, name, phase, outputs)
-
-    def width(statistic: Statistic, term: Term) -> Any:
-        return jnp.zeros((description.num_classes, outputs[term.other].hidden.shape[-1]))
-
-    source = Source(batch=lambda state, examples, data_seed, step: examples)
-    static = Static(plan.config["micro_batches"])
-
-    def step(states, batch):
-        learners = {name: states.pop(name) for name in phase.learners}
-        objectives = with_statistics(phase.objectives, width)
-        carry = begin(learners, objectives, source)
-        return advance(carry, states, objectives, source, batch, 0, 0, count=1, static=static)
-
+    batch = _batch(plan.description, plan.config["batch_size"])
     try:
-        jax.eval_shape(step, states, _batch(description, size))
+        jax.eval_shape(_step(plan, phase, outputs), states, batch)
     except AssertionError as error:  # a check of a loss
         raise ValueError(f"{' and '.join(phase.learners)}: {error}") from error
+
+
+def one_step(
+    plan: Plan, phase: Phase, mesh: Mesh | None = None
+) -> tuple[Callable[[Networks, Batch], Any], Networks, Batch]:
+    """A step of a phase, to be lowered or compiled for devices that need not be there.
+
+    Args:
+        plan: of the run.
+        phase: one of its phases.
+        mesh: over which the batch is split; None for none.
+
+    Returns:
+        A function of networks and a batch, and the shapes of both.
+    """
+    states, outputs = _networks(plan, phase)
+    batch = _batch(plan.description, plan.config["batch_size"])
+    return _step(plan, phase, outputs, mesh), states, batch
 
 
 def hidden_width(name: str, network: Network, description: Description) -> int | None:
@@ -76,6 +80,34 @@ def with_statistics(
         return jax.tree.map(put, term)
 
     return jax.tree.map(filled, dict(objectives), is_leaf=lambda x: isinstance(x, Term))
+
+
+def _networks(plan: Plan, phase: Phase) -> tuple[Networks, dict[str, Outputs]]:
+    """The networks of a phase and what they show, as shapes."""
+    tried = {
+        name: _tried(name, plan.networks[name], phase.learners.get(name), plan.description)
+        for name in (*phase.learners, *phase.see)
+    }
+    return tuple({name: pair[part] for name, pair in tried.items()} for part in range(2))
+
+
+def _step(
+    plan: Plan, phase: Phase, outputs: Mapping[str, Outputs], mesh: Mesh | None = None
+) -> Callable[[Networks, Batch], Any]:
+    def width(statistic: Statistic, term: Term) -> Any:
+        return jnp.zeros((plan.description.num_classes, outputs[term.other].hidden.shape[-1]))
+
+    source = Source(batch=lambda state, examples, data_seed, step: examples)
+    static = Static(plan.config["micro_batches"], mesh=mesh)
+
+    def step(networks, batch):
+        learners = {name: networks[name] for name in phase.learners}
+        seen = {name: networks[name] for name in phase.see}
+        objectives = with_statistics(phase.objectives, width)
+        carry = begin(learners, objectives, source)
+        return advance(carry, seen, objectives, source, batch, 0, 0, count=1, static=static)
+
+    return step
 
 
 def _tried(

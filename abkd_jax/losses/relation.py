@@ -1,6 +1,7 @@
 """Losses on relations: how the classes of a row, or the rows of a batch, lie to each other."""
 
 import jax
+import numpy as np
 from jax import Array
 from jax import numpy as jnp
 
@@ -9,6 +10,7 @@ from abkd_jax.binding import Number, Positive
 from abkd_jax.types import Batch, Outputs
 
 _DIST_EPSILON = 1e-8  # of DIST's published code
+_SHORT = 8  # classes, of which isotonic regression finds all means: a tile of a TPU
 
 
 def dist(
@@ -126,7 +128,7 @@ def rank_correlation(
     correlations on standardised outputs, the latter by differentiable sorting. Open are the ranker,
     its strength, and the paper's weights by difficulty, which are left to `entropy_weighted` and
     the like. This ranker and not one of pairwise sigmoids, since it gives the very ranks as soon as
-    the gaps between logits allow, and its cost in memory is O(K); in time it is O(K^2).
+    the gaps between logits allow, and its cost in memory is O(K).
 
     Args:
         student: the network that is being trained; its `logits` [..., K]. -inf on one side stands
@@ -150,9 +152,16 @@ def rank_correlation(
     present = ~(jnp.isneginf(logits[0]) & jnp.isneginf(logits[1]))
     z_s, z_t = (jnp.maximum(z, -numerics.MAX_LOG_RATIO) for z in logits)
     strength = numerics.positive("regularization", regularization, z_s)
-    ranks = (_soft_ranks(z, present, strength) for z in (z_s, z_t))
     pearson = _where_any(present, 1.0 - _correlation(z_s, z_t, present, -1), -1)
-    spearman = _where_any(present, 1.0 - _correlation(*ranks, present, -1), -1)
+    # The classes in the student's falling order, the present ones first.
+    _, z_s, z_t = _sorted(jnp.where(present, -z_s, jnp.inf), (z_s, z_t))
+    place = jax.lax.broadcasted_iota(jnp.int32, z_s.shape, z_s.ndim - 1)
+    present = place < jnp.sum(present, axis=-1, keepdims=True)
+    keys = jnp.where(present, -z_t, jnp.inf)
+    order, falling = _sorted(keys, (z_t,))
+    ranks_t = _permuted(_soft_ranks(falling, present, strength), keys, order, back=True)
+    ranks_s = _soft_ranks(z_s, present, strength)
+    spearman = _where_any(present, 1.0 - _correlation(ranks_s, ranks_t, present, -1), -1)
     on_pearson = numerics.per_value("pearson_weight", pearson_weight, pearson)
     on_spearman = numerics.per_value("spearman_weight", spearman_weight, spearman)
     return on_pearson * pearson + on_spearman * spearman
@@ -220,54 +229,139 @@ def _centred(x: Array, present: Array, axis: int) -> Array:
     return jnp.where(present & (high != low), x - mean, 0.0)
 
 
-def _soft_ranks(values: Array, present: Array, regularization: Array) -> Array:
-    """The point of the permutahedron nearest to the standardised values: `[..., K]`, largest last.
+@jax.custom_jvp
+def _sorted(keys: Array, values: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The places of the keys in rising order, and the values in their order, on the last axis."""
+    places = jax.lax.broadcasted_iota(jnp.int32, keys.shape, keys.ndim - 1)
+    return tuple(jax.lax.sort((keys, places, *values), num_keys=1)[1:])
 
-    With the values in falling order it is they less the falling sequence that fits them less
-    (K..1) best; and such a fit consists of the means of blocks (isotonic regression).
+
+@_sorted.defjvp
+def _sorted_jvp(primals, tangents):
+    keys, _ = primals
+    order, *values = _sorted(*primals)
+    moved = (_permuted(tangent, keys, order, back=False) for tangent in tangents[1])
+    return (order, *values), (np.zeros(order.shape, jax.dtypes.float0), *moved)
+
+
+def _permuted(values: Array, keys: Array, order: Array, *, back: bool) -> Array:
+    """The values in rising order of the keys, or back from this order.
+
+    A TPU gathers and scatters class by class, for the price of some fifty sorts; so it sorts, also
+    in the derivatives. That the transpose of a sort is another can be said of what solves an
+    equation; its matrix is only looked at.
     """
-    count = jnp.maximum(jnp.sum(present, axis=-1, keepdims=True), 1).astype(values.dtype)
-    centred = _centred(values, present, -1)
+    keys = jax.lax.stop_gradient(keys)
+
+    def matrix(x):
+        one_hot = jax.nn.one_hot(order, x.shape[-1], dtype=x.dtype)
+        return jnp.einsum("...ij,...j->...i" if back else "...ij,...i->...j", one_hot, x)
+
+    def there(_, x):
+        sort = lambda x: jax.lax.sort((keys, x), num_keys=1)[1]  # noqa: E731
+        gather = lambda x: jnp.take_along_axis(x, order, axis=-1)  # noqa: E731
+        return jax.lax.platform_dependent(x, tpu=sort, default=gather)
+
+    def undone(_, x):
+        sort = lambda x: jax.lax.sort((order, x), num_keys=1)[1]  # noqa: E731
+        scatter = lambda x: jnp.put_along_axis(x, order, x, axis=-1, inplace=False)  # noqa: E731
+        return jax.lax.platform_dependent(x, tpu=sort, default=scatter)
+
+    ways = (undone, there) if back else (there, undone)
+    return jax.lax.custom_linear_solve(matrix, values, *ways)
+
+
+def _soft_ranks(falling: Array, present: Array, regularization: Array) -> Array:
+    """The point of the permutahedron nearest to the standardised values, which fall: `[..., K]`.
+
+    It is they less the falling sequence that fits them less (K..1) best; and such a fit consists of
+    the means of blocks (isotonic regression).
+    """
+    count = jnp.sum(present, axis=-1, keepdims=True).astype(falling.dtype)
+    centred = _centred(falling, present, -1)
     norm = numerics.norm(centred, -1, keepdims=True)
     size = jnp.sqrt(count * (jnp.square(count) - 1.0) / 12.0) / regularization  # 1..K has this norm
-    order = jnp.argsort(jnp.where(present, -values, jnp.inf), axis=-1)
-    sort = lambda x: jnp.take_along_axis(x, order, axis=-1)  # noqa: E731
-    falling = sort(centred / jnp.where(norm > 0, norm, 1.0)) * size
-    position = jax.lax.broadcasted_iota(values.dtype, values.shape, values.ndim - 1)
-    ranks = count - position  # below 1: not present
-    rest = jnp.where(ranks > 0, falling - ranks, 0.0)
-    # Not `falling` less the fit: where a block is of one, its rank is then exact.
-    sorted_ranks = ranks + (rest - _block_means(rest, _blocks(jax.lax.stop_gradient(rest), ranks)))
-    return jnp.put_along_axis(jnp.zeros_like(rest), order, sorted_ranks, axis=-1, inplace=False)
+    ranks = count - jax.lax.broadcasted_iota(falling.dtype, falling.shape, falling.ndim - 1)
+    rest = centred / jnp.where(norm > 0, norm, 1.0) * size - ranks
+    fit = _falling_fit(jnp.where(present, rest, _below(rest, present, -1)))
+    # Not the values less the fit: where a block is of one, its rank is then exact.
+    return jnp.where(present, ranks + (rest - fit), 0.0)
 
 
-def _blocks(x: Array, ranks: Array) -> Array:
-    """The number of each entry's block in the falling sequence that fits x best.
+def _falling_fit(x: Array) -> Array:
+    """The falling sequence nearest to x along the last axis, by merging neighbouring fits.
 
-    The fit is v_i = max_(k >= i) min_(j <= i) mean(x_j..x_k). The minima are carried along i, which
-    takes memory for one row of the table of all means.
+    Two parts with the fits v and w have the fit max(v, c) and min(w, c), at the c at which as much
+    is added to the one as is taken from the other: c is the mean of all v < c and w > c. Its
+    derivative is that of these means, whose members stay.
     """
-    position = jax.lax.broadcasted_iota(int, x.shape, x.ndim - 1)
-    sums = jnp.cumsum(x, axis=-1)
-
-    def step(lowest, i_and_before):
-        i, before = i_and_before
-        means = (sums - before[..., None]) / jnp.maximum(position - i + 1, 1)
-        lowest = jnp.where(position >= i, jnp.minimum(lowest, means), lowest)
-        ahead = (position >= i) & (ranks > 0)
-        return lowest, jnp.max(jnp.where(ahead, lowest, -jnp.inf), axis=-1)
-
-    before = jnp.moveaxis(sums - x, -1, 0)
-    each = jnp.arange(x.shape[-1]), before
-    _, fit = jax.lax.scan(step, jnp.full_like(x, jnp.inf), each)
-    fit = jnp.moveaxis(fit, 0, -1)
-    blocks = jnp.cumsum(fit != jnp.roll(fit, 1, axis=-1), axis=-1)
-    return blocks - blocks[..., :1]  # from 0, also in a row of NaN: the rows share one numbering
+    classes, size = x.shape[-1], _SHORT
+    columns = jnp.moveaxis(x, -1, 0)  # to reduce by whole vectors
+    count, rows = max(size, 1 << (classes - 1).bit_length()), columns.shape[1:]
+    lower = jnp.broadcast_to(_below(columns, True, 0), (count - classes, *rows))
+    columns = jnp.concatenate([columns, lower])
+    fit = _short_fit(columns.reshape(count // size, size, *rows))
+    while size < count:
+        size *= 2
+        fit = _merged(fit.reshape(count // size, size, *rows))
+    return jnp.moveaxis(fit.reshape(count, *rows)[:classes], 0, -1)
 
 
-def _block_means(x: Array, blocks: Array) -> Array:
-    """The mean of each entry's block. Its derivative is that of the fit, whose blocks stay."""
-    flat = blocks.reshape(-1, x.shape[-1])
-    ids = (flat + x.shape[-1] * jnp.arange(len(flat))[:, None]).ravel()
-    summed = lambda values: jax.ops.segment_sum(values.ravel(), ids, x.size)[ids]  # noqa: E731
-    return (summed(x) / summed(jnp.ones_like(x))).reshape(x.shape)
+@jax.custom_jvp
+def _merged(parts: Array) -> Array:
+    """The fits `[N, 2 size, ...]` along axis 1, of which each half is one."""
+    return _merged_and_pooled(parts)[0]
+
+
+@_merged.defjvp
+def _merged_jvp(primals, tangents):
+    (fit, pooled), (tangent,) = _merged_and_pooled(*primals), tangents
+    return fit, jnp.where(pooled, _mean_of(tangent, pooled)[0], tangent)
+
+
+def _below(x: Array, present: Array | bool, axis: int) -> Array:
+    """Something lower than what is present, so that it gets into no block with that."""
+    held = jax.lax.stop_gradient(x)
+    return 2.0 * jnp.min(held, axis, keepdims=True, where=present, initial=0.0) - 1.0
+
+
+def _short_fit(x: Array) -> Array:
+    """`_falling_fit` along axis 1, at once: max_(k >= i) min_(j <= i) mean(x_j..x_k)."""
+    held, index = jax.lax.stop_gradient(x), jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    sums, lowest, fits = jnp.cumsum(held, axis=1), jnp.full_like(held, jnp.inf), []
+    for i in range(x.shape[1]):
+        before = sums[:, i : i + 1] - held[:, i : i + 1]
+        lowest = jnp.minimum(lowest, (sums - before) / jnp.maximum(index - i + 1, 1))
+        fits.append(jnp.max(jnp.where(index >= i, lowest, -jnp.inf), axis=1))
+    fit = jnp.stack(fits, axis=1)
+    same = fit[:, :, None] == fit[:, None]
+    return jnp.sum(jnp.where(same, x[:, None], 0.0), axis=2) / jnp.sum(same, axis=2)
+
+
+def _merged_and_pooled(parts: Array) -> tuple[Array, Array]:
+    """`_merged`, and what of it is c, to which Newton's steps lead, between bounds."""
+    size = parts.shape[1] // 2
+    first = jax.lax.broadcasted_iota(jnp.int32, parts.shape, 1) < size
+    low, high = parts[:, size - 1 : size], parts[:, size : size + 1]
+
+    def pooled(level):
+        return jnp.where(first, parts < level, parts > level)
+
+    def improve(state):
+        _, level, low, high = state
+        mean, count = _mean_of(parts, pooled(level))
+        mean = jnp.where(count > 0, mean, level)
+        low, high = jnp.where(mean > level, level, low), jnp.where(mean < level, level, high)
+        inside = (mean == level) | ((mean > low) & (mean < high))
+        following = jnp.where(inside, mean, 0.5 * low + 0.5 * high)
+        return jnp.any((following < level) | (following > level)), following, low, high
+
+    state = jnp.asarray(True), 0.5 * low + 0.5 * high, low, high
+    _, level, *_ = jax.lax.while_loop(lambda state: state[0], improve, state)
+    return jnp.where(pooled(level), level, parts), pooled(level)
+
+
+def _mean_of(x: Array, chosen: Array) -> tuple[Array, Array]:
+    """The mean over axis 1 of what is chosen, and how many these are."""
+    count = jnp.sum(chosen, axis=1, keepdims=True)
+    return jnp.sum(jnp.where(chosen, x, 0.0), axis=1, keepdims=True) / jnp.maximum(count, 1), count

@@ -1,0 +1,200 @@
+"""What divergences, methods and training steps cost on a TPU, by its compiler's count.
+
+    python -m experiments.compiled_costs
+
+Nothing runs, and no TPU is needed: libtpu (the extra `[tpu]`) compiles for one on any machine. A
+row is printed when it is there. `--only` chooses among the tables, `--names` the rows,
+`--topologies` the chips. A row takes some ten seconds, one with products in full precision, or a
+deep network, a minute.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a TPU that is there is left alone
+
+import functools
+import itertools
+import runpy
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+from absl import flags
+from jax import numpy as jnp
+from jax.sharding import Mesh
+
+from abkd_jax import Head, Outputs, at_step, bind, costs, data, divergences, losses, markdown
+from abkd_jax import config as configs
+from abkd_jax.config import arguments, command
+from abkd_jax.config.build import Builder, names
+from abkd_jax.config.dry_run import one_step, with_statistics
+
+_TABLES = ("divergences", "methods", "steps")
+_ONLY = flags.DEFINE_list("only", [*_TABLES], f"Of {', '.join(_TABLES)}.")
+_NAMES = flags.DEFINE_list("names", [], "Some rows alone.")
+_TOPOLOGIES = flags.DEFINE_list("topologies", ["v5e:2x4"], "Of libtpu: v5e:2x4, v6e:2x4, ...")
+
+_SHAPES = ((4096, 1000, jnp.float32), (1024, 32_000, jnp.bfloat16))
+_ON_ALL_CHIPS = ("alpha_beta", "adaptive_kl")
+_KL = dict(divergence=divergences.forward_kl)
+_NUMBERS = dict(
+    alpha_beta=dict(alpha=0.8, beta=0.3),
+    alpha_divergence=dict(alpha=0.5),
+    beta_divergence=dict(beta=0.5),
+    renyi=dict(order=2.0),
+    skew_forward_kl=dict(skew=0.1),
+    skew_reverse_kl=dict(skew=0.1),
+    jensen_shannon=dict(teacher_weight=0.5),
+    tempered=_KL | dict(temperature=4.0),
+    standardized=_KL,
+    powered=_KL | dict(teacher_power=0.1),
+    prior_shifted=_KL | dict(log_prior=0.0),
+    top_k=_KL | dict(k=50),
+    top_k_renormalised=_KL | dict(k=50),
+    top_k_dropped=_KL | dict(k=50),
+)
+_ROWS, _CLASSES, _WIDTH = 4096, 1000, 512  # of the methods
+_FEWER = {"sinkd": 1024}  # whose loss is of all pairs of rows
+_CONFIGS = ("digits", "fashion_mnist", "online_fashion_mnist", "cifar100")
+_SETS = {"fashion_mnist": ((28, 28, 1), 10), "cifar100": ((32, 32, 3), 100)}  # not read, but known
+
+
+class Program(NamedTuple):
+    """A row of a table.
+
+    Attributes:
+        name: of what it is.
+        batch: in words.
+        chips: how many.
+        compiled: its costs.
+        units: of its memory traffic, its operations and its temporaries, in bytes and operations.
+    """
+
+    name: str
+    batch: str
+    chips: int
+    compiled: Callable[[], costs.Costs]
+    units: tuple[float, float, float]
+
+
+def main() -> None:
+    """Prints the tables."""
+    tables = {"divergences": _divergences, "methods": _methods, "steps": _steps}
+    for table in _ONLY.value:
+        if table not in tables:
+            raise ValueError(f"--only takes {', '.join(tables)}; found {table!r}.")
+    meshes = {name: costs.tpu_mesh(name) for name in _TOPOLOGIES.value}
+    print("Of one chip. The least is to read both logits and to write one gradient. A loop's body")
+    print("counts once, however often it runs: a row with loops (*, and how many) costs more.")
+    for table in _ONLY.value:
+        units = ["MB / image", "MFLOP / image", "temporaries, MB"]
+        if table != "steps":
+            units = ["traffic / least", "FLOPs / entry", "temporaries / gradient"]
+        header = [table, "batch", "chips", *units, "collectives", "compiled in s"]
+        print(f"\n{markdown.table(header, [])}")
+        for topology, mesh in meshes.items():
+            for program in tables[table](mesh):
+                cells = _cells(program, topology.partition(":")[0])
+                print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def _cells(program: Program, chip: str) -> list[str]:
+    """A row of the table; of what does not compile, the reason."""
+    cells = [program.name, program.batch, f"{program.chips} {chip}"]
+    try:
+        found = program.compiled()
+    except Exception as error:  # the others are still to come
+        return [*cells, " ".join(f"{error}".split())[:120], "", "", "", ""]
+    sizes = found.traffic, found.flops, found.temporaries
+    numbers = [f"{size / unit:.3g}" for size, unit in zip(sizes, program.units, strict=True)]
+    if found.loops:
+        numbers[0] += f" *{found.loops}"
+    collectives = ", ".join(f"{count} {kind}" for kind, count in found.collectives.items())
+    return [*cells, *numbers, collectives or "-", f"{found.seconds:.0f}"]
+
+
+def _wanted(name: str) -> bool:
+    return not _NAMES.value or name in _NAMES.value
+
+
+def _divergences(mesh: Mesh) -> Iterator[Program]:
+    """Value and student gradient of each divergence at each shape; of some also on all chips."""
+    for (rows, classes, dtype), name in itertools.product(
+        _SHAPES, filter(_wanted, names("divergence"))
+    ):
+        divergence = bind(getattr(divergences, name), **_NUMBERS.get(name, {}))
+        mean = lambda s, t, divergence=divergence: jnp.mean(divergence(s, t))  # noqa: E731
+        logits = jax.ShapeDtypeStruct((rows, classes), dtype)
+        for chips in (1, mesh.size) if name in _ON_ALL_CHIPS else (1,):
+            placed = costs.shapes((logits, logits), costs.part(mesh, chips), split=True)
+            compiled = functools.partial(costs.compiled, jax.value_and_grad(mean), *placed)
+            batch = f"{rows} x {classes}, {jnp.dtype(dtype)}"
+            units = _units(rows * classes / chips, jnp.dtype(dtype).itemsize)
+            yield Program(name, batch, chips, compiled, units)
+
+
+def _methods(mesh: Mesh) -> Iterator[Program]:
+    """Value and gradient of each method's terms in what the student shows."""
+    length = ml_collections.ConfigDict(dict(batch_size=_ROWS, num_steps=1200))
+    centers = lambda statistic, term: jnp.ones((_CLASSES, _WIDTH))  # noqa: E731
+    networks, mesh = dict(learner="student", networks=("student", "teacher")), costs.part(mesh, 1)
+    for name, terms in arguments.methods(length, "configs/digits.py").items():
+        if not _wanted(name):
+            continue
+        objective = Builder().objective(terms, field=name, **networks)
+        objective = at_step(with_statistics({"": objective}, centers)[""], 0)
+
+        def total(student, teacher, batch, objective=objective):
+            return losses.total(objective, student, {"teacher": teacher}, batch)[0]
+
+        rows = _FEWER.get(name, _ROWS)
+        placed = costs.shapes(_shown(rows), mesh, split=False)
+        compiled = functools.partial(costs.compiled, jax.value_and_grad(total), *placed)
+        units = _units(rows * _CLASSES, 4)
+        yield Program(name, f"{rows} x {_CLASSES}, float32", 1, compiled, units)
+
+
+def _shown(rows: int) -> tuple[Outputs, Outputs, dict[str, jax.ShapeDtypeStruct]]:
+    """What two networks show of a batch, and the batch."""
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    shown = Outputs(
+        logits=array(rows, _CLASSES),
+        hidden=array(rows, _WIDTH),
+        head=Head(array(_WIDTH, _CLASSES), array(_CLASSES)),
+        input_gradient=array(rows, _WIDTH),
+    )
+    labels, mask = (jax.ShapeDtypeStruct((rows,), x) for x in (jnp.int32, bool))
+    return shown, shown, {"labels": labels, "where": mask, "labelled": mask}
+
+
+def _units(entries: float, itemsize: int) -> tuple[float, float, float]:
+    return 3 * entries * itemsize, entries, entries * itemsize
+
+
+def _steps(mesh: Mesh) -> Iterator[Program]:
+    """A step of each config's last phase, on one chip and on all."""
+    for name, chips in itertools.product(filter(_wanted, _CONFIGS), (1, mesh.size)):
+        config = runpy.run_path(f"configs/{name}.py")["get_config"]()
+        plan, some = configs.resolve(config, data=_stand_in(config)), costs.part(mesh, chips)
+        step, networks, batch = one_step(plan, plan.phases[-1], some)
+        networks, key = costs.shapes((networks, batch.pop("key")), some, split=False)
+        batch = costs.shapes(batch, some, split=True) | {"key": key}
+        compiled = functools.partial(costs.compiled, step, networks, batch)
+        images = 1e6 * config.batch_size / chips
+        yield Program(name, f"{config.batch_size}", chips, compiled, (images, images, 1e6))
+
+
+def _stand_in(config: ml_collections.ConfigDict) -> data.DataSet | None:
+    """A set like the config's; None where its own is embedded."""
+    if config.data.fn == "digits":
+        return None
+    shape, num_classes = _SETS[config.data.name]
+    examples = np.zeros((num_classes, *shape), np.uint8), np.arange(num_classes)
+    splits = dict(train=examples, validation=None, test=examples)
+    return data.from_arrays(**splits, num_classes=num_classes)
+
+
+if __name__ == "__main__":
+    command.run(main)
