@@ -444,6 +444,7 @@ def test_gradients_are_those_of_the_value_in_both_modes(row):
         np.testing.assert_allclose(forward, sum(products), rtol=1e-12)
 
 
+@pytest.mark.long
 @every_row
 @pytest.mark.parametrize("where", ["apart", "p = q", "p = q after a shift"])
 def test_second_derivatives_are_those_of_the_gradients(row, where):
