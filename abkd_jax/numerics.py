@@ -368,7 +368,8 @@ def _prefix_by_search(levels: Array, limit: Array, *, weighted: bool) -> Array:
     """By bisection, bit by bit: all its passes together take a fraction of a sort.
 
     First of the level at which the sum exceeds the limit, until every row has one class left that
-    may be it. Where several share that level, of the index up to which they still fit.
+    may be it. Where several share that level, of the index up to which they still fit, or of a few
+    one by one.
     """
     columns, limit = jnp.moveaxis(levels, -1, 0), limit[..., 0]  # to reduce by whole vectors
     weights = columns if weighted else jnp.ones_like(columns)
@@ -391,10 +392,12 @@ def _prefix_by_search(levels: Array, limit: Array, *, weighted: bool) -> Array:
         return bits, low, from_low, above, single
 
     info = jnp.iinfo(levels.dtype)
-    bits, lowest = (info.bits - 1, 0) if weighted else (info.bits, info.min)
+    bits, lowest = jnp.asarray(info.bits, levels.dtype), 0 if weighted else info.min
+    if weighted:  # no more than the largest level has
+        bits -= jax.lax.clz(jnp.max(columns, initial=0))
     low, everything = jnp.full_like(limit, lowest), sum_of(columns >= lowest)
     state = (
-        jnp.asarray(bits, levels.dtype),
+        bits,
         low,
         everything,
         jnp.zeros_like(limit),
@@ -408,15 +411,29 @@ def _prefix_by_search(levels: Array, limit: Array, *, weighted: bool) -> Array:
     level = (columns >= low[None]) & (columns <= high[None])
     index = jax.lax.broadcasted_iota(int, columns.shape, 0)
 
-    def advance(state):
+    def halve_index(state):
         bits, end = state
         further = end + (1 << (bits - 1))
         fits = above + sum_of(level & (index < further[None])) <= limit
         return bits - 1, jnp.where(fits, further, end)
 
-    steps = jnp.where(jnp.all(single), 0, len(columns).bit_length())
-    state = steps, jnp.zeros_like(limit, steps.dtype)
-    _, end = jax.lax.while_loop(lambda state: state[0] > 0, advance, state)
+    def take_next(state):
+        left, end = state
+        following = jnp.min(jnp.where(level & (index >= end[None]), index, len(columns)), axis=0)
+        return left - 1, jnp.where(left > 0, following + 1, end)
+
+    fitting = limit - above
+    if weighted:  # by weights of 0 any number
+        fitting = jnp.where(low > 0, fitting // jnp.maximum(low, 1), len(columns))
+    left = jnp.where(jnp.all(single), 0, fitting)
+    steps = jnp.asarray(len(columns).bit_length())
+    end = jnp.zeros_like(limit, index.dtype)
+    few = jnp.max(left, initial=0) < steps
+    left, end = jax.lax.while_loop(
+        lambda state: few & jnp.any(state[0] > 0), take_next, (left, end)
+    )
+    steps = jnp.where(few, 0, steps)
+    _, end = jax.lax.while_loop(lambda state: state[0] > 0, halve_index, (steps, end))
     low, high, end = low[..., None], high[..., None], end[..., None]
     index = jnp.moveaxis(index, 0, -1)
     return (levels > high) | ((levels >= low) & (index < end))
