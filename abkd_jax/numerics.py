@@ -425,7 +425,7 @@ def _prefix_by_search(levels: Array, limit: Array, *, weighted: bool) -> Array:
     fitting = limit - above
     if weighted:  # by weights of 0 any number
         fitting = jnp.where(low > 0, fitting // jnp.maximum(low, 1), len(columns))
-    left = jnp.where(jnp.all(single), 0, fitting)
+    left = jnp.where(jnp.all(single), 0, jnp.maximum(fitting, 0))
     steps = jnp.asarray(len(columns).bit_length())
     end = jnp.zeros_like(limit, index.dtype)
     few = jnp.max(left, initial=0) < steps

@@ -142,6 +142,7 @@ def test_falling_prefix(weighted):
         levels = levels.astype(np.int32)
         every = levels.astype(np.int64).sum(-1) if weighted else np.full(40, classes)
         limits = (every * rng.choice([-0.01, 0, 0.2, 0.5, 0.9, 1, 2], 40)).astype(np.int32)
+        limits[-1] = -(2**31)
         true = [taken(*row, weighted) for row in zip(levels, limits, strict=True)]
         np.testing.assert_array_equal(prefix(levels, limits[:, None]), true)
         alone = [prefix(*row) for row in zip(levels[:3], limits[:3, None], strict=True)]

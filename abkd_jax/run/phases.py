@@ -33,7 +33,7 @@ from abkd_jax.train import Networks, Objectives, TrainState, adopt, create, eval
 from abkd_jax.types import Batch, Outputs
 
 _CACHED_PARTS = frozenset(("logits", "hidden"))  # of Outputs
-_AT_ONCE = 1000  # examples of a forward pass of frozen networks, at the most
+_MOST_BYTES = 2**30  # of the outputs of frozen networks for all examples
 
 
 class Run(NamedTuple):
@@ -273,13 +273,11 @@ def seen_examples(
     """
     split, size = examples(run, phase)
     frozen = {name: x for name, x in frozen.items() if run.plan.networks[name].cached is None}
-    if frozen and _outputs_stay(run, phase, split):
+    if frozen and _outputs_stay(run, phase, split) and _fit(run, frozen, split):
         names = ", ".join(frozen)
         print(f"outputs of {names}: computed once for all steps", file=sys.stderr)
         forward = functools.partial(_shown, frozen)
-        split = datasets.with_outputs(
-            split, forward, run.data.preprocess, min(_AT_ONCE, len(split))
-        )
+        split = datasets.with_outputs(split, forward, run.data.preprocess, size)
     return split, size
 
 
@@ -293,6 +291,14 @@ def _outputs_stay(run: Run, phase: Phase, split: datasets.Split | datasets.Strea
     fixed = isinstance(split, datasets.Split) and not (preprocess.pad or preprocess.flip)
     plain = phase.source == dataset()  # whose batches are the examples as they are
     return fixed and plain and repeats and needs <= _CACHED_PARTS
+
+
+def _fit(run: Run, frozen: Networks, split: datasets.Split) -> bool:
+    """Whether the outputs of all examples are small enough to be kept on the device."""
+    batch = next(datasets.evaluation_batches(split, 1, run.data.preprocess))
+    shown = jax.eval_shape(_shown, frozen, batch).values()
+    arrays = jax.tree.leaves([(x.logits, x.hidden) for x in shown])
+    return len(split) * sum(x.size * x.dtype.itemsize for x in arrays) <= _MOST_BYTES
 
 
 @jax.jit

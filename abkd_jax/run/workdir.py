@@ -20,6 +20,7 @@ from abkd_jax.checks import require
 from abkd_jax.config import weights
 from abkd_jax.config.build import Builder
 from abkd_jax.config.dry_run import taking
+from abkd_jax.config.schema import check_integer
 from abkd_jax.models import split_variables
 from abkd_jax.run.log.writer import replacing
 from abkd_jax.types import Outputs, dotted, named_leaves
@@ -77,6 +78,7 @@ def load(
     Raises:
         ValueError: one sentence, if there is no such run, network, seed or checkpoint.
     """
+    check_integer("seed", seed, least=0)
     folder = of_seed(pathlib.Path(workdir), seed)
     if seed:
         weights.read_about(pathlib.Path(workdir))  # refuses what is no run
