@@ -2,17 +2,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-RUN = $(BIN)/python -m pytest -n 2 --dist loadfile  # what a file compiles, it compiles once
+# Compiled without LLVM's optimisations, which no contract needs and which take a third of the time;
+# what a file compiles, it compiles once.
+RUN = XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" \
+    $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: demo test test-long test-all lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m abkd_jax.main --config=configs/digits.py --workdir=runs/digits
 
-# Compiled without LLVM's optimisations, which no contract needs and which take a third of the time.
 test: $(VENV)/.test lint
-	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" \
-	    $(RUN) -m "not slow and not long" $(PYTEST)
+	$(RUN) -m "not slow and not long" $(PYTEST)
 
 test-long: $(VENV)/.test lint
 	$(RUN) -m "not slow" $(PYTEST)

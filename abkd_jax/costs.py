@@ -13,6 +13,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from abkd_jax.parallel import BATCH
+
 _COLLECTIVE = re.compile(
     r"[ )](all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 )
@@ -46,7 +48,7 @@ def tpu_mesh(topology: str) -> Mesh:
         topology: as libtpu names it: "v5e:2x4".
 
     Returns:
-        The mesh of all its chips, with the axis of `parallel.mesh`.
+        The mesh of all its chips, with the axes of `parallel.mesh`.
 
     Raises:
         ValueError: one sentence, if libtpu is not installed or has no such topology.
@@ -60,7 +62,7 @@ def tpu_mesh(topology: str) -> Mesh:
     except Exception as error:  # of the runtime
         reason = f"{error}".strip().splitlines()[0]
         raise ValueError(f"topology must be one that libtpu has; {topology!r}: {reason}") from error
-    return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
+    return Mesh(np.asarray(devices)[:, None], ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
 def part(mesh: Mesh, count: int) -> Mesh:
@@ -76,7 +78,7 @@ def shapes(tree: Any, mesh: Mesh, *, split: bool) -> Any:
         mesh: the devices.
         split: whether the first axis of each array is split over them; else all have all.
     """
-    spec = PartitionSpec("data") if split else PartitionSpec()
+    spec = BATCH if split else PartitionSpec()
 
     def placed(x):
         sharding = NamedSharding(mesh, spec if x.ndim else PartitionSpec())

@@ -14,19 +14,22 @@ from jax import Array
 from jax import numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+BATCH = PartitionSpec(("data", "fsdp"))  # batches are split over both axes of a mesh
 
-def mesh(num_devices: int, *, batch_size: int) -> Mesh:
-    """The mesh of a run, with one axis: `data`, along which batches are split.
+
+def mesh(num_devices: int, *, batch_size: int, fsdp: int = 1) -> Mesh:
+    """The mesh of a run: batches are split over its axes `data` and `fsdp`, networks over `fsdp`.
 
     Args:
         num_devices: how many devices to use; 0 for all.
         batch_size: of a training step.
+        fsdp: over how many of them each network is split (`train.sharding`).
 
     Returns:
         The mesh. Its axes are Auto: Explicit ones refuse flax.linen's modules, and gathers.
 
     Raises:
-        ValueError: if there are fewer devices, or the batch does not split evenly.
+        ValueError: if there are fewer devices, or they or the batch do not split evenly.
     """
     available = jax.device_count()
     count = num_devices or available
@@ -37,8 +40,10 @@ def mesh(num_devices: int, *, batch_size: int) -> Mesh:
             f"batch_size must be a multiple of the {count} devices; found {batch_size} (set "
             "devices to use fewer)."
         )
-    devices = jax.devices()[:count]
-    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    if count % fsdp:
+        raise ValueError(f"fsdp must be a divisor of the {count} devices; found {fsdp}.")
+    shape, types = (count // fsdp, fsdp), (AxisType.Auto,) * 2
+    return jax.make_mesh(shape, ("data", "fsdp"), axis_types=types, devices=jax.devices()[:count])
 
 
 def replicated(tree: Any, mesh: Mesh) -> Any:
@@ -51,8 +56,7 @@ def split(tree: Any, mesh: Mesh) -> Any:
 
     Arrays without axes, and those whose first axis does not split evenly, are left to XLA.
     """
-    count = mesh.shape["data"]
-    along = NamedSharding(mesh, PartitionSpec("data"))
+    count, along = mesh.size, NamedSharding(mesh, BATCH)
 
     def put(x):
         whole = x.ndim == 0 or x.shape[0] % count

@@ -691,7 +691,8 @@ def test_pmap(row):
     assert len(spread[0].sharding.device_set) == NUM_DEVICES
     for i in range(NUM_DEVICES):
         here = value_and_gradients(row.function, *jax.tree.map(lambda x, i=i: x[i], args))
-        assert_close(jax.tree.map(lambda x, i=i: x[i], spread), here, rtol=1e-6)
+        # Two programs, each with its own rounding: as far from the truth as the contract has it.
+        assert_close(jax.tree.map(lambda x, i=i: x[i], spread), here, rtol=4e-6)
 
 
 def sharded(function, out_specs):

@@ -104,20 +104,7 @@ def check_contract(
     check_float64(loss, drawn, where, stopped, truth, (values, slopes), rtol)
     check_masks(of_term, loss, single, (mean, slopes), where, rtol)
 
-    # Any leading axes.
-    shaped = by_row(lambda x: np.reshape(x, (3, 4, *x.shape[1:])), single)
-    values_shaped, mean_shaped, _ = of_term(loss, *shaped)
-    assert values_shaped.shape == (3, 4)
-    assert_close(np.ravel(values_shaped)[kept], values[kept], rtol)
-    assert_close(mean_shaped, mean, rtol)
-
-    if not couples:
-        axes = jax.tree.map(lambda _: None, loss), *in_axes(single)
-        rows = jax.jit(jax.vmap(call, axes))(loss, *single)
-        assert_close(rows[kept], values[kept], rtol)
-    if per_row and not couples:
-        each = jax.tree.map(lambda x: jnp.full(B, x) if jnp.ndim(x) == 0 else x, loss)
-        assert_close(of_term(each, *single)[0][kept], values[kept], rtol)
+    check_rows(loss, single, values, kept, couples, per_row, rtol)
     if removes and "logits" in sides(needs)["own"]:
         check_removed_classes(of_term, loss, single, rtol)
 
@@ -187,6 +174,23 @@ def check_float64(loss, drawn, where, stopped, truth, found, rtol):
     assert_close(np.asarray(found[0])[kept], values[kept], rtol)
     for left, right in zip(*map(jax.tree.leaves, (found[1], slopes)), strict=True):
         assert_close(left, right, 5 * rtol)
+
+
+def check_rows(loss, single, values, kept, couples, per_row, rtol):
+    """Any leading axes; a batch is a vmap of its rows; one number for each row."""
+    shaped = by_row(lambda x: np.reshape(x, (3, 4, *x.shape[1:])), single)
+    calls = {"shaped": (call, (loss, *shaped))}
+    if not couples:
+        axes = jax.tree.map(lambda _: None, loss), *in_axes(single)
+        calls["rows"] = jax.vmap(call, axes), (loss, *single)
+    if per_row and not couples:
+        each = jax.tree.map(lambda x: jnp.full(B, x) if jnp.ndim(x) == 0 else x, loss)
+        calls["each"] = call, (each, *single)
+    args = {name: given for name, (_, given) in calls.items()}
+    found = jax.jit(lambda args: {n: fn(*args[n]) for n, (fn, _) in calls.items()})(args)
+    assert found["shaped"].shape == (3, 4)
+    for of_rows in found.values():
+        assert_close(np.ravel(of_rows)[kept], values[kept], rtol)
 
 
 def check_masks(of_term, loss, single, found, where, rtol):

@@ -30,6 +30,7 @@ DEFAULTS = {
     "log_every": 100,  # steps
     "steps_per_call": 0,  # 0: one on a CPU, ten on accelerators
     "devices": 0,  # 0: all that there are
+    "fsdp": 1,  # over how many of them each network is split
     "micro_batches": 1,
     "init_seed": 0,
     "init_seeds": 1,  # how many, from init_seed on, for the networks of `Plan.seeded`

@@ -62,7 +62,7 @@ def evaluate(
         {network: {metric: value}}, and the rows of each network: the first ones of the split, as
         many as fit into half a gigabyte.
     """
-    size += -size % mesh.shape["data"]
+    size += -size % mesh.size
     gathered: list[Any] = []
 
     def sums_of(batch: Batch) -> Any:

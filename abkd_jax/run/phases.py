@@ -30,6 +30,7 @@ from abkd_jax.run import workdir as folders
 from abkd_jax.run.interruption import Interruption
 from abkd_jax.sources import dataset
 from abkd_jax.train import Networks, Objectives, TrainState, adopt, create, eval_outputs
+from abkd_jax.train.sharding import sharded
 from abkd_jax.types import Batch, Outputs
 
 _CACHED_PARTS = frozenset(("logits", "hidden"))  # of Outputs
@@ -75,7 +76,8 @@ def opened(plan: Plan, workdir: str | os.PathLike, *, profile: bool = False) -> 
         OSError: one sentence for what the operating system refuses, also later in the context.
     """
     folder = folders.path_of(workdir)
-    mesh = parallel.mesh(plan.config["devices"], batch_size=plan.config["batch_size"])
+    devices, options = plan.config["devices"], ("batch_size", "fsdp")
+    mesh = parallel.mesh(devices, **{key: plan.config[key] for key in options})
     with folders.locked(folder), Interruption() as interruption, _told_of_disks(folder):
         run = Run(plan, folder, _with_known(plan, plan.data()), mesh, interruption, profile)
         for phase in plan.phases:  # all of them before the first trains
@@ -197,7 +199,8 @@ def learners_of(run: Run, phase: Phase, states: Networks) -> Networks:
         else:
             network = run.plan.networks[name]
             inputs, seed = _sample(run), network.init_seed
-            found[name] = create(network.module, inputs, init_seed=seed, **options)
+            place = {"init_seed": seed, "mesh": run.mesh}
+            found[name] = create(network.module, inputs, **place, **options)
     return found
 
 
@@ -212,7 +215,7 @@ def class_means(run: Run, name: str, state: TrainState) -> Array:
 
     A function of the network and the data alone: all labels, no augmentation, evaluation's mode.
     """
-    state, size = parallel.replicated(state, run.mesh), run.plan.config["batch_size"]
+    state, size = sharded(state, run.mesh), run.plan.config["batch_size"]
     sums, counts = np.zeros(()), np.zeros(())
     for batch in datasets.evaluation_batches(run.data.full, size, run.data.preprocess):
         found = _class_sums({name: state}, batch, num_classes=run.data.num_classes, mesh=run.mesh)
@@ -242,7 +245,7 @@ def examples(run: Run, phase: Phase) -> tuple[datasets.Split | datasets.Stream, 
     learners = " and ".join(phase.learners)
     if phase.split == "labelled" and resident:  # a stream withholds no label
         split = split.labelled_alone()
-        parts = run.mesh.shape["data"] * run.plan.config["micro_batches"]
+        parts = run.mesh.size * run.plan.config["micro_batches"]
         size = min(size, len(split)) // parts * parts
         if size == 0:
             raise ValueError(
@@ -266,7 +269,7 @@ def seen_examples(
     Args:
         run: to which the phase belongs.
         phase: that trains.
-        frozen: the networks that it sees, replicated over the devices.
+        frozen: the networks that it sees, on the devices.
 
     Returns:
         The examples, and how many of them are a batch.

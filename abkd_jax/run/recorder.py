@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import pathlib
 import time
@@ -23,6 +22,7 @@ from abkd_jax.run.log.writer import Writer
 from abkd_jax.run.phases import Run, objectives_of, seen_examples, trained_once
 from abkd_jax.train import Carry, Networks, Objectives, Programs, Static
 from abkd_jax.train.checkpoint import FOLDER, Checkpoints
+from abkd_jax.train.sharding import sharded
 from abkd_jax.types import named_leaves
 
 _PROFILED = range(5, 10)  # the steps of a process that a trace shows
@@ -56,10 +56,10 @@ def train_phase(
         FloatingPointError: one sentence, if a metric was not finite.
         OSError: if a file cannot be written.
     """
-    config, replicated = run.plan.config, functools.partial(parallel.replicated, mesh=run.mesh)
-    frozen = replicated(frozen)
+    config, frozen = run.plan.config, sharded(frozen, run.mesh)
     split, size = seen_examples(run, phase, frozen)
-    split = replicated(split) if isinstance(split, datasets.Split) else split
+    resident = isinstance(split, datasets.Split)
+    split = parallel.replicated(split, run.mesh) if resident else split
     feed = datasets.Feed(split, run.data.preprocess, data_seed=config["data_seed"], size=size)
     objectives, label = objectives_of(run, phase, frozen), " and ".join(phase.learners)
     if config["init_seeds"] > 1 and not trained_once(run, phase):
@@ -84,7 +84,7 @@ def train_phase(
             interruption=run.interruption,
             recorder=recorder,
         )
-        owned = replicated(jax.tree.map(jax.numpy.copy, carry))  # for each buffer is donated
+        owned = jax.tree.map(jax.numpy.copy, sharded(carry, run.mesh))  # each buffer is donated
         return fit(training, owned, step, progress)
 
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from abkd_jax import parallel
 from abkd_jax.sources import Source
+from abkd_jax.train.sharding import shardings
 from abkd_jax.train.step import Networks, Objectives, all_finite, train_step
 
 _RUN_AHEAD = 2  # calls in flight: enough to hide the host's work, few enough to stop at once
@@ -221,6 +222,8 @@ def _member(carry_and_objectives, frozen, examples, data_seed, step, *, source, 
 def _advance(carry, frozen, objectives, source, examples, data_seed, step, *, count, static):
     args = (carry, frozen, objectives, source, examples, data_seed, step)
     carry = advance(*args, count=count, static=static)
+    if static.mesh is not None:  # else XLA chooses, and the next call is another program
+        carry = jax.lax.with_sharding_constraint(carry, shardings(carry, static.mesh))
     return carry, carry.bad_step + 0  # a buffer of its own, for the next call takes the carry's
 
 

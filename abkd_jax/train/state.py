@@ -10,10 +10,12 @@ from flax import struct
 from flax.training import train_state
 from jax import Array
 from jax import numpy as jnp
+from jax.sharding import Mesh
 
 from abkd_jax import optimizers
 from abkd_jax.binding import Bound, Domain, Schedule, as_number, at_step, domain_of
 from abkd_jax.models import Module, as_outputs, check_learner, split_variables
+from abkd_jax.train.sharding import shardings
 from abkd_jax.types import Outputs
 
 Decay = Annotated[float | Array, Domain(0, 1, open_high=True)]
@@ -75,6 +77,7 @@ def create(
     init_seed: int | Array,
     optimizer: Bound,
     ema_decay: Decay | Schedule | None = None,
+    mesh: Mesh | None = None,
 ) -> TrainState:
     """A network that learns, with new parameters.
 
@@ -84,6 +87,7 @@ def create(
         init_seed: of the parameters.
         optimizer: a function of `abkd_jax.optimizers`, bound.
         ema_decay: in [0, 1), of a moving average of the parameters; None for none.
+        mesh: over whose axis `fsdp` the parameters are split from the beginning; None for none.
 
     Returns:
         The state at step 0.
@@ -91,7 +95,7 @@ def create(
     Raises:
         TypeError: if the optimiser is not one of this library, bound.
     """
-    variables = _variables(module, init_seed, inputs)
+    variables = _variables(module, init_seed, inputs, mesh)
     return _learner(
         as_outputs(module.apply),
         variables["params"],
@@ -175,6 +179,11 @@ def _inert(apply_fn, params, batch_stats) -> TrainState:
 _IDENTITY = optax.identity()
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _variables(module: Module, init_seed: Array, inputs: Any) -> Mapping[str, Any]:
-    return module.init(jax.random.key(init_seed), inputs, train=False)
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _variables(
+    module: Module, init_seed: Array, inputs: Any, mesh: Mesh | None
+) -> Mapping[str, Any]:
+    variables = module.init(jax.random.key(init_seed), inputs, train=False)
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return variables
+    return jax.lax.with_sharding_constraint(variables, shardings(variables, mesh))
