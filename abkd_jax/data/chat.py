@@ -45,13 +45,13 @@ def conversations(
     try:
         compiled = _environment().from_string(marked)
     except needed("jinja2").TemplateError as error:
-        raise ValueError(f"the chat template is none of jinja ({error}).") from error
+        raise ValueError(f"the chat template is no template of jinja: {error}") from error
 
     def render(messages: Sequence[Mapping[str, Any]], ask: bool = False) -> str:
         try:
             return compiled.render(messages=messages, add_generation_prompt=ask, **special)
         except Exception as error:  # a template is a program, which may raise anything
-            raise ValueError(f"the chat template fails ({error}).") from error
+            raise ValueError(f"the chat template fails: {error}") from error
 
     def conversation(messages: Sequence[Mapping[str, Any]]) -> tuple[str, Spans]:
         _check(messages)

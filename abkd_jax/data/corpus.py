@@ -72,8 +72,6 @@ class Format:
         Raises:
             ValueError: if an id lies beyond the vocabulary, or no token is left to predict.
         """
-        largest = int(max(found.ids, default=0))
-        require(largest < self.vocab_size, "ids", f"below {self.vocab_size}", largest)
         inside = [(found.starts < end) & (found.ends > start) for start, end in written.spans]
         written_counts = np.any([np.zeros(len(found.ids), bool), *inside], axis=0)
         prefix, eos = self.tokenizer.prefix, (self.tokenizer.eos,)
@@ -82,8 +80,11 @@ class Format:
         first = 0 if written.kind == "text" else int(np.argmax(written_counts))
         cut = max(0, len(prefix) + first - self.max_prompt)
         eos = () if tuple(found.ids[-1:]) == eos else eos
-        ids = np.array([*prefix, *found.ids[cut:], *eos], np.int32)
-        counts = np.array([False] * len(prefix) + [*written_counts[cut:]] + [True] * len(eos))
+        ids = np.concatenate([prefix, found.ids[cut:], eos]).astype(np.int32)
+        ends = np.zeros(len(prefix), bool), np.ones(len(eos), bool)
+        counts = np.concatenate([ends[0], written_counts[cut:], ends[1]])
+        largest = int(ids.max(initial=0))
+        require(largest < self.vocab_size, "ids", f"below {self.vocab_size}", largest)
         left = written_counts.any() and counts[1:].any()
         require(left, f"the {written.kind}", _LEAVING, written.text[-80:])
         if not self.response_alone or written.kind == "text":
@@ -232,17 +233,17 @@ def _written(line: bytes, template: str, render: Callable[[Any], tuple[str, Span
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"this is no JSON ({error}).") from error
-    require(isinstance(fields, Mapping), "a line", "a JSON object", fields)
+        raise ValueError(f"it must be JSON ({error}).") from error
+    require(isinstance(fields, Mapping), "it", "a JSON object", fields)
     if "messages" in fields:
         text, spans = render(fields["messages"])
         written = Written(text, spans, "conversation")
     else:
         documents = "text" in fields and "prompt" not in fields
         keys = ("text",) if documents else ("prompt", "response")
-        expected = "with the strings prompt and response, or text, or with messages"
+        expected = "prompt and response, or text, all of them strings, or messages"
         fits = all(isinstance(fields.get(key), str) for key in keys)
-        require(fits, "a line", expected, fields)
+        require(fits, "its fields", expected, fields)
         prompt = template.replace("{prompt}", fields["prompt"]) if len(keys) == 2 else ""
         text = prompt + fields[keys[-1]]
         written = Written(text, ((len(prompt), len(text)),), keys[-1])
