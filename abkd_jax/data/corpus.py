@@ -74,15 +74,16 @@ class Format:
         """
         inside = [(found.starts < end) & (found.ends > start) for start, end in written.spans]
         written_counts = np.any([np.zeros(len(found.ids), bool), *inside], axis=0)
-        prefix, eos = self.tokenizer.prefix, (self.tokenizer.eos,)
+        ends = self.tokenizer.prefix, [self.tokenizer.eos]
+        prefix, eos = (np.array(end, np.int32) for end in ends)
         if written.kind == "conversation":  # the chat template has them
-            prefix = eos = ()
+            prefix, eos = prefix[:0], eos[:0]
+        elif np.array_equal(found.ids[-1:], eos):
+            eos = eos[:0]
         first = 0 if written.kind == "text" else int(np.argmax(written_counts))
         cut = max(0, len(prefix) + first - self.max_prompt)
-        eos = () if tuple(found.ids[-1:]) == eos else eos
-        ids = np.concatenate([prefix, found.ids[cut:], eos]).astype(np.int32)
-        ends = np.zeros(len(prefix), bool), np.ones(len(eos), bool)
-        counts = np.concatenate([ends[0], written_counts[cut:], ends[1]])
+        ids = np.concatenate([prefix, found.ids[cut:], eos])
+        counts = np.concatenate([prefix < 0, written_counts[cut:], eos >= 0])
         largest = int(ids.max(initial=0))
         require(largest < self.vocab_size, "ids", f"below {self.vocab_size}", largest)
         left = written_counts.any() and counts[1:].any()
