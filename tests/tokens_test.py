@@ -3,7 +3,9 @@
 import gzip
 import itertools
 import json
+import pathlib
 import pydoc_data.topics
+import sys
 
 import jax
 import numpy as np
@@ -197,6 +199,25 @@ def test_vocab_and_merges_are_a_tokenizer(folder, tmp_path):
     assert ours.eos == expected.eos and ours.vocabulary == expected.vocabulary
 
 
+SHARED = pathlib.Path(__file__).parents[2] / "shared/data"
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the prepared sets are not here")
+def test_gpt2_is_that_of_transformers(read):
+    transformers = pytest.importorskip("transformers")
+    folder = SHARED / "tokenizers/gpt2"
+    with gzip.open(SHARED / "text/t0_train_50k.jsonl.gz") as file:
+        lines = [json.loads(line) for line in itertools.islice(file, 100)]
+    files = dict(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
+    theirs = transformers.GPT2Tokenizer(**files)
+    dataset = read(lines, tokenizer=str(folder), length=1024, max_prompt=1000)
+    for line, row in zip(lines, rows_of(dataset.train), strict=True):
+        found, labels, where = row[0][row[2] > 0].tolist(), row[3], row[4]
+        assert found == theirs(line["prompt"] + line["response"])["input_ids"]
+        assert theirs.decode(labels[where]) == line["response"]  # which has its end
+
+
 def test_vocabularies_are_compared_by_their_ids(folder, tmp_path):
     assert data.compare_vocabularies(folder, folder).same
     larger = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
@@ -345,7 +366,9 @@ def test_packed_rows_unpack_to_the_examples(lengths, pack, data):
         assert all(len(row) == 1 for row in sizes)
 
 
-@pytest.mark.parametrize("fields", [{}, dict(pack=True), dict(corpus=True, corpus_rows=2)])
+@pytest.mark.parametrize(
+    "fields", [{}, dict(pack=True, vocab_size=300), dict(corpus=True, corpus_rows=2)]
+)
 def test_a_stream_has_the_rows_of_the_set_in_memory(read, tmp_path, fields):
     if "corpus" in fields:
         (tmp_path / "corpus.txt").write_text("To be, or not to be, that is the question: " * 4)
@@ -357,7 +380,9 @@ def test_a_stream_has_the_rows_of_the_set_in_memory(read, tmp_path, fields):
         **dict(train=str(tmp_path / "train.jsonl"), tokenizer="bytes", data_seed=0) | fields
     )
     assert described == data.describe(resident) == data.describe(streamed)
-    assert described.num_classes == 257 and described.inputs.ids.shape == (32,)
+    assert described.num_classes == fields.get("vocab_size", 257)
+    assert described.inputs.ids.shape == (32,)
+    assert streamed.class_names == resident.class_names == described.class_names
     for name in ("train", "validation", "test"):
         ours, theirs = getattr(streamed, name), getattr(resident, name)
         pairs = zip(*(data.evaluation_batches(x, 4) for x in (ours, theirs)), strict=True)
@@ -635,6 +660,14 @@ def test_tokenizers_that_do_not_fit(tmp_path):
         (tmp_path / "small" / name).write_text("{")
         with pytest.raises(ValueError, match=f"^the tokenizer in {folder} cannot be read .*"):
             data.read_tokenizer(folder)
+
+
+def test_an_extra_that_is_not_installed(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError) as error:
+        data.read_tokenizer(folder)
+    expected = "tokenizers is not installed; pip install 'abkd_jax[language]'."
+    assert str(error.value) == expected
 
 
 def test_a_cache_that_cannot_be_written(read, tmp_path):

@@ -97,11 +97,10 @@ def text(
         found = {name: tokenised(path, form, cache_dir) for name, path in files.items()}
         examples = _held_out(found["train"], validation, test)
         examples |= {name: np.arange(len(x.ends)) for name, x in found.items() if name != "train"}
-        if pack:
-            for name in {"train", "corpus"} & examples.keys():
-                examples[name] = np.random.default_rng(data_seed).permutation(examples[name])
         rows = {}
         for name, chosen in examples.items():
+            if pack and name in ("train", "corpus"):
+                chosen = np.random.default_rng(data_seed).permutation(chosen)
             own = {mask: (mask == CORPUS) == (name == "corpus") for mask in masks}
             rows[name] = Rows(found.get(name, found["train"]), chosen, length, pack, own)
         splits = {name: (x, np.arange(len(x))) for name, x in rows.items() if name != "corpus"}
