@@ -6,13 +6,14 @@ The keyword-only parameters of a function are its hyperparameters, each read by 
   `Annotated[float | Array, Domain(low, high)]` of your own), become leaves, in the canonical float
   type; they may also be a `Schedule`. A domain is judged where the value is concrete;
 - `Array` becomes a leaf as it is, or a `Statistic`, which a run computes;
-- `int`, `bool`, `str` and tuples of one of them or of `float` are structure;
+- `int`, `bool`, `str`, unions of them and tuples of one of them or of `float` are structure;
 - a `Divergence` or `Loss` is a nested `Bound`; a plain function is bound on the way.
 """
 
 import difflib
 import inspect
 import math
+import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -275,7 +276,7 @@ def is_static(annotation: Any) -> bool:
     scalars = (int, bool, str)
     if typing.get_origin(annotation) is tuple:
         return all(arg in (*scalars, float, ...) for arg in typing.get_args(annotation))
-    return annotation in scalars
+    return all(kind in scalars for kind in _kinds(annotation))
 
 
 def as_number(value: Any, field: str, domain: Domain | None = None) -> Array:
@@ -308,12 +309,19 @@ def _name(fn: Any) -> str:
     return getattr(fn, "__name__", repr(fn))
 
 
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, or the annotation alone."""
+    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+
+
 def _static_value(field: str, annotation: Any, value: Any) -> Any:
-    expected = typing.get_origin(annotation) or annotation
+    expected = tuple if typing.get_origin(annotation) is tuple else annotation
     if expected is tuple and isinstance(value, list):
         value = tuple(value)
-    if type(value) is not expected:
-        raise TypeError(f"{field} must be of type {expected.__name__}; found {value!r}.")
+    kinds = _kinds(expected)
+    if type(value) not in kinds:
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"{field} must be of type {names}; found {value!r}.")
     if expected is tuple:
         element = typing.get_args(annotation)[0]
         if any(type(part) is not element for part in value):

@@ -25,6 +25,21 @@ for dropout, and `outputs` {name: Outputs}, which replace a network's forward pa
 
 
 @struct.dataclass
+class Tokens:
+    """The inputs of text; a token sees the earlier ones of its segment.
+
+    Attributes:
+        ids: `[B, T]` int32.
+        positions: `[B, T]` int32, from 0 in each segment.
+        segments: `[B, T]` int32; 0 is padding.
+    """
+
+    ids: Array
+    positions: Array
+    segments: Array
+
+
+@struct.dataclass
 class Head:
     """The last linear map of a network.
 

@@ -232,6 +232,21 @@ def test_refusals(fn, hypers, message):
     assert str(error.value) == message
 
 
+def held_out(student_logits: Array, teacher_logits: Array, *, test: int | str) -> Array:
+    """One keyword that is either of two types."""
+    return student_logits[..., 0] - len(f"{test}")
+
+
+def test_a_union_is_structure():
+    for value in (3, "test.txt"):
+        assert dict(bind(held_out, test=value).static) == {"test": value}
+    for value in (3.0, True, None):
+        with pytest.raises(TypeError) as error:
+            bind(held_out, test=value)
+        expected = f"held_out.test must be of type int or str; found {value!r}."
+        assert str(error.value) == expected
+
+
 def test_a_keyword_without_annotation_is_refused_by_name():
     with pytest.raises(
         TypeError, match=r"^unannotated\.alpha must be annotated .*; found nothing\.$"

@@ -14,3 +14,5 @@ from abkd_jax.data.teacher_cache import (
     save_outputs,
     with_outputs,
 )
+from abkd_jax.data.tokenizers import Tokenizer, compare_vocabularies, read_tokenizer
+from abkd_jax.data.tokens import text, topics

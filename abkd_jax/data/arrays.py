@@ -64,7 +64,8 @@ def from_arrays(
             "floats are taken as they are)"
         )
         require(_kinds(split) == _kinds(full), f"data.{name}", expected, _kinds(split))
-        finite = all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(split.inputs))
+        floats = [x for x in jax.tree.leaves(split.inputs) if x.dtype == jnp.float32]
+        finite = all(jnp.all(jnp.isfinite(x)) for x in floats)
         require(finite, f"data.{name}'s inputs", "finite", "NaN or infinity")
     dataset = DataSet(
         train=full,

@@ -31,7 +31,7 @@ def decoded(records: Any) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: if a record cannot be read.
     """
-    path = _folder() / f"{_identity(records)}.npz"
+    path = cache_folder() / f"{_identity(records)}.npz"
     with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         with np.load(path) as kept:
             return kept["inputs"], kept["labels"]
@@ -47,7 +47,8 @@ def decoded(records: Any) -> tuple[np.ndarray, np.ndarray]:
     return inputs, labels
 
 
-def _folder() -> pathlib.Path:
+def cache_folder() -> pathlib.Path:
+    """ABKD_JAX_CACHE_DIR, by default ~/.cache/abkd_jax."""
     default = pathlib.Path.home() / ".cache" / "abkd_jax"
     return pathlib.Path(os.environ.get(_VARIABLE) or default).expanduser()
 
