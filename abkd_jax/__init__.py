@@ -63,4 +63,4 @@ from abkd_jax.run.loop import train_and_evaluate
 from abkd_jax.run.workdir import load
 from abkd_jax.sources import Source
 from abkd_jax.train import TrainState, adopt, create, eval_outputs, frozen, train_step
-from abkd_jax.types import Batch, Divergence, Head, Loss, Outputs, Term
+from abkd_jax.types import Batch, Divergence, Head, Loss, Outputs, Term, Tokens
