@@ -1,5 +1,6 @@
 """Decoders from and to folders of the Hugging Face hub: config.json and safetensors, no torch."""
 
+import functools
 import json
 import os
 import pathlib
@@ -186,6 +187,7 @@ def _chosen(count: int, layers: Sequence[int]) -> tuple[int, ...]:
     return tuple(layers) or tuple(range(count))
 
 
+@functools.lru_cache
 def _shapes(module: Decoder) -> tuple[dict[str, Any], Any]:
     """The parameters of a decoder as shapes, by dotted path, and their tree."""
     one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
