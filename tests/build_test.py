@@ -170,7 +170,7 @@ def test_the_librarys_own_functions_of_each_kind():
         *("constant", "cosine", "linear", "piecewise", "warmup", "warmup_cosine")
     }
     assert set(names("optimizer")) == {"sgd", "adam", "adamw"}
-    assert set(names("model")) == {"cached", "mlp", "cnn", "resnet"}
+    assert set(names("model")) == {*("cached", "cnn", "decoder", "hugging_face", "mlp", "resnet")}
     assert set(names("data")) == {"digits", "tfds"}
     for kind, name in dict(source="dataset", task="classification", weights="run").items():
         assert name in names(kind)

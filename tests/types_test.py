@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 from jax import numpy as jnp
 
 from abkd_jax.types import Head, Outputs, Term
@@ -26,6 +27,21 @@ def test_outputs_show_nothing_that_they_do_not_have():
 def test_a_head_is_the_last_linear_map():
     np.testing.assert_array_equal(FULL.head(HIDDEN), HIDDEN @ np.ones((3, 4)) + np.arange(4))
     np.testing.assert_array_equal(Head(jnp.ones((3, 4)))(HIDDEN), HIDDEN @ np.ones((3, 4)))
+
+
+def test_logits_have_a_soft_cap():
+    logits = HIDDEN @ np.ones((3, 4))
+    found = Head(jnp.ones((3, 4)), soft_cap=5.0)(HIDDEN)
+    np.testing.assert_allclose(found, 5 * np.tanh(logits / 5), rtol=1e-6)
+    assert len(jax.tree.leaves(Head(jnp.ones((3, 4)), soft_cap=5.0))) == 1
+
+
+@pytest.mark.parametrize("unembedding", [jnp.float32, jnp.bfloat16])
+def test_logits_of_16_bit_are_summed_in_32(unembedding):
+    hidden = jnp.full((1, 301), 1.0, jnp.bfloat16)  # bfloat16 has no 301
+    found = Head(jnp.ones((301, 2), unembedding))(hidden)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, 301)
 
 
 def test_rows_are_all_but_the_head():

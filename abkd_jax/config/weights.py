@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from abkd_jax.models import without_projections
+from abkd_jax.models import load_decoder, without_projections
 from abkd_jax.train.checkpoint import FOLDER, Checkpoints
 
 
@@ -65,6 +65,26 @@ def run(*, workdir: str, network: str = "", best: bool = False) -> Weights:
         about["num_classes"],
         about["preprocess"],
     )
+
+
+def hugging_face(
+    *, folder: str, layers: tuple[int, ...] = (), param_dtype: str = "float32"
+) -> Weights:
+    """Those of a folder of the Hugging Face hub, for a model of the same name or a `decoder`.
+
+    Args:
+        folder: see `models.load_decoder`.
+        layers: which of its layers, ascending from 0; () for all.
+        param_dtype: of the parameters, "float32" or "bfloat16".
+
+    Returns:
+        Its weights.
+
+    Raises:
+        ValueError: one sentence that names the file, what was found and what was expected.
+    """
+    _, variables = load_decoder(folder, layers=layers, param_dtype=param_dtype)
+    return Weights({**variables, "batch_stats": {}}, folder)
 
 
 def read_about(folder: pathlib.Path) -> dict[str, Any]:
