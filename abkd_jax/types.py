@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from flax import struct
 from jax import Array
+from jax import numpy as jnp
 
 
 def dotted(path: tuple) -> str:
@@ -31,15 +32,20 @@ class Head:
     Attributes:
         unembedding: `[D, K]`.
         bias: `[K]`, or None.
+        soft_cap: c of logits that are c tanh(logits / c); None for logits as they are.
     """
 
     unembedding: Array
     bias: Array | None = None
+    soft_cap: float | None = struct.field(pytree_node=False, default=None)
 
     def __call__(self, hidden: Array) -> Array:
-        """The logits `[..., K]` of hidden `[..., D]`."""
-        logits = hidden @ self.unembedding
-        return logits if self.bias is None else logits + self.bias
+        """The logits `[..., K]` of hidden `[..., D]`, in float32 for 16 bit."""
+        unembedding = jnp.asarray(self.unembedding, hidden.dtype)
+        dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+        logits = jnp.matmul(hidden, unembedding, preferred_element_type=dtype)
+        logits = logits if self.bias is None else logits + self.bias
+        return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)
 
 
 @struct.dataclass
@@ -49,7 +55,7 @@ class Outputs:
     Every part but the head has one row for each row of the batch's `where`.
 
     Attributes:
-        logits: `[..., K]`.
+        logits: `[..., K]`; a network with hidden and head may leave them unformed.
         hidden: `[..., D]`, before the last linear map.
         head: that map.
         features: intermediate arrays `[..., *]` by name, shallow to deep.
@@ -63,6 +69,11 @@ class Outputs:
     features: Mapping[str, Array] | None = None
     projected: Mapping[str, Array] | None = None
     input_gradient: Array | None = None
+
+    @property
+    def unformed(self) -> bool:
+        """Whether hidden and head stand for the logits, which are formed where they are reduced."""
+        return self.logits is None and self.hidden is not None and self.head is not None
 
     def map_rows(self, f: Callable, *others: "Outputs", named: bool = False) -> "Outputs":
         """The outputs with `f(array, ...)` in place of every part that has rows.
