@@ -75,6 +75,10 @@ class Outputs:
         """Whether hidden and head stand for the logits, which are formed where they are reduced."""
         return self.logits is None and self.hidden is not None and self.head is not None
 
+    def formed(self) -> "Outputs":
+        """The outputs with logits, if there is anything to form them of."""
+        return self.replace(logits=self.head(self.hidden)) if self.unformed else self
+
     def map_rows(self, f: Callable, *others: "Outputs", named: bool = False) -> "Outputs":
         """The outputs with `f(array, ...)` in place of every part that has rows.
 

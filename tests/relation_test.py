@@ -428,7 +428,7 @@ def test_the_mean_under_total_is_over_valid_rows(loss):
     found, means = total({"it": term}, student, {"teacher": teacher}, batch)
     np.testing.assert_allclose([means["it"], found], [expected, 0.5 * expected], rtol=2e-5)
     unformed = Outputs(hidden=student.logits, head=Head(np.eye(student.logits.shape[-1])))
-    with pytest.raises(ValueError, match="couples the rows of a batch"):
+    with pytest.raises(ValueError, match="couples a batch's rows"):
         total({"it": term}, unformed, {"teacher": teacher}, batch, chunk=4)
 
 

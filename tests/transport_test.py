@@ -164,7 +164,7 @@ def test_the_mean_under_total_is_the_cost_per_valid_row():
     expected = np.nanmean(numpy_sinkhorn(2.0, 0.1, 20)(student, teacher, batch))
     np.testing.assert_allclose([means["sinkhorn"], found], [expected, 0.5 * expected], rtol=1e-5)
     unformed = Outputs(hidden=student.logits, head=Head(np.eye(student.logits.shape[-1])))
-    with pytest.raises(ValueError, match="couples the rows of a batch"):
+    with pytest.raises(ValueError, match="couples a batch's rows"):
         total({"sinkhorn": term}, unformed, {"teacher": teacher}, batch, chunk=4)
 
 

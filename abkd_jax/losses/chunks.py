@@ -15,6 +15,10 @@ from jax import numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import Mesh, PartitionSpec
 
+from abkd_jax import parallel
+
+_ARRAYS = 8  # of float32 [chunk, K] that a chunk has at once, about
+
 
 class Layout(NamedTuple):
     """How rows are visited.
@@ -28,6 +32,19 @@ class Layout(NamedTuple):
     leading: int
     chunk: int
     mesh: Mesh | None = None
+
+
+def default_chunk(num_classes: int) -> int:
+    """128 rows on a CPU, whose caches hold few, 1,024 on accelerators; halved until they fit.
+
+    Args:
+        num_classes: K.
+    """
+    chunk = 128 if jax.default_backend() == "cpu" else 1024
+    each = parallel.free_memory() / jax.local_device_count()
+    while chunk > 1 and _ARRAYS * chunk * num_classes * 4 > each / 2:
+        chunk //= 2
+    return chunk
 
 
 def chunked(x: Array, *, leading: int, chunk: int) -> Array:

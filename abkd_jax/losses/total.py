@@ -182,7 +182,7 @@ def _check_row_wise(objectives: Mapping[str, Mapping[str, Term]]) -> None:
     for terms in objectives.values():
         for name, term in terms.items():
             row_wise = not getattr(term.loss, "couples_batch", False)
-            expected = "of each row alone, to have chunks; this one couples the rows of a batch"
+            expected = "of each row alone, to have chunks (0 for none); it couples a batch's rows"
             found = getattr(term.loss, "fn", term.loss).__name__
             checks.require(row_wise, f"the loss of term {name!r}", expected, found)
 
@@ -236,8 +236,7 @@ def _formed(outputs, seen, batch, numbers):
     found = dict(outputs)
     for name, shown in outputs.items():
         if shown.unformed:  # 0 outside, before the head's matrix spreads what rows hold
-            shown = _selected(name, shown, seen(batch, numbers))
-            found[name] = shown.replace(logits=shown.head(shown.hidden))
+            found[name] = _selected(name, shown, seen(batch, numbers)).formed()
     return found
 
 
