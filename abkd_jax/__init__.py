@@ -38,7 +38,6 @@ from abkd_jax.divergences import (
     total_variation,
 )
 from abkd_jax.losses import (
-    chunked_total,
     cross_entropy,
     decoupled_features,
     difficulty_weighted,

@@ -5,6 +5,7 @@ a loss that couples its examples and batch norm mean the same on any number of d
 """
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -121,6 +122,15 @@ def everywhere(tree: Any) -> Any:
     """The tree with a copy of each array on every local device, as `spread` shares it."""
     alone = jax.local_device_count() == 1
     return jax.device_put(tree, jax.local_devices()[0] if alone else _on_local(PartitionSpec()))
+
+
+def free_memory() -> float:
+    """Bytes that are free, on all local devices together."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    if all(found and "bytes_limit" in found for found in stats):
+        return float(sum(found["bytes_limit"] - found["bytes_in_use"] for found in stats))
+    free = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf(free))
 
 
 def _on_local(spec: PartitionSpec) -> NamedSharding:

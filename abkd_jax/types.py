@@ -70,7 +70,7 @@ class Outputs:
     Every part but the head has one row for each row of the batch's `where`.
 
     Attributes:
-        logits: `[..., K]`.
+        logits: `[..., K]`; a network with hidden and head may leave them unformed.
         hidden: `[..., D]`, before the last linear map.
         head: that map.
         features: intermediate arrays `[..., *]` by name, shallow to deep.
@@ -84,6 +84,15 @@ class Outputs:
     features: Mapping[str, Array] | None = None
     projected: Mapping[str, Array] | None = None
     input_gradient: Array | None = None
+
+    @property
+    def unformed(self) -> bool:
+        """Whether hidden and head stand for the logits, which are formed where they are reduced."""
+        return self.logits is None and self.hidden is not None and self.head is not None
+
+    def formed(self) -> "Outputs":
+        """The outputs with logits, if there is anything to form them of."""
+        return self.replace(logits=self.head(self.hidden)) if self.unformed else self
 
     def map_rows(self, f: Callable, *others: "Outputs", named: bool = False) -> "Outputs":
         """The outputs with `f(array, ...)` in place of every part that has rows.

@@ -85,7 +85,7 @@ OF_FLAGS = [
     ([*_FAST, "runs/w"], "unknown arguments: runs/w; every option starts with --."),
     ([*_FAST, "--workdir=w", "--config.studnet.model.widths=(3,)"],
      "--config.studnet.model.widths: the config has no 'studnet' there (did you mean 'student'?); "
-     "it has analysis, baseline, batch_size, checkpoint_every, data, data_seed, devices, "
+     "it has analysis, baseline, batch_size, checkpoint_every, chunk, data, data_seed, devices, "
      "init_seed, init_seeds, log_every, micro_batches, num_steps, phases, plugins, steps_per_call, "
      "student, task, teacher."),
     ([*_FAST, "--workdir=w", "--config.student.optimizer.momentum=1.0"],

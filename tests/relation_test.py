@@ -18,8 +18,8 @@ from loss_contract import check_contract, draw
 from sklearn.isotonic import IsotonicRegression
 
 from abkd_jax.binding import bind
-from abkd_jax.losses import chunked_total, dist, gram, rank_correlation, total
-from abkd_jax.types import Outputs, Term
+from abkd_jax.losses import dist, gram, rank_correlation, total
+from abkd_jax.types import Head, Outputs, Term
 
 N, K = 9, 5
 INF, NAN = np.inf, np.nan
@@ -427,8 +427,9 @@ def test_the_mean_under_total_is_over_valid_rows(loss):
     expected = truth(student, teacher, batch)[batch["where"]].mean()
     found, means = total({"it": term}, student, {"teacher": teacher}, batch)
     np.testing.assert_allclose([means["it"], found], [expected, 0.5 * expected], rtol=2e-5)
-    with pytest.raises(ValueError, match="couples the examples of a batch"):
-        chunked_total({"it": term}, student, {"teacher": teacher}, batch, chunk=4)
+    unformed = Outputs(hidden=student.logits, head=Head(np.eye(student.logits.shape[-1])))
+    with pytest.raises(ValueError, match="couples a batch's rows"):
+        total({"it": term}, unformed, {"teacher": teacher}, batch, chunk=4)
 
 
 @EVERY

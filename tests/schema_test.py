@@ -433,8 +433,8 @@ def test_networks_that_would_start_as_one_are_refused():
 
 TAKES = (
     "data, phases, task, batch_size, num_steps, checkpoint_every, log_every, steps_per_call, "
-    "devices, micro_batches, init_seed, init_seeds, data_seed, plugins, analysis, and networks, "
-    "which have a model."
+    "devices, micro_batches, chunk, init_seed, init_seeds, data_seed, plugins, analysis, and "
+    "networks, which have a model."
 )
 TERMS = "must be a group of at least one term by name, for"
 DIGITS = "digits takes validation, shape, labelled, omit, pad, flip, mean, std."
@@ -478,6 +478,7 @@ REFUSED = {
         "micro_batches": True
     },
     "batch_size must be a multiple of micro_batches, 3; found 128.": {"micro_batches": 3},
+    "chunk must be an integer of at least 0 and less than 2**31; found -1.": {"chunk": -1},
     "steps_per_call must be an integer of at least 0 and less than 2**31; found -1.": {
         "steps_per_call": -1
     },

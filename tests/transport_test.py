@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 from loss_contract import check_contract, draw
 
 from abkd_jax.binding import bind
-from abkd_jax.losses import chunked_total, sinkhorn, total
-from abkd_jax.types import Outputs, Term
+from abkd_jax.losses import sinkhorn, total
+from abkd_jax.types import Head, Outputs, Term
 
 N, K = 9, 5
 
@@ -163,8 +163,9 @@ def test_the_mean_under_total_is_the_cost_per_valid_row():
     found, means = total({"sinkhorn": term}, student, {"teacher": teacher}, batch)
     expected = np.nanmean(numpy_sinkhorn(2.0, 0.1, 20)(student, teacher, batch))
     np.testing.assert_allclose([means["sinkhorn"], found], [expected, 0.5 * expected], rtol=1e-5)
-    with pytest.raises(ValueError, match="couples the examples of a batch"):
-        chunked_total({"sinkhorn": term}, student, {"teacher": teacher}, batch, chunk=4)
+    unformed = Outputs(hidden=student.logits, head=Head(np.eye(student.logits.shape[-1])))
+    with pytest.raises(ValueError, match="couples a batch's rows"):
+        total({"sinkhorn": term}, unformed, {"teacher": teacher}, batch, chunk=4)
 
 
 @pytest.mark.parametrize("epsilon", [1e-4, 1e-3])

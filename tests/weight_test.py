@@ -13,7 +13,6 @@ from abkd_jax.binding import bind
 from abkd_jax.config.build import Builder
 from abkd_jax.divergences import forward_kl, powered, reverse_kl
 from abkd_jax.losses import (
-    chunked_total,
     difficulty_weighted,
     entropy_aware,
     entropy_gated,
@@ -22,7 +21,7 @@ from abkd_jax.losses import (
     power_weighted,
     total,
 )
-from abkd_jax.types import Batch, Outputs, Term
+from abkd_jax.types import Batch, Head, Outputs, Term
 
 B, K = 12, 6
 INF = np.inf
@@ -288,10 +287,10 @@ def test_masks_do_not_matter_to_its_values():
 
 
 def test_in_chunks():
-    student, teacher = (Outputs(logits=x) for x in make())
+    student, teacher = (Outputs(hidden=x, head=Head(np.eye(x.shape[-1]))) for x in make())
     term, batch = {"it": Term(gated(), jnp.ones(()), other="teacher")}, {"where": np.ones(B, bool)}
     whole, _ = total(term, student, {"teacher": teacher}, batch)
-    parts, _ = jax.jit(functools.partial(chunked_total, chunk=5))(
+    parts, _ = jax.jit(functools.partial(total, chunk=5))(
         term, student, {"teacher": teacher}, batch
     )
     np.testing.assert_allclose(parts, whole, rtol=1e-6)

@@ -15,7 +15,7 @@ from abkd_jax.analysis.gradients import cosine, gradient_norm, logit_gradient
 from abkd_jax.analysis.reassignment import log_mass_ratio
 from abkd_jax.binding import Bound, NonNegative, Number
 from abkd_jax.divergences import forward_kl
-from abkd_jax.losses.total import chunked
+from abkd_jax.losses.chunks import chunked
 from abkd_jax.types import Divergence
 
 

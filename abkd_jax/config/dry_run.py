@@ -22,19 +22,23 @@ _ROWS = 2  # of the batch on which networks are tried
 _OF_THE_STEP = ("input_gradient",)  # what the training step makes, for any network
 
 
-def dry_run(plan: Plan, phase: Phase) -> None:
+def dry_run(plan: Plan, phase: Phase) -> dict[str, Outputs]:
     """Refuses networks that do not fit the data or the task, and losses that read what none shows.
 
     Args:
         plan: of the run.
         phase: one of its phases.
 
+    Returns:
+        What its networks show, as shapes.
+
     Raises:
         ValueError: one sentence.
     """
     states, outputs = _networks(plan, phase)
     for name in (*phase.learners, *phase.see):
-        plan.task.check(name, outputs[name], plan.description)
+        shown = jax.eval_shape(Outputs.formed, outputs[name])
+        plan.task.check(name, shown, plan.description)
     for name in phase.learners:
         own = "terms" in plan.config["phases"][phase.name].get(name, ())
         at = f"phases.{phase.name}.{name}.terms" if own else f"{name}.terms"
@@ -44,6 +48,7 @@ def dry_run(plan: Plan, phase: Phase) -> None:
         jax.eval_shape(_step(plan, phase, outputs), states, batch)
     except AssertionError as error:  # a check of a loss
         raise ValueError(f"{' and '.join(phase.learners)}: {error}") from error
+    return outputs
 
 
 def one_step(
@@ -98,7 +103,7 @@ def _step(
         return jnp.zeros((plan.description.num_classes, outputs[term.other].hidden.shape[-1]))
 
     source = Source(batch=lambda state, examples, data_seed, step: examples)
-    static = Static(plan.config["micro_batches"], mesh=mesh)
+    static = Static(plan.config["micro_batches"], mesh=mesh, chunk=plan.config["chunk"])
 
     def step(networks, batch):
         learners = {name: networks[name] for name in phase.learners}
@@ -170,7 +175,8 @@ def _check_needs(at: str, learner: str, phase: Phase, outputs: Mapping[str, Outp
                         f"{at}.{name} needs {part!r}, which is no part of Outputs; these are "
                         f"{', '.join(Outputs.__dataclass_fields__)}."
                     )
-                if getattr(outputs[network], part) is None:
+                to_form = part == "logits" and outputs[network].unformed
+                if getattr(outputs[network], part) is None and not to_form:
                     raise ValueError(
                         f"{at}.{name} needs {part!r} of {network!r}, which its model does not give."
                     )

@@ -96,6 +96,7 @@ class Plan(NamedTuple):
         description: of the data.
         networks: by name.
         phases: in order.
+        unformed: whether a network leaves its logits to be formed where they are reduced.
     """
 
     config: Mapping[str, Any]
@@ -105,6 +106,13 @@ class Plan(NamedTuple):
     description: Description
     networks: Mapping[str, Network]
     phases: tuple[Phase, ...]
+    unformed: bool = False
+
+    @property
+    def row_wise(self) -> bool:
+        """Whether no loss couples the rows of a batch, so that logits may be formed in chunks."""
+        objectives = [terms for phase in self.phases for terms in phase.objectives.values()]
+        return not any(term.loss.couples_batch for terms in objectives for term in terms.values())
 
     @property
     def seeded(self) -> frozenset[str]:

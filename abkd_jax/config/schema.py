@@ -32,6 +32,7 @@ DEFAULTS = {
     "devices": 0,  # 0: all that there are
     "fsdp": 1,  # over how many of them each network is split
     "micro_batches": 1,
+    "chunk": 0,  # of how many rows unformed logits are formed at a time; 0: of as many as fit
     "init_seed": 0,
     "init_seeds": 1,  # how many, from init_seed on, for the networks of `Plan.seeded`
     "data_seed": 0,
@@ -122,9 +123,8 @@ def resolve(
         raise ValueError("analysis: gradient_cosines are between terms, and no learner has two.")
     if config["init_seeds"] > 1:
         _check_seeds(plan)
-    for phase in plan.phases:
-        dry_run(plan, phase)
-    return plan
+    shown = [dry_run(plan, phase) for phase in plan.phases]
+    return plan._replace(unformed=any(x.unformed for outputs in shown for x in outputs.values()))
 
 
 def _check(config: Mapping[str, Any]) -> None:

@@ -43,11 +43,17 @@ def with_outputs(
     found = []
     for batch in evaluation_batches(split, size, preprocess):
         shown = forward(batch).items()
-        found.append({name: Outputs(logits=x.logits, hidden=x.hidden) for name, x in shown})
+        found.append({name: _kept(x) for name, x in shown})
     joined = lambda *parts: jnp.concatenate(parts)[: len(split)]  # noqa: E731
     first, *others = found
     outputs = {name: x.map_rows(joined, *(o[name] for o in others)) for name, x in first.items()}
     return split.replace(outputs={**split.outputs, **outputs})
+
+
+def _kept(outputs: Outputs) -> Outputs:
+    """Logits and hidden features; the head too where logits are still to be formed."""
+    head = outputs.head if outputs.unformed else None
+    return Outputs(logits=outputs.logits, hidden=outputs.hidden, head=head)
 
 
 def row_hashes(inputs: Any) -> np.ndarray:

@@ -1,15 +1,23 @@
-"""The sum of an objective's terms: the only place where losses are reduced."""
+"""The sum of an objective's terms: the only place where losses are reduced.
+
+A network may leave its logits unformed (None) and show `hidden` and `head` in their place. They are
+formed here, once for all that reads them: of all rows or, with `chunk=n`, of n at a time, so that
+no array `[rows, K]` ever exists, and all terms and the gradients that are wanted are found in one
+pass. Where all networks form their logits themselves, there are no chunks.
+"""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from jax import Array
 from jax import numpy as jnp
+from jax.sharding import Mesh
 
 from abkd_jax import checks, numerics
 from abkd_jax.binding import Schedule
+from abkd_jax.losses.chunks import Layout, over_chunks
 from abkd_jax.types import Batch, Outputs, Term
 
 _LEARNER = "the network being trained"
@@ -39,6 +47,8 @@ def total(
     batch: Batch,
     *,
     counts: Mapping[str, Array] | None = None,
+    chunk: int = 0,
+    mesh: Mesh | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """The sum over terms of weight x mean of the loss over the examples of the term's mask.
 
@@ -52,87 +62,187 @@ def total(
         student: the network that is being trained.
         others: the other networks' outputs, by name; a loss whose term names none sees an empty
             `Outputs`.
-        batch: with every mask that a term names.
+        batch: with every mask that a term names. In chunks a loss sees those entries that have
+            rows.
         counts: the divisors of the means, when the batch is a part of a larger one; the parts'
             totals then add up to that of the whole. By default the number of examples in the mask.
+        chunk: of how many rows, on each device, unformed logits are formed at a time; 0 for all.
+            There is no forward mode then.
+        mesh: over which the batch is split, whose devices have chunks of their own rows; None for
+            none.
 
     Returns:
-        The scalar, and the mean of each term, before its weight, by the term's name.
+        The scalar, and the mean of each term, before its weight, by the term's name; in chunks the
+        means carry no gradient.
 
     Raises:
         AssertionError: if a mask is not bool, or a loss does not give one value per example.
-        ValueError: if a part of the outputs or the labels have other rows than batch["where"], or a
-            weight is a schedule.
+        ValueError: if a part of the outputs or the labels have other rows than batch["where"], a
+            weight is a schedule, or a loss that couples the batch would see chunks.
     """
+    outputs = {**others, _LEARNER: student}
+    if _has_chunks(outputs, chunk):
+        _check_row_wise({_LEARNER: terms})
+    counts = term_counts(terms, batch) if counts is None else dict(counts)
+    numbers = {_LEARNER: dict(terms)}, {_LEARNER: counts}
+    value, found, _ = _over_rows(_totals, _seen, outputs, batch, numbers, chunk, mesh)
+    return value, found[_LEARNER][1]
+
+
+def joint_total(
+    objectives: Mapping[str, Mapping[str, Term]],
+    outputs: Mapping[str, Outputs],
+    batch: Batch,
+    *,
+    counts: Mapping[str, Mapping[str, Array]],
+    chunk: int = 0,
+    mesh: Mesh | None = None,
+) -> tuple[Array, dict[str, tuple[Array, dict[str, Array]]]]:
+    """The sum of several learners' totals, for which a network's logits are formed once.
+
+    Args:
+        objectives: the terms of each learner, by its name.
+        outputs: of all networks, by name. A learner sees the others under stop_gradient.
+        batch: see `total`, also for the rest.
+        counts: by learner.
+        chunk: see `total`.
+        mesh: likewise.
+
+    Returns:
+        The scalar, and what `total` returns for each learner.
+    """
+    if _has_chunks(outputs, chunk):
+        _check_row_wise(objectives)
+    numbers = {name: dict(terms) for name, terms in objectives.items()}, dict(counts)
+    totals = functools.partial(_totals, detached=True)
+    value, found, _ = _over_rows(totals, _seen, outputs, batch, numbers, chunk, mesh)
+    return value, found
+
+
+def in_chunks(
+    f: Callable[[Mapping[str, Outputs], Batch], tuple[Any, Any]],
+    outputs: Mapping[str, Outputs],
+    batch: Batch,
+    *,
+    chunk: int = 0,
+    mesh: Mesh | None = None,
+) -> tuple[Any, Any]:
+    """A function of networks' logits where these are formed chunk by chunk, as in `total`.
+
+    Args:
+        f: (outputs with logits, batch) -> (sums, which add up over rows; arrays with one row for
+            each row that it sees), both pytrees. A chunk has rows `[n]`, whatever `where` has.
+        outputs: by name.
+        batch: with `where`; hidden rows outside of it are 0 where logits are formed.
+        chunk: see `total`.
+        mesh: likewise.
+
+    Returns:
+        What `f` returns, for all rows; without a gradient.
+    """
+
+    def of_rows(outputs, batch, _):
+        return jnp.zeros(()), *f(outputs, batch)
+
+    where = lambda batch, _: batch["where"]  # noqa: E731
+    outputs, batch = jax.lax.stop_gradient((dict(outputs), dict(batch)))
+    _, *found = _over_rows(of_rows, where, outputs, batch, (), chunk, mesh)
+    return tuple(found)
+
+
+def _over_rows(f, seen, outputs, batch, numbers, chunk, mesh):
+    """f(outputs with logits, batch, numbers), a scalar, sums and arrays: at once or in chunks.
+
+    `seen(batch, numbers)` are the rows that it reads.
+    """
+
+    def of_rows(rows, shared):
+        (parts, batch), (heads, numbers) = rows, shared
+        shown = {name: part.replace(head=heads[name]) for name, part in parts.items()}
+        return f(_formed(shown, seen, batch, numbers), batch, numbers)
+
+    if not _has_chunks(outputs, chunk):
+        return f(_formed(outputs, seen, batch, numbers), batch, numbers)
+    where = batch["where"]
+    for name, x in outputs.items():
+        x.map_rows(lambda part, x, name=name: _check(f"{name}: {part}", x, where), named=True)
+    parts = {name: x.replace(head=None) for name, x in outputs.items()}
+    heads = {name: x.head for name, x in outputs.items()}
+    per_row = {name: x for name, x in batch.items() if _has_rows(x, where.shape)}
+    layout = Layout(where.ndim, chunk, mesh)
+    return over_chunks(of_rows, layout, (parts, per_row), (heads, numbers))
+
+
+def _has_chunks(outputs: Mapping[str, Outputs], chunk: int) -> bool:
+    return chunk > 0 and any(x.unformed for x in outputs.values())
+
+
+def _check_row_wise(objectives: Mapping[str, Mapping[str, Term]]) -> None:
+    """Refuses what cannot have chunks."""
+    for terms in objectives.values():
+        for name, term in terms.items():
+            row_wise = not getattr(term.loss, "couples_batch", False)
+            expected = "of each row alone, to have chunks (0 for none); it couples a batch's rows"
+            found = getattr(term.loss, "fn", term.loss).__name__
+            checks.require(row_wise, f"the loss of term {name!r}", expected, found)
+
+
+def _totals(outputs, batch, numbers, *, detached=False):
+    """The sum of the learners' totals, and value and means of each, as `over_chunks` takes them."""
+    objectives, counts = numbers
+    others = jax.lax.stop_gradient(outputs) if detached else outputs
+    found = {
+        name: _total(terms, name, outputs[name], others, batch, counts[name])
+        for name, terms in objectives.items()
+    }
+    return sum(value for value, _ in found.values()), found, ()
+
+
+def _total(terms, learner, student, others, batch, counts):
+    """`total` of networks with logits."""
     means = {}
     for name, term in terms.items():
         is_number = not isinstance(term.weight, Schedule)
         expected = "a number: call at_step(terms, step) first"
         checks.require(is_number, f"the weight of term {name!r}", expected, term.weight)
         where = mask_of(term, batch)
-        seen = batch["where"] if getattr(term.loss, "couples_batch", False) else where
+        seen = _seen_by(term, batch)
         other = Outputs() if term.other is None else others[term.other]
         values = term.loss(
-            _selected(_LEARNER, student, seen),
+            _selected(learner, student, seen),
             _selected(term.other, other, seen),
             _batch_selected(batch, seen),
         )
         field = f"the loss of term {name!r}"
         checks.check_array(field, values, float, where.shape, "one value per example")
-        count = None if counts is None else counts[name]
-        means[name] = numerics.masked_mean(values, where, count)
+        means[name] = numerics.masked_mean(values, where, counts[name])
     return sum(terms[name].weight * mean for name, mean in means.items()), means
 
 
-def chunked_total(
-    terms: Mapping[str, Term],
-    student: Outputs,
-    others: Mapping[str, Outputs],
-    batch: Batch,
-    *,
-    chunk: int,
-    counts: Mapping[str, Array] | None = None,
-) -> tuple[Array, dict[str, Array]]:
-    """`total` for vocabularies whose logits do not fit: no `[tokens, K]` array ever exists.
+def _seen_by(term: Term, batch: Batch) -> Array:
+    """The rows that a term's loss sees."""
+    couples = getattr(term.loss, "couples_batch", False)
+    return batch["where"] if couples else mask_of(term, batch)
 
-    Networks that leave their logits unformed (None) show `hidden` and `head` instead. The tokens
-    are visited in chunks; a chunk's logits are formed once for all terms, and its gradients (in the
-    student's rows, its head and all numbers) are taken in the same pass, so that the backward pass
-    has only to scale them. The other networks get no gradient.
 
-    Args:
-        terms: as in `total`, none of which couples the examples of a batch.
-        student: the network that is being trained.
-        others: the other networks' outputs, by name.
-        batch: its masks and labels, all `[...]`.
-        chunk: how many tokens at a time.
-        counts: as in `total`.
+def _seen(batch, numbers):
+    """The rows that any term's loss sees."""
+    terms = [term for objective in numbers[0].values() for term in objective.values()]
+    return functools.reduce(jnp.logical_or, [_seen_by(term, batch) for term in terms])
 
-    Returns:
-        As `total`; the metrics carry no gradient.
 
-    Raises:
-        ValueError: if a term couples the batch, or a network shows neither logits nor hidden.
-    """
-    for name, term in terms.items():
-        is_row_wise, fn = not term.loss.couples_batch, term.loss.fn.__name__
-        expected = "of each row alone, to have chunks; this one couples the examples of a batch"
-        checks.require(is_row_wise, f"the loss of term {name!r}", expected, fn)
-    for name, outputs in {_LEARNER: student, **others}.items():
-        forms = outputs.hidden is not None and outputs.head is not None
-        shows = outputs.logits is not None or forms
-        found = [part for part, x in vars(outputs).items() if x is not None]
-        checks.require(shows, f"what {name} shows", "logits, or hidden and head", found)
-    where = batch["where"]
-    counts = term_counts(terms, batch) if counts is None else dict(counts)
-    split = functools.partial(chunked, leading=where.ndim, chunk=chunk)
-    per_token = {n: x for n, x in batch.items() if getattr(x, "shape", None) == where.shape}
-    rows = lambda o: Outputs(logits=o.logits, hidden=o.hidden).map_rows(split)  # noqa: E731
-    chunks = {n: rows(o) for n, o in others.items()}, jax.tree.map(split, per_token)
-    heads = {n: o.head for n, o in others.items()}
-    frozen = jax.lax.stop_gradient((chunks, heads, counts))
-    value, means = _over_chunks(rows(student), (student.head, dict(terms)), frozen)
-    return value, jax.lax.stop_gradient(means)
+def _formed(outputs, seen, batch, numbers):
+    """The outputs of all networks, with logits."""
+    found = dict(outputs)
+    for name, shown in outputs.items():
+        if shown.unformed:  # 0 outside, before the head's matrix spreads what rows hold
+            found[name] = _selected(name, shown, seen(batch, numbers)).formed()
+    return found
+
+
+def _has_rows(part: Any, shape: tuple[int, ...]) -> bool:
+    """Whether an entry of a batch has one row for each row of `where`."""
+    return all(jnp.shape(x)[: len(shape)] == shape for x in jax.tree.leaves(part))
 
 
 def _selected(network: str, outputs: Outputs, where: Array) -> Outputs:
@@ -149,73 +259,14 @@ def _batch_selected(batch: Batch, where: Array) -> Batch:
 
 def _rows(name: str, x: Array, where: Array) -> Array:
     """x with 0 in the rows outside."""
+    _check(name, x, where)
+    return jnp.where(jnp.expand_dims(where, range(where.ndim, x.ndim)), x, 0)
+
+
+def _check(name: str, x: Array, where: Array) -> None:
+    """Refuses what has other rows than the mask."""
     if x.shape[: where.ndim] != where.shape:
         raise ValueError(
             f"{name} must have one row for each row of the batch's where {list(where.shape)}; "
             f"found {list(x.shape)}."
         )
-    return jnp.where(jnp.expand_dims(where, range(where.ndim, x.ndim)), x, 0)
-
-
-@jax.custom_vjp
-def _over_chunks(rows: Outputs, shared: Any, frozen: Any) -> tuple[Array, dict[str, Array]]:
-    """The total and the means over all chunks of the student's rows."""
-    chunks, *rest = frozen
-
-    def step(summed, chunk):
-        return jax.tree.map(jnp.add, summed, _chunk_total(chunk[0], shared, chunk[1], *rest)), None
-
-    return jax.lax.scan(step, _zeros(rows, shared, frozen), (rows, chunks))[0]
-
-
-def _over_chunks_forward(rows, shared, frozen):
-    chunks, *rest = frozen
-    gradient = jax.value_and_grad(_chunk_total, argnums=(0, 1), has_aux=True)
-
-    def step(summed, chunk):
-        result, (d_rows, d_shared) = gradient(chunk[0], shared, chunk[1], *rest)
-        return jax.tree.map(jnp.add, summed, (result, d_shared)), d_rows
-
-    zeros = _zeros(rows, shared, frozen), jax.tree.map(jnp.zeros_like, shared)
-    (result, d_shared), d_rows = jax.lax.scan(step, zeros, (rows, chunks))
-    return result, (d_rows, d_shared)
-
-
-def _over_chunks_backward(gradients, cotangents):
-    scaled = jax.tree.map(lambda gradient: gradient * cotangents[0], gradients)
-    return *scaled, None
-
-
-_over_chunks.defvjp(_over_chunks_forward, _over_chunks_backward)
-
-
-def _chunk_total(rows, shared, chunk, heads, counts):
-    """`total` of one chunk, its logits formed here and nowhere else."""
-    (head, terms), (other_rows, batch) = shared, chunk
-    masks = [mask_of(term, batch) for term in terms.values()]
-    seen = functools.reduce(jnp.logical_or, masks)
-
-    def with_logits(name, rows, head):
-        rows = _selected(name, rows, seen)  # before the head's matrix spreads what they hold
-        logits = head(rows.hidden) if rows.logits is None else rows.logits
-        return rows.replace(logits=logits, head=head)
-
-    student = with_logits(_LEARNER, rows, head)
-    others = {name: with_logits(name, rows, heads[name]) for name, rows in other_rows.items()}
-    return total(terms, student, others, batch, counts=counts)
-
-
-def chunked(x: Array, *, leading: int, chunk: int) -> Array:
-    """`[..., *]` with `leading` axes of rows to `[chunks, chunk, *]`, padded with zeros."""
-    flat = x.reshape(-1, *x.shape[leading:])
-    padding = -len(flat) % chunk
-    padded = jnp.pad(flat, [(0, padding)] + [(0, 0)] * (flat.ndim - 1))
-    return padded.reshape(-1, chunk, *flat.shape[1:])
-
-
-def _zeros(rows, shared, frozen):
-    """What the sums over chunks start from."""
-    chunks, *rest = frozen
-    first = jax.tree.map(lambda x: x[0], (rows, chunks))
-    shapes = jax.eval_shape(_chunk_total, first[0], shared, first[1], *rest)
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

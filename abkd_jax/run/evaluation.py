@@ -10,6 +10,7 @@ from jax import numpy as jnp
 from jax.sharding import Mesh
 
 from abkd_jax import data, parallel
+from abkd_jax.losses import in_chunks
 from abkd_jax.tasks import Task
 from abkd_jax.train import Networks, eval_outputs
 from abkd_jax.types import Batch
@@ -46,6 +47,7 @@ def evaluate(
     preprocess: data.Preprocess,
     mesh: Mesh,
     gather: bool = False,
+    chunk: int = 0,
 ) -> tuple[dict[str, dict[str, Any]], Rows]:
     """What a task says of networks on a split.
 
@@ -57,6 +59,7 @@ def evaluate(
         preprocess: of its inputs.
         mesh: of devices.
         gather: whether rows are wanted, too.
+        chunk: of how many rows logits are formed at a time, see `losses.total`.
 
     Returns:
         {network: {metric: value}}, and the rows of each network: the first ones of the split, as
@@ -66,7 +69,8 @@ def evaluate(
     gathered: list[Any] = []
 
     def sums_of(batch: Batch) -> Any:
-        sums, rows = _evaluate(networks, batch, task=task, gather=gather, mesh=mesh)
+        how = dict(task=task, gather=gather, mesh=mesh, chunk=chunk)
+        sums, rows = _evaluate(networks, batch, **how)
         if gather and _room(gathered):
             kept = np.asarray(batch["where"])
             gathered.append(jax.tree.map(lambda x: np.asarray(x)[kept], rows))
@@ -78,12 +82,16 @@ def evaluate(
     return found, rows
 
 
-@functools.partial(jax.jit, static_argnames=("task", "gather", "mesh"))
-def _evaluate(networks: Networks, batch: Batch, *, task: Task, gather: bool, mesh: Mesh):
+@functools.partial(jax.jit, static_argnames=("task", "gather", "mesh", "chunk"))
+def _evaluate(
+    networks: Networks, batch: Batch, *, task: Task, gather: bool, mesh: Mesh, chunk: int
+):
+    def judged(outputs, batch):
+        rows = {name: task.rows(x, batch) for name, x in outputs.items()} if gather else {}
+        return task.sums(outputs, batch, tuple(networks)), rows
+
     batch = parallel.split(batch, mesh)
-    outputs = eval_outputs(networks, batch)
-    rows = {name: task.rows(x, batch) for name, x in outputs.items()} if gather else {}
-    return task.sums(outputs, batch, tuple(networks)), rows
+    return in_chunks(judged, eval_outputs(networks, batch), batch, chunk=chunk, mesh=mesh)
 
 
 def _room(gathered: list[Any]) -> bool:

@@ -251,7 +251,7 @@ def _scored(run: Run, networks: Networks) -> tuple[dict[str, Any], dict[str, Any
     """Scores on the test set by network, the summary on the data that select, the test's rows."""
     networks, task = parallel.replicated(networks, run.mesh), run.plan.task
     how = {"size": run.plan.config["batch_size"], "preprocess": run.data.preprocess}
-    how |= {"mesh": run.mesh, "gather": True}
+    how |= {"mesh": run.mesh, "gather": True, "chunk": run.plan.config["chunk"]}
     summary, rows = evaluate(networks, run.data.test, task, **how)
     chosen, chosen_rows = summary, {}
     if run.data.validation is not None:

@@ -24,8 +24,9 @@ from abkd_jax import parallel
 from abkd_jax.checks import require
 from abkd_jax.config.dry_run import with_statistics
 from abkd_jax.config.plan import Phase, Plan
-from abkd_jax.config.weights import Weights
+from abkd_jax.config.weights import Weights, read_about
 from abkd_jax.losses import feature
+from abkd_jax.losses.chunks import default_chunk
 from abkd_jax.run import workdir as folders
 from abkd_jax.run.interruption import Interruption
 from abkd_jax.sources import dataset
@@ -79,10 +80,24 @@ def opened(plan: Plan, workdir: str | os.PathLike, *, profile: bool = False) -> 
     devices, options = plan.config["devices"], ("batch_size", "fsdp")
     mesh = parallel.mesh(devices, **{key: plan.config[key] for key in options})
     with folders.locked(folder), Interruption() as interruption, _told_of_disks(folder):
+        plan = plan._replace(config=plan.config | {"chunk": _chunk(plan, folder)})
         run = Run(plan, folder, _with_known(plan, plan.data()), mesh, interruption, profile)
         for phase in plan.phases:  # all of them before the first trains
             examples(run, phase)
         yield run
+
+
+def _chunk(plan: Plan, workdir: pathlib.Path) -> int:
+    """The config's `chunk`, with a number for 0 where there are chunks: the one the run began with.
+
+    A loss that couples the rows of a batch has to see all of them.
+    """
+    chunk = plan.config["chunk"]
+    if chunk or not (plan.unformed and plan.row_wise):
+        return chunk
+    if (workdir / "config.json").exists():
+        return read_about(workdir)["config"].get("chunk", 0)
+    return default_chunk(plan.description.num_classes)
 
 
 def _with_known(plan: Plan, data: datasets.DataSet) -> datasets.DataSet:

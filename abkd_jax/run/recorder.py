@@ -71,11 +71,10 @@ def train_phase(
         recorder = _Recorder(
             run, phase, frozen, objectives, feed, size, folder, checkpoints, writer, progress, step
         )
+        sizes = config["micro_batches"], config["log_every"]
         training = Fit(
             label=label,
-            programs=Programs(
-                phase.source, Static(config["micro_batches"], config["log_every"], run.mesh)
-            ),
+            programs=Programs(phase.source, Static(*sizes, run.mesh, config["chunk"])),
             frozen=frozen,
             objectives=objectives,
             feed=profiled,
@@ -159,6 +158,7 @@ class _Recorder:
             size=self.config["batch_size"],
             preprocess=self.run.data.preprocess,
             mesh=self.run.mesh,
+            chunk=self.config["chunk"],
         )
         self._write(
             step,

@@ -26,6 +26,7 @@ from abkd_jax.run.log.writer import replacing
 from abkd_jax.types import Outputs, dotted, named_leaves
 
 _ABSENT = "absent"
+_LEFT_OPEN = ("config.chunk", 0)  # which a run fills in as it begins
 _PLACES = ("data.data_dir", "data.download")  # may differ when a run moves to another machine
 
 
@@ -198,7 +199,9 @@ def _differing(found: Mapping[str, Any], about: Mapping[str, Any]) -> list[tuple
     return [
         (name, there.get(path, _ABSENT), here.get(path, _ABSENT))
         for name, path in paths
-        if name not in _PLACES and there.get(path, _ABSENT) != here.get(path, _ABSENT)
+        if name not in _PLACES
+        and there.get(path, _ABSENT) != here.get(path, _ABSENT)
+        and (path, here.get(path)) != _LEFT_OPEN
     ]
 
 

@@ -21,6 +21,7 @@ from abkd_jax import parallel, train
 from abkd_jax.config.dry_run import with_statistics
 from abkd_jax.config.plan import Phase
 from abkd_jax.config.schema import check_integer, needed, plain, resolve
+from abkd_jax.losses import in_chunks
 from abkd_jax.run import phases
 from abkd_jax.run import workdir as folders
 from abkd_jax.run.evaluation import summarized
@@ -148,7 +149,8 @@ class Program:
         split = parallel.everywhere(split) if isinstance(split, datasets.Split) else split
         seed = config["data_seed"]
         self.feed = datasets.Feed(split, run.data.preprocess, data_seed=seed, size=size)
-        self._size, self._static = size, train.Static(config["micro_batches"], config["log_every"])
+        sizes = {name: config[name] for name in ("micro_batches", "log_every", "chunk")}
+        self._size, self._static = size, train.Static(**sizes)
         self.programs = train.Programs(phase.source, self._static, members=True)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -251,7 +253,7 @@ class _Recorder:
         empty = np.full((count, len(self._steps)), np.nan, np.float32)
         metrics = itertools.product(self._phase.learners, self._task.logged)
         self.history = {f"{name}/{metric}": empty.copy() for name, metric in metrics}
-        self._sums = functools.partial(_sums, self._task)
+        self._sums = functools.partial(_sums, self._task, self._run.plan.config["chunk"])
 
     def check(self, carry: train.Carry, step: int) -> None:
         """A member that is not finite stays as it was; the others go on."""
@@ -309,9 +311,13 @@ class _Recorder:
         return {name: dict(values) for name, values in found.items()}
 
 
-def _sums(task: Task, learners: train.Networks, frozen: train.Networks, batch: Any) -> Any:
+def _sums(
+    task: Task, chunk: int, learners: train.Networks, frozen: train.Networks, batch: Any
+) -> Any:
     """The sums of the networks that learn, and of what they have in common with all."""
-    return task.sums(train.eval_outputs(learners | frozen, batch), batch, tuple(learners))
+    judged = lambda outputs, batch: (task.sums(outputs, batch, tuple(learners)), ())  # noqa: E731
+    outputs = train.eval_outputs(learners | frozen, batch)
+    return in_chunks(judged, outputs, batch, chunk=chunk)[0]
 
 
 def _by_key(summary: Mapping[str, Mapping[str, Any]], task: Task) -> dict[str, np.ndarray]:

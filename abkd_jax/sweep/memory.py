@@ -1,13 +1,13 @@
 """How many members memory holds at once."""
 
 import math
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
+from abkd_jax import parallel
 from abkd_jax.run import workdir as folders
 
 _SHARE = 0.5  # of what is free
@@ -22,7 +22,7 @@ def fitting(fn: Callable, *args: Any, **keywords: Any) -> int:
         **keywords: of it.
     """
     size = _bytes_of(jax.make_jaxpr(fn)(*args, **keywords).jaxpr) + 1
-    return max(1, int(_SHARE * _free() / size))
+    return max(1, int(_SHARE * parallel.free_memory() / size))
 
 
 def remembered(path: pathlib.Path, size: Callable[[], int]) -> int:
@@ -49,12 +49,3 @@ def _bytes_of(jaxpr: Any) -> int:
         sizes = (math.prod(x.shape) * getattr(x.dtype, "itemsize", 8) for x in outputs)
         total += sum(map(_bytes_of, inner)) if inner else sum(sizes)
     return total
-
-
-def _free() -> float:
-    """Bytes that are free, on all local devices together."""
-    stats = [device.memory_stats() for device in jax.local_devices()]
-    if all(found and "bytes_limit" in found for found in stats):
-        return float(sum(found["bytes_limit"] - found["bytes_in_use"] for found in stats))
-    free = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf(free))

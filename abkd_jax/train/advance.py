@@ -50,11 +50,13 @@ class Static(NamedTuple):
         micro_batches: into how many parts a batch is split.
         log_every: how many steps the sums are over.
         mesh: over which batches are split; None for none.
+        chunk: of how many rows logits are formed at a time, see `train_step`.
     """
 
     micro_batches: int = 1
     log_every: int = 1
     mesh: Mesh | None = None
+    chunk: int = 0
 
 
 def begin(learners: Networks, objectives: Objectives, source: Source) -> Carry:
@@ -115,8 +117,10 @@ def advance(
         # By the metrics alone, gradient norms among them: to look at the parameters after the
         # update would keep those before it alive beside them.
         good = carry.bad_step < 0
-        options = {"micro_batches": static.micro_batches, "guard": good}
-        networks, metrics = train_step(carry.learners | frozen, batch, objectives, **options)
+        options = {name: getattr(static, name) for name in ("micro_batches", "chunk", "mesh")}
+        networks, metrics = train_step(
+            carry.learners | frozen, batch, objectives, guard=good, **options
+        )
         first_bad = good & ~all_finite(metrics)
         fresh = step % static.log_every == 0
         return Carry(

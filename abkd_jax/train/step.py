@@ -8,10 +8,12 @@ import jax
 import optax
 from jax import Array
 from jax import numpy as jnp
+from jax.sharding import Mesh
 
+from abkd_jax import parallel
 from abkd_jax.binding import at_step
 from abkd_jax.checks import require
-from abkd_jax.losses import cross_entropy, term_counts, total
+from abkd_jax.losses import cross_entropy, joint_total, term_counts
 from abkd_jax.train.state import TrainState
 from abkd_jax.types import Batch, Outputs, Term
 
@@ -19,13 +21,15 @@ Networks = dict[str, TrainState]
 Objectives = Mapping[str, Mapping[str, Term]]
 
 
-@functools.partial(jax.jit, static_argnames="micro_batches")
+@functools.partial(jax.jit, static_argnames=("micro_batches", "chunk", "mesh"))
 def train_step(
     networks: Networks,
     batch: Batch,
     objectives: Objectives,
     *,
     micro_batches: int = 1,
+    chunk: int = 0,
+    mesh: Mesh | None = None,
     guard: Array | None = None,
 ) -> tuple[Networks, dict[str, Array]]:
     """One step of every network that has an objective; the others are frozen.
@@ -43,6 +47,9 @@ def train_step(
         objectives: {name of a learner: {name: Term}}.
         micro_batches: into how many parts of equal size to split the batch, one after the other;
             the gradient is that of the whole batch, whatever the masks (batch norm sees the parts).
+        chunk: of how many rows, on each device, logits that networks leave unformed are formed at a
+            time; 0 for all. See `losses.total`.
+        mesh: over which the batch is split; None for none.
         guard: a boolean: the learners stay as they are unless it is true and every metric is
             finite. None updates them in any case.
 
@@ -59,11 +66,12 @@ def train_step(
         batch = {**batch, "where": _every_row(batch)}
     terms = {name: at_step(dict(objectives[name]), networks[name].step) for name in objectives}
     counts = {name: term_counts(terms[name], batch) for name in terms}
-    learn = functools.partial(_gradients, networks, terms, counts)
+    reduce = functools.partial(joint_total, terms, counts=counts, chunk=chunk, mesh=mesh)
+    learn = functools.partial(_gradients, networks, terms, reduce)
     if micro_batches == 1:
         grads, (stats, metrics) = learn({n: networks[n].batch_stats for n in terms}, batch)
     else:
-        grads, (stats, metrics) = _accumulated(learn, networks, terms, batch, micro_batches)
+        grads, (stats, metrics) = _accumulated(learn, networks, terms, batch, micro_batches, mesh)
     metrics |= {f"{name}/gradient_norm": optax.tree.norm(grads[name]) for name in terms}
 
     def update(states: Networks) -> Networks:
@@ -124,13 +132,13 @@ def _every_row(batch: Batch) -> Array:
     return jnp.ones(jnp.shape(batch["labels"]) if "labels" in batch else inputs[:1], bool)
 
 
-def _gradients(networks, terms, counts, batch_stats, batch):
+def _gradients(networks, terms, reduce, batch_stats, batch):
     """Gradients {name: ...} of the learners, and (batch statistics, metrics)."""
 
     wanted = _of_input_gradient(terms)
 
     def loss(params):
-        outputs, stats, metrics, losses = {}, {}, {}, []
+        outputs, stats, metrics = {}, {}, {}
         for index, (name, state) in enumerate(networks.items()):
             if name in terms:
                 key = jax.random.fold_in(batch["key"], index) if "key" in batch else None
@@ -144,13 +152,11 @@ def _gradients(networks, terms, counts, batch_stats, batch):
                 own = params[name] if name in terms else state.eval_params
                 gradient = _input_gradient(state, own, batch)
                 outputs[name] = outputs[name].replace(input_gradient=gradient)
-        others = jax.lax.stop_gradient(outputs)
-        for name in terms:
-            value, means = total(terms[name], outputs[name], others, batch, counts=counts[name])
-            losses.append(value)
+        value, totals = reduce(outputs, batch)
+        for name, (own, means) in totals.items():
             metrics |= {f"{name}/{term}": mean for term, mean in means.items()}
-            metrics[f"{name}/loss"] = value
-        return sum(losses), (stats, metrics)
+            metrics[f"{name}/loss"] = own
+        return value, (stats, metrics)
 
     return jax.grad(loss, has_aux=True)({name: networks[name].params for name in terms})
 
@@ -179,7 +185,7 @@ def _input_gradient(state: TrainState, params: Any, batch: Batch) -> Array:
     return jax.grad(loss)(batch["inputs"])
 
 
-def _accumulated(learn, networks, terms, batch, micro_batches):
+def _accumulated(learn, networks, terms, batch, micro_batches, mesh):
     """`learn` over the parts of the batch: the sums of gradients and metrics."""
     size = len(batch["where"])
     require(size % micro_batches == 0, "micro_batches", f"a divisor of {size} rows", micro_batches)
@@ -202,6 +208,7 @@ def _accumulated(learn, networks, terms, batch, micro_batches):
         parts["key"] = jax.random.split(batch["key"], micro_batches)
 
     def learn_from(stats, part):
+        part = part if mesh is None else parallel.split(part, mesh)
         whole = {n: rows.replace(head=given[n].head) for n, rows in part["outputs"].items()}
         return learn(stats, part | {"outputs": whole})
 
