@@ -6,13 +6,16 @@ A new one is one function with annotated keywords, made of optax's parts, here o
 import functools
 import math
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
+import jax
 import optax
 from jax import Array
 
 from abkd_jax.binding import Bound, Domain, NonNegative, Number
+from abkd_jax.types import dotted
 
+_NEVER_DECAYED = ("bias", "scale")
 _ClipNorm = Annotated[float | Array, Domain(0, open_low=True, finite=False)]
 
 
@@ -54,10 +57,21 @@ def adamw(
     b2: Number = 0.999,
     eps: Number = 1e-8,
     clip_norm: _ClipNorm = math.inf,
+    decay_all: bool = True,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter, 2019): decay times learning rate, on all parameters."""
-    clip = optax.clip_by_global_norm(clip_norm)
-    return optax.chain(clip, optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay))
+    """AdamW (Loshchilov and Hutter, 2019): decay times learning rate, on all parameters.
+
+    Without `decay_all`, not on those named bias or scale: of layers and norms.
+    """
+    clip, mask = optax.clip_by_global_norm(clip_norm), None if decay_all else _matrices
+    decay = {"weight_decay": weight_decay, "mask": mask}
+    return optax.chain(clip, optax.adamw(learning_rate, b1, b2, eps, **decay))
+
+
+def _matrices(params: Any) -> Any:
+    """Which parameters are neither biases nor scales, by name, since stacks of layers are 2-d."""
+    own = lambda path, _: dotted(path).rpartition(".")[2] not in _NEVER_DECAYED  # noqa: E731
+    return jax.tree.map_with_path(own, params)
 
 
 @functools.lru_cache

@@ -66,7 +66,7 @@ def page(report: Report, task: Task, captions: Mapping[str, str]) -> str:
         " ".join(_what_was_run(report, data_name)),
         _origin(report.origin),
         "## Results",
-        _results(report, task.columns),
+        _results(report, task),
         *_best(report, task),
         *task.sections(report),
         "## Figures",
@@ -147,8 +147,8 @@ def _origin(origin: Mapping[str, Any]) -> str:
     return f"Made with {made}; {commit}; on {markdown.plain(origin['device'])}."
 
 
-def _results(report: Report, columns: Sequence[Column]) -> str:
-    rows = []
+def _results(report: Report, task: Task) -> str:
+    rows, columns = [], task.columns
     for name, network in report.networks.items():
         seeds, size, steps = report.seeds(name), network["parameters"], network["steps"]
         scores = markdown.cells(columns, *(seed["last"] for seed in seeds))
@@ -158,7 +158,7 @@ def _results(report: Report, columns: Sequence[Column]) -> str:
         rows.append([name, *scores, *count, f"{size:,}", f"{steps:,}", time])
     count = network["last"].get("count")  # the same for all; none if a task counts no examples
     counted = "" if count is None else f"{int(count):,} "
-    said = f"After the last step, on {counted}{report.result['evaluated_on']} examples"
+    said = f"After the last step, on {counted}{report.result['evaluated_on']} {task.unit}"
     if report.has_seeds:
         said += "; mean +- standard deviation over init seeds, and the time of all of them"
     if any(len(phase["learn"]) > 1 for phase in report.phases):

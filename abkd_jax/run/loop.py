@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from abkd_jax import data as datasets
-from abkd_jax import models, parallel
+from abkd_jax import models
 from abkd_jax.config.plan import Phase
 from abkd_jax.config.schema import identified, resolve
 from abkd_jax.run import phases
@@ -22,6 +22,7 @@ from abkd_jax.run.phases import Run
 from abkd_jax.run.recorder import selecting, train_phase
 from abkd_jax.train import Networks, begin, frozen
 from abkd_jax.train.checkpoint import FOLDER, Checkpoints, digest
+from abkd_jax.train.sharding import sharded
 from abkd_jax.types import Batch
 
 _EXAMPLES = 8  # test examples that the report shows
@@ -249,7 +250,7 @@ def _header(run: Run) -> dict[str, Any]:
 
 def _scored(run: Run, networks: Networks) -> tuple[dict[str, Any], dict[str, Any], Rows]:
     """Scores on the test set by network, the summary on the data that select, the test's rows."""
-    networks, task = parallel.replicated(networks, run.mesh), run.plan.task
+    networks, task = sharded(networks, run.mesh), run.plan.task
     how = {"size": run.plan.config["batch_size"], "preprocess": run.data.preprocess}
     how |= {"mesh": run.mesh, "gather": True, "chunk": run.plan.config["chunk"]}
     summary, rows = evaluate(networks, run.data.test, task, **how)
@@ -281,14 +282,18 @@ def _write_examples(run: Run, rows: Rows) -> None:
 
 
 def _examples_at(run: Run, positions: np.ndarray) -> Batch:
-    """The test examples to which rows belong, as they are stored, by the rows' positions."""
+    """The test examples to which rows belong, as they are stored, by the rows' positions.
+
+    With "place", where in its example each row stands, for examples of several rows.
+    """
     found, first = {}, 0
     for batch in datasets.evaluation_batches(run.data.test, run.plan.config["batch_size"]):
-        owners = np.nonzero(batch["where"])[0]
+        owners = np.argwhere(batch["where"])
         stored = {name: value for name, value in batch.items() if name != "outputs"}
         for position in positions[(positions >= first) & (positions < first + len(owners))]:
-            owner = owners[position - first]
-            found[position] = jax.tree.map(lambda x, owner=owner: np.asarray(x[owner]), stored)
+            owner, *place = owners[position - first]
+            example = jax.tree.map(lambda x, owner=owner: np.asarray(x[owner]), stored)
+            found[position] = example | {"place": np.asarray(place, int)}
         first += len(owners)
         if len(found) == len(positions):
             break

@@ -58,6 +58,7 @@ class Task(NamedTuple):
         figures: report -> {name: (figure, caption)}, besides the learning curves.
         notable: rows by network -> `[rows]`, how much each is worth a look: `sample` has those of
             the highest values. None: the first ones.
+        unit: what a row is.
     """
 
     check: Callable[[str, Outputs, Any], None]
@@ -73,3 +74,4 @@ class Task(NamedTuple):
     sections: Callable[[Any], list[str]]
     figures: Callable[[Any], dict[str, tuple[Any, str]]]
     notable: Callable[[Mapping[str, Mapping[str, Any]]], Any] | None = None
+    unit: str = "examples"

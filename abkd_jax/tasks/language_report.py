@@ -1,0 +1,129 @@
+"""What a report says of language, besides the tables and figures of all tasks."""
+
+from typing import Any
+
+import numpy as np
+
+from abkd_jax import figures as drawing
+from abkd_jax import markdown
+from abkd_jax.tasks.task import Column
+
+_PAIR = (
+    Column("agreement", "agreement %", 100, 2),
+    Column("kl_at_1", "KL at 1 (nats/token)"),
+)
+_EXPECTED = ("likeliest", "probabilities")
+_MOST_SHOWN = 8
+
+
+def sections(report: Any) -> list[str]:
+    """How networks agree with those that they learned from, and where they differ most.
+
+    Args:
+        report: what is known of the run, an `abkd_jax.report.Report`.
+
+    Returns:
+        Blocks of Markdown.
+    """
+    return [*_agreement(report), *_differences(report)]
+
+
+def figures(report: Any) -> dict[str, tuple[Any, str]]:
+    """The NLL and the KL by position.
+
+    Args:
+        report: as of `sections`.
+
+    Returns:
+        {name: (Figure, caption)}.
+    """
+    panels = [_panel(report, "NLL", {name: (name, None) for name in report.networks})]
+    panels += [_panel(report, f"KL from the {other}", pairs) for other, pairs in _by_other(report)]
+    caption = (
+        f"By the token's place in its segment, on the {report.result['evaluated_on']} data: the "
+        "mean NLL of each network, and its KL divergence at temperature 1 from a network that it "
+        "learned from. Each bin is twice as wide as the one before."
+    )
+    return {"by_position": (drawing.lines(panels), caption)}
+
+
+def _pairs(report: Any) -> list[tuple[str, str]]:
+    """(learner, a network that it saw) in the order of the phases."""
+    found = [
+        (name, other)
+        for phase in report.phases
+        for name in phase["learn"]
+        for other in (*phase["see"], *phase["learn"])
+        if other != name
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _agreement(report: Any) -> list[str]:
+    rows = []
+    for name, other in _pairs(report):
+        seeds = [seed["last"]["pairs"][other] for seed in report.seeds(name)]
+        rows.append([name, other, *markdown.cells(_PAIR, *seeds)])
+    if not rows:
+        return []
+    header = ["network", "learned from", *(column.title for column in _PAIR)]
+    said = "The most likely token is the same (agreement), and how far the distributions lie apart:"
+    return ["## Agreement", said, markdown.table(header, rows)]
+
+
+def _differences(report: Any) -> list[str]:
+    arrays = report.examples
+    names = [name for name in report.networks if f"nll/{name}" in arrays]
+    text, rows = report.class_name, []
+    for index in range(min(_MOST_SHOWN, len(arrays["labels"]))):
+        context = "".join(text(token) for token in arrays["contexts"][index] if token >= 0)
+        row = [f"…{_shown(context)} → **{_shown(text(arrays['labels'][index]))}**"]
+        for name in names:
+            first, chance = (
+                arrays[f"{x}/{name}"][index][0] for x in ("likeliest", "probabilities")
+            )
+            true = 100 * np.exp(-arrays[f"nll/{name}"][index])
+            row.append(f"{true:.1f} ({_shown(text(first))} {100 * chance:.1f})")
+        rows.append(row)
+    whole, count = report.result["evaluated_on"], int(arrays["candidates"])
+    chosen = "on which the networks' log-probabilities lie farthest apart"
+    if len(names) == 1:
+        chosen = "that it finds least likely"
+    return [
+        "## Tokens",
+        f"Those of the first {count:,} {whole} tokens {chosen}, and not typical; the probability "
+        "of the true token in per cent, and in brackets the likeliest one with its own:",
+        markdown.table(["context → token", *names], rows),
+    ]
+
+
+def _shown(text: str) -> str:
+    """Text as code in a cell of a table."""
+    text = "".join(x if x.isprintable() or x in "\n\t" else "·" for x in text)
+    text = text.replace("\n", "⏎").replace("\t", "⇥").replace("`", "'").replace("|", "¦")
+    return f"`{text}`" if text.strip() else f"`{text.replace(' ', '␣')}`"
+
+
+def _by_other(report: Any) -> list[tuple[str, dict[str, tuple[str, str]]]]:
+    found: dict[str, dict[str, tuple[str, str]]] = {}
+    for name, other in _pairs(report):
+        found.setdefault(other, {})[name] = (name, other)
+    return list(found.items())
+
+
+def _panel(report: Any, title: str, shown: dict[str, tuple[str, str | None]]) -> dict[str, Any]:
+    """What `figures.curves` draws: a curve for each network, or pair."""
+    curves = {}
+    for label, (name, other) in shown.items():
+        last = report.networks[name]["last"]
+        found, key = (last, "nll") if other is None else (last["pairs"][other], "kl_at_1")
+        points = np.array([found["position_place"], found[f"position_{key}"]], float)
+        points[0] += 1  # counted from 1, for the axis is logarithmic
+        curves[label] = points[:, np.isfinite(points).all(axis=0)]
+    return {
+        "title": title,
+        "x": "place in the segment",
+        "y": "nats per token",
+        "curves": curves,
+        "log_x": True,
+    }
