@@ -9,7 +9,7 @@ from abkd_jax import figures, markdown
 from abkd_jax.report import curves
 from abkd_jax.report.files import Report, load
 from abkd_jax.run.log.writer import replacing
-from abkd_jax.tasks.task import Column, Task
+from abkd_jax.tasks.task import Task
 
 _OF_TERMS = ("weight", "where", "other")  # what a term's group has besides its loss
 _OF_ANALYSIS = (

@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 
-from abkd_jax import figures as drawing
 from abkd_jax import markdown
 from abkd_jax.tasks.task import Column
 
@@ -37,17 +36,17 @@ def figures(report: Any) -> dict[str, tuple[Any, str]]:
     Returns:
         {name: (Figure, caption)}.
     """
-    panels = [_panel(report, "NLL", {name: (name, None) for name in report.networks})]
-    panels += [_panel(report, f"KL from the {other}", pairs) for other, pairs in _by_other(report)]
+    from abkd_jax.tasks import language_figures as drawn  # matplotlib takes a second
+
     caption = (
         f"By the token's place in its segment, on the {report.result['evaluated_on']} data: the "
         "mean NLL of each network, and its KL divergence at temperature 1 from a network that it "
         "learned from. Each bin is twice as wide as the one before."
     )
-    return {"by_position": (drawing.lines(panels), caption)}
+    return {"by_position": (drawn.by_position(report, learned_from(report)), caption)}
 
 
-def _pairs(report: Any) -> list[tuple[str, str]]:
+def learned_from(report: Any) -> list[tuple[str, str]]:
     """(learner, a network that it saw) in the order of the phases."""
     found = [
         (name, other)
@@ -61,7 +60,7 @@ def _pairs(report: Any) -> list[tuple[str, str]]:
 
 def _agreement(report: Any) -> list[str]:
     rows = []
-    for name, other in _pairs(report):
+    for name, other in learned_from(report):
         seeds = [seed["last"]["pairs"][other] for seed in report.seeds(name)]
         rows.append([name, other, *markdown.cells(_PAIR, *seeds)])
     if not rows:
@@ -102,28 +101,3 @@ def _shown(text: str) -> str:
     text = "".join(x if x.isprintable() or x in "\n\t" else "·" for x in text)
     text = text.replace("\n", "⏎").replace("\t", "⇥").replace("`", "'").replace("|", "¦")
     return f"`{text}`" if text.strip() else f"`{text.replace(' ', '␣')}`"
-
-
-def _by_other(report: Any) -> list[tuple[str, dict[str, tuple[str, str]]]]:
-    found: dict[str, dict[str, tuple[str, str]]] = {}
-    for name, other in _pairs(report):
-        found.setdefault(other, {})[name] = (name, other)
-    return list(found.items())
-
-
-def _panel(report: Any, title: str, shown: dict[str, tuple[str, str | None]]) -> dict[str, Any]:
-    """What `figures.curves` draws: a curve for each network, or pair."""
-    curves = {}
-    for label, (name, other) in shown.items():
-        last = report.networks[name]["last"]
-        found, key = (last, "nll") if other is None else (last["pairs"][other], "kl_at_1")
-        points = np.array([found["position_place"], found[f"position_{key}"]], float)
-        points[0] += 1  # counted from 1, for the axis is logarithmic
-        curves[label] = points[:, np.isfinite(points).all(axis=0)]
-    return {
-        "title": title,
-        "x": "place in the segment",
-        "y": "nats per token",
-        "curves": curves,
-        "log_x": True,
-    }
