@@ -212,5 +212,5 @@ def _contexts(ids: np.ndarray, segments: np.ndarray, places: np.ndarray) -> np.n
     """The tokens of the same segment up to a place of each row, the last one at the end."""
     at = places[:, None] + np.arange(1 - _CONTEXT, 1)
     row = np.arange(len(ids))[:, None]
-    inside = (at >= 0) & (segments[row, at] == segments[row, places[:, None]])
-    return np.where(inside, ids[row, at], -1)
+    own = segments[row, np.maximum(at, 0)] == segments[row, places[:, None]]
+    return np.where((at >= 0) & own, ids[row, np.maximum(at, 0)], -1)
