@@ -10,9 +10,9 @@ Number: not measured.
 
 The argument is "teacher='DIR',student='DIR',train='FILE'", and may have more. teacher and student
 are folders with config.json and safetensors; train is a file of JSON Lines with prompt and
-response, or messages; corpus, a file of text for the paper's language-modelling term; layers=(0, 2, 4), which
-layers of its folder the student keeps; method, one of `get_methods`; and any number of the
-student's distill term.
+response, or messages; corpus, a file of text for the paper's language-modelling term;
+layers=(0, 2, 4), which layers of its folder the student keeps; method, one of `get_methods`; and
+any number of the student's distill term.
 """
 
 from typing import Any

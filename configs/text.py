@@ -48,7 +48,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
         config.teacher.model.update(width=32, mlp_width=64, layers=2)
         for name in ("baseline", "student"):
             config[name].model.update(width=16, mlp_width=32)
-        config.phases.teacher.num_steps = 20
+        config.phases.teacher.num_steps = 30
         config.update(batch_size=8, num_steps=20, checkpoint_every=10, log_every=5)
     return configs.apply(config, options, beside=__file__)
 
