@@ -329,6 +329,23 @@ BROKEN = [
         "(did you mean 'qwen3'?); found 'qwen'.",
     ),
     (
+        "no architecture",
+        edited(lambda config: config.update(model_type={})),
+        "FOLDER/config.json: model_type must be one of llama, mistral, qwen2, qwen3, gemma2, gpt2; "
+        "found {}.",
+    ),
+    (
+        "a window",
+        edited(lambda config: config.update(model_type="mistral", sliding_window="4k")),
+        "FOLDER/config.json: sliding_window must be an integer; found '4k'.",
+    ),
+    (
+        "types of layers",
+        edited(lambda config: config.update(model_type="qwen2", layer_types=["full_attention"])),
+        "FOLDER/config.json: layer_types must be 3 of 'full_attention' and 'sliding_attention'; "
+        "found ['full_attention'].",
+    ),
+    (
         "a missing key",
         edited(lambda config: config.pop("hidden_size")),
         "FOLDER/config.json: 'hidden_size' is missing; it is needed for a llama.",
