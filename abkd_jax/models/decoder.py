@@ -130,8 +130,7 @@ def decoder(
         dtype: of the computation, "float32" or "bfloat16".
         param_dtype: of the parameters, likewise; "bfloat16" halves those of a frozen network.
         remat: whether the backward pass computes each layer again, which then keeps its input only.
-        unroll: how many layers each step of the scan over layers has; a CPU copies the parameters
-            of one that is alone.
+        unroll: how many layers each step of the scan over layers has; more of them compile longer.
 
     Returns:
         A flax module: `Tokens` to `Outputs` with hidden `[B, T, D]`, after the last norm, and head;
