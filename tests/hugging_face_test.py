@@ -258,11 +258,11 @@ def test_a_saved_folder_has_its_tokenizer_and_appears_whole(tmp_path):
     folder = tmp_path / "f"
     with pytest.raises(ValueError, match="tokenizer must be a folder with tokenizer"):
         save_decoder(folder, module, variables, source)
-    assert not folder.exists()
+    assert list(tmp_path.iterdir()) == [source]
     (source / "tokenizer.json").write_text("{}")
     normalised = models.normalized(models.projected(module, hidden=3), mean=None, std=None)
     save_decoder(folder, normalised, variables, source)
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert {*tmp_path.iterdir()} == {source, folder}
     assert {path.name for path in folder.iterdir()} == {
         *("config.json", "model.safetensors", "tokenizer.json")
     }
@@ -327,6 +327,23 @@ BROKEN = [
         edited(lambda config: config.update(model_type="qwen")),
         "FOLDER/config.json: model_type must be one of llama, mistral, qwen2, qwen3, gemma2, gpt2 "
         "(did you mean 'qwen3'?); found 'qwen'.",
+    ),
+    (
+        "no architecture",
+        edited(lambda config: config.update(model_type={})),
+        "FOLDER/config.json: model_type must be one of llama, mistral, qwen2, qwen3, gemma2, gpt2; "
+        "found {}.",
+    ),
+    (
+        "a window",
+        edited(lambda config: config.update(model_type="mistral", sliding_window="4k")),
+        "FOLDER/config.json: sliding_window must be an integer; found '4k'.",
+    ),
+    (
+        "types of layers",
+        edited(lambda config: config.update(model_type="qwen2", layer_types=["full_attention"])),
+        "FOLDER/config.json: layer_types must be 3 of 'full_attention' and 'sliding_attention'; "
+        "found ['full_attention'].",
     ),
     (
         "a missing key",

@@ -182,8 +182,8 @@ OF_CONFIGS = [
     (f"{GROUP}.fn = 'os.system'",
      f"{TERM}.fn: 'os.system' lies outside of abkd_jax; list its package under `plugins`."),
     ("config.student.model.fn = 'mpl'",
-     "student.model.fn: there is no model 'mpl' (did you mean 'mlp'?); known are cached, cnn, mlp, "
-     "resnet."),
+     "student.model.fn: there is no model 'mpl' (did you mean 'mlp'?); known are cached, cnn, "
+     "decoder, hugging_face, mlp, resnet."),
     ("config.student.model = dict(fn='given')",
      "student.model is 'given', but networks has no 'student'; pass networks={'student': "
      "(apply_fn, variables)} to train_and_evaluate."),

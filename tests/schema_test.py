@@ -497,9 +497,8 @@ REFUSED = {
     "teacher.weights must be a group dict(fn=NAME, ...) that names a set of weights; found 3.": {
         "teacher__weights": 3
     },
-    "teacher.weights.fn: there is no weights 'rum' (did you mean 'run'?); known are run.": {
-        "teacher__weights": {"fn": "rum"}
-    },
+    "teacher.weights.fn: there is no weights 'rum' (did you mean 'run'?); known are hugging_face, "
+    "run.": {"teacher__weights": {"fn": "rum"}},
     "teacher.weights.workdir is missing; run takes workdir, network, best.": {
         "teacher__weights": {"fn": "run"}
     },
@@ -523,8 +522,8 @@ REFUSED = {
     "student.model must be a group dict(fn=NAME, ...) that names a model; found 'mlp'.": {
         "student__model": "mlp"
     },
-    "student.model.fn: there is no model 'mpl' (did you mean 'mlp'?); known are cached, cnn, mlp, "
-    "resnet.": {"student__model__fn": "mpl"},
+    "student.model.fn: there is no model 'mpl' (did you mean 'mlp'?); known are cached, cnn, "
+    "decoder, hugging_face, mlp, resnet.": {"student__model__fn": "mpl"},
     "student.model.width is unknown (did you mean 'widths'?); mlp takes widths.": {
         "student__model__width": 3
     },

@@ -130,7 +130,7 @@ def decoder(
         dtype: of the computation, "float32" or "bfloat16".
         param_dtype: of the parameters, likewise; "bfloat16" halves those of a frozen network.
         remat: whether the backward pass computes each layer again, which then keeps its input only.
-        unroll: how many layers each step of the scan over layers has; on a CPU all is fastest.
+        unroll: how many layers each step of the scan over layers has; more of them compile longer.
 
     Returns:
         A flax module: `Tokens` to `Outputs` with hidden `[B, T, D]`, after the last norm, and head;
@@ -214,17 +214,17 @@ class Decoder(nn.Module):
             rotation = rotation_of(a, tokens.positions)
         x = nn.Dropout(a.embedding_dropout)(x, deterministic=not train)
         block = nn.remat(Block, prevent_cse=a.unroll > 1) if a.remat else Block
-        windows = [window or tokens.ids.shape[-1] for window in a.windows]
-        x, _ = nn.scan(
+        layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=a.layers,
             unroll=a.unroll,
-        )(
-            a, train, name="layers"
-        )(x, jnp.asarray(windows) if windows else None, visible_of(tokens.segments), rotation)
+        )(a, train, name="layers")
+        windows = [window or tokens.ids.shape[-1] for window in a.windows]
+        windows = jnp.asarray(windows) if windows else None
+        x, _ = layers(x, windows, visible_of(tokens.segments), rotation)
         x = Norm(a, name="final_norm")(x)
         if a.tied:
             unembedding = embedding.T
@@ -238,6 +238,7 @@ class Decoder(nn.Module):
         a = self.architecture
         fits = isinstance(tokens, Tokens) and jnp.issubdtype(tokens.ids.dtype, jnp.integer)
         require(fits, "a decoder's inputs", "Tokens of integers [B, T]", tokens)
-        length, fits = tokens.ids.shape[-1], a.positions != "learned"
-        expected = f"at most the {a.max_length} learned positions"
-        require(fits or length <= a.max_length, "the length of the inputs", expected, length)
+        length, most = tokens.ids.shape[-1], a.max_length
+        fits = a.positions != "learned" or length <= most
+        expected = f"at most the {most} learned positions"
+        require(fits, "the length of the inputs", expected, length)

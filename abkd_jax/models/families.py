@@ -242,8 +242,8 @@ def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: one sentence that names the key, what was found and what was expected.
     """
     name = config.get("model_type")
-    known = ", ".join(FAMILIES)
-    require(name in FAMILIES, "model_type", f"one of {known}{nearest(name, FAMILIES)}", name)
+    expected = f"one of {', '.join(FAMILIES)}{nearest(name, FAMILIES)}"
+    require(name in [*FAMILIES], "model_type", expected, name)
     family, annotations = FAMILIES[name], hyperparameters(decoder)
     for key, values in ({"quantization_config": (None,)} | dict(family.only)).items():
         found = config.get(key, values[0])
@@ -252,7 +252,7 @@ def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
     for field, key in family.keys.items():
         value = _value(config, key, family.defaults)
         if field == "activation":
-            require(value in _ACTIVATIONS, key, f"one of {', '.join(_ACTIVATIONS)}", value)
+            require(value in [*_ACTIVATIONS], key, f"one of {', '.join(_ACTIVATIONS)}", value)
             value = _ACTIVATIONS[value]
         kind = annotations[field].annotation
         kinds = kind if kind in (int, bool) else str if kind is str else int | float
@@ -296,7 +296,7 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     require(isinstance(rope, Mapping), "rope_parameters", "an object", rope)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    require(kind in _ROPE_FACTORS, "rope_type", f"one of {', '.join(_ROPE_FACTORS)}", kind)
+    require(kind in [*_ROPE_FACTORS], "rope_type", f"one of {', '.join(_ROPE_FACTORS)}", kind)
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     require(partial == 1, "partial_rotary_factor", "1, for this library has no other", partial)
     for key in _ROPE_FACTORS[kind]:
@@ -316,6 +316,7 @@ def _windows(name: str, config: Mapping[str, Any], layers: int) -> tuple[int, ..
     window = _value(config, "sliding_window", {"sliding_window": 0} | FAMILIES[name].defaults)
     if name in ("llama", "gpt2"):
         return ()
+    require(type(window) is int, "sliding_window", "an integer", window)
     if name == "mistral":
         return (window,) * layers
     kinds = config.get("layer_types")
@@ -324,7 +325,8 @@ def _windows(name: str, config: Mapping[str, Any], layers: int) -> tuple[int, ..
     elif kinds is None:
         first = config.get("max_window_layers", 28) if config.get("use_sliding_window") else layers
         kinds = [_FULL if layer < first else _SLIDING for layer in range(layers)]
-    fits = len(kinds) == layers and {*kinds} <= {_FULL, _SLIDING}
+    fits = isinstance(kinds, list) and len(kinds) == layers
+    fits = fits and all(kind in (_FULL, _SLIDING) for kind in kinds)
     require(fits, "layer_types", f"{layers} of {_FULL!r} and {_SLIDING!r}", kinds)
     return tuple(window if kind == _SLIDING else 0 for kind in kinds)
 

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -158,14 +159,15 @@ def save_decoder(
     for path in {**leaves, **params}:
         shapes = [np.shape(x[path]) if path in x else "nothing" for x in (leaves, params)]
         require(shapes[0] == shapes[1], f"the parameter {path}", f"{shapes[0]}", shapes[1])
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
-    partial.mkdir(parents=True)
-    if tokenizer is not None:
-        config |= _copied(pathlib.Path(tokenizer), partial)
-    write(partial, params, FAMILIES[config["model_type"]], max_shard_bytes)
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    partial.replace(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        partial = pathlib.Path(temporary, folder.name)
+        partial.mkdir()
+        if tokenizer is not None:
+            config |= _copied(pathlib.Path(tokenizer), partial)
+        write(partial, params, FAMILIES[config["model_type"]], max_shard_bytes)
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        partial.replace(folder)
 
 
 def _described(folder: str | os.PathLike) -> tuple[Family, dict[str, Any]]:
