@@ -42,12 +42,16 @@ CHATML = (
     "{{ '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-TAGGED = (
-    "{{ bos_token }}{%- for turn in messages %}\n    {%- if turn.role == 'assistant' %}\n"
-    "A: {% generation %}{{ turn.content }}<|im_end|>{% endgeneration %}\n"
-    "    {%- else %}\n{{ turn.role | upper }}: {{ turn.content | trim }}{{ '\\n' }}"
-    "    {%- endif %}\n{%- endfor %}\nend"
-)
+TAGGED = """{{ bos_token }}
+{%- for turn in messages %}
+    {% if turn.role == 'assistant' %}
+A: {% generation %}{{ turn.content }}<|im_end|>{% endgeneration %}
+
+    {%- else %}
+{{ turn.role | tojson }}: {{ turn.content | trim }}{{ '\\n' }}
+    {%- endif %}
+{% endfor %}
+end"""
 LAST_ALONE = (  # as Qwen3's, which leaves out what earlier turns thought
     "{% for turn in messages %}{{ turn.role }}: {{ 'thought ' if loop.last }}{{ turn.content }}\n"
     "{% endfor %}"
@@ -80,6 +84,7 @@ def write_tokenizer(folder, template=CHATML, begin=False, **configuration):
     )
     backend.train_from_iterator([*itertools.chain(*map(dict.values, PAIRS))], trainer)
     if begin:
+        (folder / "chat_template.jinja").write_text(template)
         pair = ("<s>", backend.token_to_id("<s>"))
         backend.post_processor = tokenizers.processors.TemplateProcessing(
             single="<s> $A", special_tokens=[pair]
@@ -90,7 +95,10 @@ def write_tokenizer(folder, template=CHATML, begin=False, **configuration):
     known = dict(
         eos_token="<eos>",
         bos_token={"content": "<s>", "__type": "AddedToken"},
-        chat_template=template,
+        chat_template=[
+            {"name": "tools", "template": "unused"},
+            {"name": "default", "template": "unused" if begin else template},
+        ],
     )
     (folder / "tokenizer_config.json").write_text(json.dumps(known | configuration))
     return str(folder)
@@ -323,7 +331,7 @@ def test_the_assistants_turns_count(read, folder, tmp_path):
         ]
         assert [*map(decode, predicted(dataset.train))] == said
     ids, _, segments, *_ = rows_of(dataset.train)[1]
-    whole = "<s>SYSTEM: Be short.\nUSER: Hi\nA: Ho<|im_end|>USER: ?\nA: !<|im_end|>end"
+    whole = '<s>"system": Be short.\n"user": Hi\nA: Ho<|im_end|>"user": ?\nA: !<|im_end|>end'
     assert decode(ids[segments > 0]) == whole
 
 
@@ -392,6 +400,11 @@ def test_a_stream_has_the_rows_of_the_set_in_memory(read, tmp_path, fields):
             assert equal(batch, expected)
 
 
+def test_large_sets_are_streamed_of_themselves(read):
+    assert isinstance(read(PAIRS, length=2**26, stream="auto").train, data.Stream)
+    assert isinstance(read(PAIRS, length=16, stream="auto").train, data.Split)
+
+
 def test_a_step_is_a_function_of_the_seed(read):
     stream = read(PAIRS, length=32).train
     new = lambda: data.Feed(stream, data.Preprocess(), data_seed=3, size=2)  # noqa: E731
@@ -430,6 +443,9 @@ def test_the_first_lines_are_held_out(read, tmp_path):
     }
     responses = [pair["response"] for pair in PAIRS]
     assert said == {"validation": responses[:2], "test": responses[2:3], "train": responses[3:]}
+    ((ids, _, segments, *_),) = rows_of(read(PAIRS, validation=4, pack=True, length=256).train)
+    starts = {ids[segments == segment][0] for segment in (1, 2)}
+    assert starts == {ord("A"), ord("T")} and segments.max() == 2  # the last two alone
     other = write_lines(tmp_path / "other.jsonl", PAIRS[:1])
     dataset = read(PAIRS, validation=other, test=2)
     assert predicted(dataset.validation) == [[*responses[0].encode(), EOS]]
@@ -604,6 +620,9 @@ LINES = [
      dict(tokenizer="unsafe"),
      "line 2: the chat template fails: access to attribute '__class__' of 'list' object is "
      "unsafe."),
+    ("a template that changes messages", json.dumps({"messages": messages(CHATS[0])}).encode(),
+     dict(tokenizer="changing"),
+     "line 2: the chat template fails: access to attribute 'clear' of 'list' object is unsafe."),
     ("earlier turns are rendered otherwise", json.dumps({"messages": messages(CHATS[1])}).encode(),
      dict(tokenizer="last"),
      "line 2: the chat template renders messages[2] otherwise when others follow, or without the "
@@ -615,6 +634,7 @@ TEMPLATES = {
     "broken": "{{ messages ",
     "refusing": "{{ raise_exception('only poems') }}",
     "unsafe": "{{ messages.__class__.__base__ }}",
+    "changing": "{{ messages.clear() }}",
     "last": LAST_ALONE,
 }
 
