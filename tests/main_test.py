@@ -86,8 +86,8 @@ OF_FLAGS = [
     ([*_FAST, "--workdir=w", "--config.studnet.model.widths=(3,)"],
      "--config.studnet.model.widths: the config has no 'studnet' there (did you mean 'student'?); "
      "it has analysis, baseline, batch_size, checkpoint_every, chunk, data, data_seed, devices, "
-     "init_seed, init_seeds, log_every, micro_batches, num_steps, phases, plugins, steps_per_call, "
-     "student, task, teacher."),
+     "fsdp, init_seed, init_seeds, log_every, micro_batches, num_steps, phases, plugins, "
+     "steps_per_call, student, task, teacher."),
     ([*_FAST, "--workdir=w", "--config.student.optimizer.momentum=1.0"],
      "--config.student.optimizer.momentum: the config has no 'momentum' there; it has "
      "fn, learning_rate."),
@@ -232,7 +232,8 @@ OF_CONFIGS = [
     ("config.data.labelled = 1000",
      "data.labelled must be at most 920, 92 examples of each class; found 1000."),
     ("config.data.fn = 'digit'",
-     "data.fn: there is no data 'digit' (did you mean 'digits'?); known are digits, tfds."),
+     "data.fn: there is no data 'digit' (did you mean 'digits'?); known are digits, text, tfds, "
+     "topics."),
     ("config.data = dict(fn='tfds', name='fashion_mnits', validation=0)",
      "data.name must be an image-classification set of tensorflow_datasets; found "
      "'fashion_mnits' (did you mean 'fashion_mnist'?)."),

@@ -433,7 +433,7 @@ def test_networks_that_would_start_as_one_are_refused():
 
 TAKES = (
     "data, phases, task, batch_size, num_steps, checkpoint_every, log_every, steps_per_call, "
-    "devices, micro_batches, chunk, init_seed, init_seeds, data_seed, plugins, analysis, and "
+    "devices, fsdp, micro_batches, chunk, init_seed, init_seeds, data_seed, plugins, analysis, and "
     "networks, which have a model."
 )
 TERMS = "must be a group of at least one term by name, for"
@@ -487,10 +487,9 @@ REFUSED = {
     "phases.teacher.learn must be a list of networks, each once, of student, baseline; found "
     "('teacher',).": {"teacher": None},
     "task.fn: there is no task 'clasification' (did you mean 'classification'?); known are "
-    "classification.": {"task": {"fn": "clasification"}},
-    "data.fn: there is no data 'digit' (did you mean 'digits'?); known are digits, tfds.": {
-        "data__fn": "digit"
-    },
+    "classification, language.": {"task": {"fn": "clasification"}},
+    "data.fn: there is no data 'digit' (did you mean 'digits'?); known are digits, text, tfds, "
+    "topics.": {"data__fn": "digit"},
     f"data.label is unknown (did you mean 'labelled'?); {DIGITS}": {"data__label": 3},
     f"data.validation is missing; {DIGITS}": {"data__validation": None},
     f"data.data_seed is unknown; {DIGITS}": {"data__data_seed": 3},
