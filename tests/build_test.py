@@ -171,7 +171,7 @@ def test_the_librarys_own_functions_of_each_kind():
     }
     assert set(names("optimizer")) == {"sgd", "adam", "adamw"}
     assert set(names("model")) == {"cached", "mlp", "cnn", "resnet"}
-    assert set(names("data")) == {"digits", "tfds"}
+    assert set(names("data")) == {"digits", "text", "tfds", "topics"}
     for kind, name in dict(source="dataset", task="classification", weights="run").items():
         assert name in names(kind)
     assert all(names(kind) for kind in KINDS)
