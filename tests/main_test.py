@@ -232,7 +232,8 @@ OF_CONFIGS = [
     ("config.data.labelled = 1000",
      "data.labelled must be at most 920, 92 examples of each class; found 1000."),
     ("config.data.fn = 'digit'",
-     "data.fn: there is no data 'digit' (did you mean 'digits'?); known are digits, text, tfds, topics."),
+     "data.fn: there is no data 'digit' (did you mean 'digits'?); known are digits, text, tfds, "
+     "topics."),
     ("config.data = dict(fn='tfds', name='fashion_mnits', validation=0)",
      "data.name must be an image-classification set of tensorflow_datasets; found "
      "'fashion_mnits' (did you mean 'fashion_mnist'?)."),

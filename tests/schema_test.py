@@ -487,9 +487,8 @@ REFUSED = {
     "('teacher',).": {"teacher": None},
     "task.fn: there is no task 'clasification' (did you mean 'classification'?); known are "
     "classification.": {"task": {"fn": "clasification"}},
-    "data.fn: there is no data 'digit' (did you mean 'digits'?); known are digits, text, tfds, topics.": {
-        "data__fn": "digit"
-    },
+    "data.fn: there is no data 'digit' (did you mean 'digits'?); known are digits, text, tfds, "
+    "topics.": {"data__fn": "digit"},
     f"data.label is unknown (did you mean 'labelled'?); {DIGITS}": {"data__label": 3},
     f"data.validation is missing; {DIGITS}": {"data__validation": None},
     f"data.data_seed is unknown; {DIGITS}": {"data__data_seed": 3},

@@ -6,6 +6,7 @@ import json
 import pathlib
 import pydoc_data.topics
 import sys
+from concurrent import futures
 
 import jax
 import numpy as np
@@ -515,6 +516,16 @@ def test_what_is_damaged_is_made_anew(read, tmp_path, name):
         assert path.read_bytes() == whole
     path.unlink()
     assert predicted(read(PAIRS).train) == first
+
+
+def test_several_may_tokenise_a_file_at_once(tmp_path):
+    path = write_lines(tmp_path / "train.jsonl", PAIRS)
+    fields = dict(train=path, validation=0, test=path, tokenizer="bytes", length=64)
+    fields |= dict(data_seed=0, stream="always", cache_dir=str(tmp_path / "cache"))
+    with futures.ThreadPoolExecutor(4) as pool:
+        found = [*pool.map(lambda _: predicted(data.text(**fields).train), range(8))]
+    assert all(rows == found[0] for rows in found)
+    assert len([*(tmp_path / "cache").iterdir()]) == 1
 
 
 def test_what_fails_leaves_nothing(read, tmp_path):
