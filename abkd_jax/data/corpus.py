@@ -159,7 +159,8 @@ def _identity(path: pathlib.Path, form: Format) -> str:
     with _reading(path), path.open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
     settings = {key: value for key, value in vars(form).items() if key != "tokenizer"}
-    known = (_VERSION, content, path.suffixes[-2:], form.tokenizer.identity, sorted(settings.items()))
+    settings |= {"file": content, "kind": path.suffixes[-2:], "tokens": form.tokenizer.identity}
+    known = _VERSION, sorted(settings.items())
     return "text-" + hashlib.sha256(repr(known).encode()).hexdigest()
 
 
