@@ -180,7 +180,8 @@ def _input_gradient(state: TrainState, params: Any, batch: Batch) -> Array:
 
     def loss(inputs):
         outputs, _ = state.forward(params, inputs, train=False)
-        return jnp.sum(jnp.where(known, cross_entropy(outputs, outputs, labels), 0.0))
+        values = cross_entropy(outputs.formed(), Outputs(), labels)
+        return jnp.sum(jnp.where(known, values, 0.0))
 
     return jax.grad(loss)(batch["inputs"])
 
