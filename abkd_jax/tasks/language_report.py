@@ -40,8 +40,8 @@ def figures(report: Any) -> dict[str, tuple[Any, str]]:
 
     caption = (
         f"By the token's place in its segment, on the {report.result['evaluated_on']} data: the "
-        "mean NLL of each network, and its KL divergence at temperature 1 from those that it saw as "
-        "it learned. Each bin is twice as wide as the one before."
+        "mean NLL of each network, and its KL divergence at temperature 1 from those that it saw "
+        "as it learned. Each bin is twice as wide as the one before."
     )
     return {"by_position": (drawn.by_position(report, compared(report)), caption)}
 
