@@ -82,7 +82,8 @@ def _arrays() -> list[np.ndarray]:
     for width in _WIDTHS:
         found.append(rng.standard_normal((_TOKENS.value, width), np.float32))
         unembedding = rng.standard_normal((width, _VOCABULARY.value), np.float32)
-        found.append(np.multiply(2 / np.sqrt(width), unembedding, dtype=np.float32))
+        unembedding *= np.float32(2 / np.sqrt(width))
+        found.append(unembedding)
     return found
 
 

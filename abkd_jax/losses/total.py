@@ -15,12 +15,13 @@ from jax import Array
 from jax import numpy as jnp
 from jax.sharding import Mesh
 
-from abkd_jax import checks, numerics
+from abkd_jax import checks, numerics, parallel
 from abkd_jax.binding import Schedule
 from abkd_jax.losses.chunks import Layout, over_chunks
 from abkd_jax.types import Batch, Outputs, Term
 
 _LEARNER = "the network being trained"
+_BLOCK = 8  # rows of a chunk that a CPU's losses see at a time, for its caches to hold them
 
 
 def mask_of(term: Term, batch: Batch) -> Array:
@@ -159,19 +160,27 @@ def _over_rows(f, seen, outputs, batch, numbers, chunk, mesh):
     """
     unformed = frozenset(name for name, shown in outputs.items() if shown.unformed)
 
-    def of_all(outputs, batch, numbers):
-        formed = dict(outputs)
+    def formed(outputs, batch, numbers):
+        found = dict(outputs)
         for name in unformed:  # 0 outside, before the head's matrix spreads what rows hold
-            formed[name] = _selected(name, outputs[name], seen(batch, numbers)).formed()
-        return f(formed, batch, numbers, unformed)
+            found[name] = _selected(name, outputs[name], seen(batch, numbers)).formed()
+        return found
 
-    def of_rows(rows, shared):
+    def of_block(rows, shared):
         (parts, batch), (heads, numbers) = rows, shared
-        shown = {name: part.replace(head=heads[name]) for name, part in parts.items()}
-        return of_all(shown, batch, numbers)
+        return f(_with_heads(parts, heads), batch, numbers, unformed)
+
+    def of_chunk(rows, shared):
+        (parts, batch), (heads, numbers) = rows, shared
+        outputs = formed(_with_heads(parts, heads), batch, numbers)
+        if not in_blocks:
+            return f(outputs, batch, numbers, unformed)
+        parts = {name: x.replace(head=None) for name, x in outputs.items()}
+        return over_chunks(of_block, Layout(1, _BLOCK), (parts, batch), shared)
 
     if not _has_chunks(outputs, chunk):
-        return of_all(outputs, batch, numbers)
+        return f(formed(outputs, batch, numbers), batch, numbers, unformed)
+    in_blocks = parallel.platform(mesh) == "cpu" and chunk > _BLOCK
     where = batch["where"]
     for name, x in outputs.items():
         x.map_rows(lambda part, x, name=name: _check(f"{name}: {part}", x, where), named=True)
@@ -179,7 +188,11 @@ def _over_rows(f, seen, outputs, batch, numbers, chunk, mesh):
     heads = {name: x.head for name, x in outputs.items()}
     per_row = {name: x for name, x in batch.items() if _has_rows(x, where.shape)}
     layout = Layout(where.ndim, chunk, mesh)
-    return over_chunks(of_rows, layout, (parts, per_row), (heads, numbers))
+    return over_chunks(of_chunk, layout, (parts, per_row), (heads, numbers))
+
+
+def _with_heads(parts: Mapping[str, Outputs], heads: Mapping[str, Any]) -> dict[str, Outputs]:
+    return {name: part.replace(head=heads[name]) for name, part in parts.items()}
 
 
 def _has_chunks(outputs: Mapping[str, Outputs], chunk: int) -> bool:
