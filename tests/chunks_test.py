@@ -7,9 +7,11 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
+from jax.sharding import NamedSharding
 
 from abkd_jax import parallel
 from abkd_jax.binding import Positive, bind
+from abkd_jax.costs import exchanges_of
 from abkd_jax.divergences import forward_kl
 from abkd_jax.losses import (
     cross_entropy,
@@ -356,6 +358,36 @@ def test_devices_have_chunks_of_their_own_rows():
     assert "all-gather" not in text and "all-reduce" in text
     loops = re.findall(r"body=%?([\w.]+)", text)
     assert loops and not any("all-reduce" in body_of(text, name) for name in loops)
+
+
+def test_a_large_head_is_gathered_once_and_its_gradient_scattered_once():
+    """With a head that is split as a network's parameters are."""
+    mesh = parallel.mesh(8, batch_size=24, fsdp=4)
+    width, classes = 64, 1024
+    hidden, unembedding = normal(24, 7, width, seed=11), normal(width, classes, seed=12)
+    batch = {"where": eightfold(WHERE), "labels": eightfold(BATCH["labels"])}
+    task = {"task": Term(bind(cross_entropy), jnp.asarray(1.0))}
+
+    def loss(hidden, unembedding, mesh):
+        student = Outputs(hidden=hidden, head=Head(unembedding))
+        return total(task, student, {}, batch, chunk=4, mesh=mesh)[0]
+
+    gradient = jax.grad(loss, argnums=(0, 1))
+    expected = gradient(hidden, unembedding, None)
+    place = NamedSharding(mesh, parallel.partition("", unembedding.shape, 4))
+    placed = parallel.split(hidden, mesh), jax.device_put(unembedding, place)
+    compiled = jax.jit(functools.partial(gradient, mesh=mesh)).lower(*placed).compile()
+    found = compiled(*placed)
+    close(found, expected)
+    assert found[1].sharding == place
+    assert {x.data.shape for x in found[1].addressable_shards} == {(width, classes // 4)}
+    exchanges = [(x.kind, shape) for x in exchanges_of(compiled.as_text()) for shape in x.shapes]
+    large = [(kind, shape) for kind, shape in exchanges if len(shape) > 1]
+    assert sorted(large) == [
+        ("all-gather", (width, classes)),
+        ("all-reduce", (width, classes // 4)),
+        ("reduce-scatter", (width, classes // 4)),
+    ]
 
 
 def body_of(text, name):
