@@ -104,10 +104,10 @@ def test_ranks_of_tokens_whose_logits_are_unformed():
     [
         (
             Outputs(hidden=jnp.zeros((5, 8, 3))),
-            r"teacher_logits must be outputs with logits, or .*",
+            "teacher_logits must be outputs with logits, or",
         ),
-        (unformed(1)[0].map_rows(lambda x: x[:1]), r".* must be of the same rows; found .*"),
-        (np.zeros((5, 8, K + 1), np.float32), r".* must be of the same number of classes.*"),
+        (unformed(1)[0].map_rows(lambda x: x[:1]), r".* must be of the same rows; found \["),
+        (np.zeros((5, 8, K + 1), np.float32), r".* must be of the same number of classes"),
     ],
 )
 def test_outputs_that_do_not_fit_are_refused(other, message):

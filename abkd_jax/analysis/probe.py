@@ -50,8 +50,8 @@ def probe(
     | mass_flow | of one step of each example's objective on its logits, means over examples: |
     | | `mass_flow/moved`, the mass that changes class; |
     | | `mass_flow/to_underestimated/<other>`, net, from classes with q >= p to those with q < p; |
-    | | `mass_flow/to_head/<other>`, `to_middle`, `to_tail`, net, into those classes of the other's |
-    | | distribution, see `head_middle_and_tail`; |
+    | | `mass_flow/to_head/<other>`, `to_middle`, `to_tail`, net, into those classes of the |
+    | | other's distribution, see `head_middle_and_tail`; |
     | | `mass_flow/to_target`, net, from the rest to the label's class, where it is known |
     | gradient_norms | `gradient_norm/<term>`, of weight x mean over all batches, in parameters |
     | gradient_cosines | `gradient_cosine/<term>/<term>` between each two, in alphabetical order |
