@@ -192,7 +192,8 @@ def _evaluated(run: Run, ready: Networks, results: Mapping[str, Result]) -> dict
     for result in results.values():
         states |= result.last
     names = run.plan.seeded if run.seed else run.plan.networks
-    networks = {name: frozen(states[name]) for name in run.plan.networks if name in names}
+    # All of them, since a network's scores may be beside another.
+    networks = {name: frozen(states[name]) for name in run.plan.networks}
     last, chosen, rows = _scored(run, networks)
     found = {
         name: {
@@ -206,6 +207,7 @@ def _evaluated(run: Run, ready: Networks, results: Mapping[str, Result]) -> dict
             "phase": None,
         }
         for name, state in networks.items()
+        if name in names
     }
     score = run.plan.task.score
     latest = {name: phase for phase in run.plan.phases for name in phase.learners}
