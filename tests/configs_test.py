@@ -190,6 +190,14 @@ def rows(folder):
     ]
 
 
+def count_of_tokens(config):
+    """Of the test topics: all bytes, and an end of each."""
+    from pydoc_data.topics import topics
+
+    order = np.random.default_rng(config.data_seed).permutation(len(topics))
+    return sum(len(topics[sorted(topics)[i]].encode()) + 1 for i in order[:10])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name,argument",
@@ -222,5 +230,9 @@ def test_runlocal_runs_stops_and_goes_on(tmp_path, monkeypatch, name, argument):
         assert rows(parts / folder.relative_to(whole)) == rows(folder)
     result = json.loads((whole / "result.json").read_text())
     assert set(result["networks"]) == {name for phase in phases for name in phase.learners}
-    for found in result["networks"].values():
-        assert found["steps"] == config.num_steps and found["last"]["count"] == 500
+    steps = {name: phase.num_steps for phase in phases for name in phase.learners}
+    for name, found in result["networks"].items():
+        assert found["steps"] == steps[name]
+        assert found["last"]["count"] == (
+            count_of_tokens(config) if config.task.fn == "language" else 500
+        )

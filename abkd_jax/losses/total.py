@@ -83,8 +83,7 @@ def total(
             weight is a schedule, or a loss that couples the batch would see chunks.
     """
     outputs = {**others, _LEARNER: student}
-    if _has_chunks(outputs, chunk):
-        _check_row_wise({_LEARNER: terms})
+    check_chunks({_LEARNER: terms}, outputs, chunk)
     counts = term_counts(terms, batch) if counts is None else dict(counts)
     numbers = {_LEARNER: dict(terms)}, {_LEARNER: counts}
     value, found, _ = _over_rows(_totals, _seen, outputs, batch, numbers, chunk, mesh)
@@ -113,8 +112,7 @@ def joint_total(
     Returns:
         The scalar, and what `total` returns for each learner.
     """
-    if _has_chunks(outputs, chunk):
-        _check_row_wise(objectives)
+    check_chunks(objectives, outputs, chunk)
     numbers = {name: dict(terms) for name, terms in objectives.items()}, dict(counts)
     totals = functools.partial(_totals, detached=True)
     value, found, _ = _over_rows(totals, _seen, outputs, batch, numbers, chunk, mesh)
@@ -150,6 +148,18 @@ def in_chunks(
     outputs, batch = jax.lax.stop_gradient((dict(outputs), dict(batch)))
     _, *found = _over_rows(of_rows, where, outputs, batch, (), chunk, mesh)
     return tuple(found)
+
+
+def check_chunks(
+    objectives: Mapping[str, Mapping[str, Term]], outputs: Mapping[str, Outputs], chunk: int
+) -> None:
+    """Refuses, by ValueError, a loss that couples a batch of which it would see chunks."""
+    for terms in objectives.values() if _has_chunks(outputs, chunk) else ():
+        for name, term in terms.items():
+            row_wise = not getattr(term.loss, "couples_batch", False)
+            expected = "of each row alone, to have chunks (0 for none); it couples a batch's rows"
+            found = getattr(term.loss, "fn", term.loss).__name__
+            checks.require(row_wise, f"the loss of term {name!r}", expected, found)
 
 
 def _over_rows(f, seen, outputs, batch, numbers, chunk, mesh):
@@ -197,16 +207,6 @@ def _with_heads(parts: Mapping[str, Outputs], heads: Mapping[str, Any]) -> dict[
 
 def _has_chunks(outputs: Mapping[str, Outputs], chunk: int) -> bool:
     return chunk > 0 and any(x.unformed for x in outputs.values())
-
-
-def _check_row_wise(objectives: Mapping[str, Mapping[str, Term]]) -> None:
-    """Refuses what cannot have chunks."""
-    for terms in objectives.values():
-        for name, term in terms.items():
-            row_wise = not getattr(term.loss, "couples_batch", False)
-            expected = "of each row alone, to have chunks (0 for none); it couples a batch's rows"
-            found = getattr(term.loss, "fn", term.loss).__name__
-            checks.require(row_wise, f"the loss of term {name!r}", expected, found)
 
 
 def _totals(outputs, batch, numbers, clean, *, detached=False):
