@@ -17,10 +17,6 @@ from abkd_jax.train.sharding import sharded
 ADAM = dict(fn="adam", learning_rate=1e-3)
 TASK = dict(task=dict(fn="cross_entropy", weight=1.0))
 KL = dict(fn="on_logits", weight=1.0, divergence=dict(fn="forward_kl"))
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is the compiler: pip install -e '.[tpu]'",
-)
 
 
 def images(**changes):
@@ -91,7 +87,7 @@ def test_the_bytes_are_those_of_states_that_are_there():
     seen = frozen(state)
     found = needs.network_needs(seen, mesh, learns=False)
     assert found[:5] == (count, 4 * count, 0, 0, 0) and found.device == on_first(seen)
-    network, phase = needs.tables(images(), "here")
+    network, phase, _ = needs.tables(images(), "here")
     row = rows(network)["distill: student"]
     assert row["parameters"] == f"{count:,}" and row["average, MB"] == mb(4 * count)
     assert rows(network)["distill: teacher, seen"]["gradients, MB"] == mb(0)
@@ -99,23 +95,31 @@ def test_the_bytes_are_those_of_states_that_are_there():
 
 
 def test_steps_tokens_and_the_logits_of_a_chunk():
-    _, phases = needs.tables(text(micro_batches=2), "here")
+    _, phases, last = needs.tables(text(micro_batches=2), "here")
+    assert last.startswith("Activations come on top")
     found = rows(phases)
+    assert found["distill"].pop("with the networks, MB") > mb(0)
     assert [*found["distill"].values()] == [
         "distill",
         "50",
         f"{64 * 32:,}",
         f"{50 * 64 * 32:,}",
-        mb(64 * 32 / 8 * (3 * 4 + 4 + 2)),  # ids, positions, segments; labels; two masks
         "24",
+        mb(64 * 32 / 8 * (3 * 4 + 4 + 2)),  # ids, positions, segments; labels; two masks
         mb(2 * 24 * 257 * 4),
     ]
-    _, phases = needs.tables(text(chunk=10_000, micro_batches=2), "here")
+    _, phases, _ = needs.tables(text(chunk=10_000, micro_batches=2), "here")
     assert rows(phases)["distill"]["tokens of a chunk"] == f"{64 * 32 // 8 // 2}"
-    _, phases = needs.tables(images(), "here")  # whose logits are formed at once
-    found = rows(phases)
+    networks, phases, _ = needs.tables(images(), "here")  # whose logits are formed at once
+    found, networks = rows(phases), rows(networks)
     assert found["distill"]["examples of a chunk"] == "8"
     assert (found["teacher"]["steps"], found["distill"]["steps"]) == ("30", "50")
+    own = [
+        networks[x]["on each device, MB"] for x in ("distill: student", "distill: teacher, seen")
+    ]
+    own += [found["distill"][x] for x in ("batch on each device, MB", "logits of a chunk, MB")]
+    whole = found["distill"]["with the networks, MB"]
+    assert float(whole) == pytest.approx(sum(map(float, own)), abs=0.03)
 
 
 def test_a_network_in_bfloat16_needs_half():
@@ -179,17 +183,3 @@ def test_a_compiled_step_takes_what_the_tables_say():
     state = 1e6 * (float(student["on each device, MB"]) + float(teacher["on each device, MB"]))
     assert state - gradients < found.arguments < state
     assert found.results < 0.01 * found.arguments  # the learners' buffers are taken
-
-
-@needs_libtpu
-@pytest.mark.long
-def test_the_step_of_a_decoder_on_eight_chips():
-    """Parameters are gathered, and activations never."""
-    length, batch_size, width = 96, 64, 512
-    model = dict(width=width, layers=4, heads=4, mlp_width=1536)
-    data = dict(fn="topics", validation=2, length=length)
-    config = text(model=model, data=data, batch_size=batch_size, fsdp=8, chunk=0)
-    network, phase, step = needs.tables(config, "v5e:2x4")
-    (row,) = rows(step).values()
-    assert "of 16 GB" in row["memory"] and "all-gather" in row["collectives"]
-    del network, phase

@@ -28,6 +28,9 @@ _NETWORKS = (
     "average, MB",
     "on each device, MB",
 )
+_NO_ACTIVATIONS = (
+    "Activations come on top: only a compiler knows them, such as that of --plan=v5e:2x4."
+)
 
 
 class Needs(NamedTuple):
@@ -89,7 +92,8 @@ def tables(config: ml_collections.ConfigDict | Mapping[str, Any], where: str) ->
             there, as libtpu names it: "v5e:2x4". Then the last phase's step is compiled, too.
 
     Yields:
-        A table of the networks in each phase, one of the phases, and one of the compiled step.
+        A table of the networks in each phase, one of the phases, and one of the compiled step (or
+        a sentence on what only that can tell).
 
     Raises:
         ValueError: one sentence, if the config cannot be, libtpu lacks, or the step does not fit.
@@ -107,7 +111,9 @@ def tables(config: ml_collections.ConfigDict | Mapping[str, Any], where: str) ->
         plan = plan._replace(config=plan.config | {"chunk": chunk})
     yield _networks(plan, mesh)
     yield _phases(plan, mesh)
-    if memory is not None:
+    if memory is None:
+        yield _NO_ACTIVATIONS
+    else:
         yield _compiled(plan, mesh, where, memory)
 
 
@@ -127,16 +133,18 @@ def _phases(plan: Plan, mesh: Mesh) -> str:
     """The table of the phases: steps, what a step reads, and the logits that it forms."""
     unit, rows = plan.task.unit, []
     for phase in plan.phases:
-        *_, batch = one_step(plan, phase)
+        _, learners, seen, batch = one_step(plan, phase)
         size = int(np.prod(batch["labels"].shape))
-        read = {name: x for name, x in batch.items() if name != "key"}
+        read = sum(bytes_of(x) for name, x in batch.items() if name != "key") / mesh.size
         chunk, logits = _logits(plan, phase, size, mesh)
-        cells = f"{phase.num_steps:,}", f"{size:,}", f"{phase.num_steps * size:,}"
-        sizes = _megabytes(bytes_of(read) / mesh.size), f"{chunk:,}", _megabytes(logits)
-        rows.append([phase.name, *cells, *sizes])
-    each = f"each of {mesh.size} device{'s' * (mesh.size > 1)}"
-    header = ["phase", "steps", f"{unit} a step", f"{unit} in all"]
-    header += [f"batch on {each}, MB", f"{unit} of a chunk", "their logits, MB"]
+        states = [network_needs(x, mesh, learns=True).device for x in learners.values()]
+        states += [network_needs(x, mesh, learns=False).device for x in seen.values()]
+        counts = phase.num_steps, size, phase.num_steps * size, chunk
+        sizes = read, logits, read + logits + sum(states)
+        cells = *(f"{count:,}" for count in counts), *map(_megabytes, sizes)
+        rows.append([phase.name, *cells])
+    header = ["phase", "steps", f"{unit} a step", f"{unit} in all", f"{unit} of a chunk"]
+    header += ["batch on each device, MB", "logits of a chunk, MB", "with the networks, MB"]
     return markdown.table(header, rows)
 
 
@@ -162,11 +170,10 @@ def _compiled(plan: Plan, mesh: Mesh, where: str, memory: float) -> str:
     exchanges = ", ".join(f"{count} {kind}" for kind, count in found.collectives.items()) or "-"
     sizes = found.arguments, found.results, found.temporaries
     share = f"{100 * found.memory / memory:.1f} % of {memory / 1e9:.0f} GB"
-    loops = f" (a loop's body, of {found.loops}, once)" if found.loops else ""
-    header = [f"{where}, each chip: a step of", "arguments, MB", "results, MB", "temporaries, MB"]
-    header += ["memory", f"GFLOP{loops}", f"traffic, MB{loops}", "collectives"]
-    numbers = [f"{found.flops / 1e9:,.2f}", _megabytes(found.traffic)]
-    row = [phase.name, *map(_megabytes, sizes), share, *numbers, exchanges]
+    header = [f"each chip of {where}", "arguments, MB", "results, MB", "temporaries, MB", "memory"]
+    header += ["GFLOP", "traffic, MB", "loops, whose body counts once", "collectives"]
+    numbers = [f"{found.flops / 1e9:,.2f}", _megabytes(found.traffic), f"{found.loops}"]
+    row = [f"a step of {phase.name}", *map(_megabytes, sizes), share, *numbers, exchanges]
     return markdown.table(header, [row])
 
 
