@@ -13,8 +13,9 @@ from jax import numpy as jnp
 
 from abkd_jax import config as configs
 from abkd_jax import load, train_and_evaluate
+from abkd_jax.config.build import Builder
 from abkd_jax.models import decoder, load_decoder, save_decoder
-from abkd_jax.types import Tokens
+from abkd_jax.types import Outputs, Tokens
 
 PATH = pathlib.Path(__file__).parents[1] / "configs" / "instructions.py"
 PADDING = 5  # rows of the tables beyond the tokenizer's tokens
@@ -114,12 +115,28 @@ def test_the_labels_alone_need_no_teacher(given, tmp_path):
     assert found["student"]["last"]["nll"] < np.log(257)
 
 
-@pytest.mark.parametrize("method", module().get_methods())
-def test_every_method_is_a_plan(given, method):
+@pytest.mark.parametrize("method", ["abkd", "sft"])
+def test_it_is_a_plan(given, method):
     plan = configs.resolve(config(given, f"method={method}"))
     warm, distill = (phase.objectives["student"] for phase in plan.phases)
     assert set(warm) == {"task"}
-    assert set(distill) == ({"task"} if method == "sft" else {"distill"})
+    assert set(distill) == ({"distill"} if method == "abkd" else {"task"})
+    assert plan.description.num_classes == 257
+
+
+def test_every_method_is_a_loss_of_no_less_than_0(given):
+    """Of its numbers as the config has them; wsd is the mean of both KLs."""
+    rng = np.random.default_rng(0)
+    student, teacher = (Outputs(logits=jnp.float32(rng.normal(size=(4, 7)))) for _ in range(2))
+    how = dict(field="student.terms", learner="student", networks=("student", "teacher"))
+    found = {}
+    for method in module().get_methods():
+        terms = config(given, f"method={method}").student.terms.to_dict()
+        (term,) = Builder((), 10).objective(terms, **how).values()
+        batch = {"labels": np.arange(4)}
+        found[method] = float(term.weight * jnp.mean(term.loss(student, teacher, batch)))
+    assert all(value > 0 for value in found.values())
+    assert found["wsd"] == pytest.approx((found["kd"] + found["reverse_kl"]) / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize(
