@@ -65,7 +65,7 @@ def messages(chat):
 
 def write_lines(path, lines):
     content = "".join(json.dumps(line) + "\n" for line in lines).encode()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
     return str(path)
 
 
@@ -671,7 +671,7 @@ def test_lines_that_do_not_fit(read, tmp_path, line, fields, message):
          "cannot be read ('utf-8' codec can't decode byte 0xe4 in position 0: unexpected end of "
          "data)."),
         ("plain.jsonl.gz", GOOD, "cannot be read (Not a gzipped file (b'{\"'))."),
-        ("half.jsonl.gz", gzip.compress(GOOD * 99)[:-9],
+        ("half.jsonl.gz", gzip.compress(GOOD * 99, mtime=0)[:-9],
          "cannot be read (Compressed file ended before the end-of-stream marker was reached)."),
     ],
 )  # fmt: skip
