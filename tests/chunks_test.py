@@ -104,6 +104,35 @@ def test_chunks_equal_the_whole(chunk):
     close(chunked(chunk)(*STUDENT, *NUMBERS), expected[0])
 
 
+@pytest.mark.parametrize(("count", "expected"), [(0, 0), (1, 1), (4, 1), (5, 2), (21, 6)])
+def test_chunks_without_a_row_that_counts_are_not_computed(count, expected):
+    """Prompts and padding cost no product with the head, wherever they stand."""
+    seen = []
+
+    def told(student, teacher, batch):
+        jax.debug.callback(lambda: seen.append(1))
+        return jnp.sum(student.logits, -1)
+
+    chosen = np.random.default_rng(0).permutation(21)[:count]
+    where = np.isin(np.arange(21), chosen).reshape(SHAPE)
+    objective = {"it": Term(bind(told), jnp.ones(()))}
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss(student):
+        return total(objective, student, {}, {"where": where}, chunk=4)
+
+    student = Outputs(hidden=STUDENT[0], head=Head(*STUDENT[1:]))
+    (value, _), slopes = jax.block_until_ready(loss(student))
+    jax.effects_barrier()
+    assert len(seen) == expected
+    logits = np.asarray(STUDENT[0], np.float64) @ np.asarray(STUDENT[1]) + np.asarray(STUDENT[2])
+    mean = logits[where].sum() / max(count, 1)
+    np.testing.assert_allclose(value, mean, rtol=1e-5)
+    each = np.where(where[..., None], np.asarray(STUDENT[1], np.float64).sum(1), 0.0)
+    np.testing.assert_allclose(slopes.hidden, each / max(count, 1), rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.long
 def test_chunks_of_parts_with_the_counts_of_the_whole_add_up_to_it():
     """One row has no example, so that chunks, and a part, are without any."""

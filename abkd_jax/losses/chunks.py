@@ -58,7 +58,9 @@ def chunked(x: Array, *, leading: int, chunk: int) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def over_chunks(f: Callable, layout: Layout, rows: Any, shared: Any) -> tuple[Array, Any, Any]:
+def over_chunks(
+    f: Callable, layout: Layout, rows: Any, shared: Any, counts: Array | None = None
+) -> tuple[Array, Any, Any]:
     """The sum of a function over chunks of rows.
 
     Of its gradients in rows and in what is shared only those that are wanted are computed, each in
@@ -71,49 +73,50 @@ def over_chunks(f: Callable, layout: Layout, rows: Any, shared: Any) -> tuple[Ar
         layout: of the rows.
         rows: a pytree of arrays `[..., *]`.
         shared: a pytree of arrays.
+        counts: `[...]` bool, False where a row adds nothing to any sum. Such rows come last, and
+            chunks of them alone are not computed: their arrays are 0. None: all rows count.
 
     Returns:
         The sum of the scalars; the further sums and the arrays `[..., *]` of all rows, which carry
         no gradient.
     """
     nothing = jax.tree.map(lambda _: False, (rows, shared))
-    return _scanned(f, layout, rows, shared, nothing)[0]
+    return _scanned(f, layout, rows, shared, counts, nothing)[0]
 
 
-def _forward(f, layout, rows, shared):
-    arguments = rows, shared
+def _forward(f, layout, *arguments):
     is_leaf = lambda x: isinstance(x, CustomVJPPrimal)  # noqa: E731
-    wanted = jax.tree.map(lambda x: x.perturbed, arguments, is_leaf=is_leaf)
-    rows, shared = jax.tree.map(lambda x: x.value, arguments, is_leaf=is_leaf)
-    return _scanned(f, layout, rows, shared, wanted)
+    wanted = jax.tree.map(lambda x: x.perturbed, arguments[:2], is_leaf=is_leaf)
+    arguments = jax.tree.map(lambda x: x.value, arguments, is_leaf=is_leaf)
+    return _scanned(f, layout, *arguments, wanted)
 
 
 def _backward(f, layout, gradients, cotangents):
     scale, *_ = cotangents
     if isinstance(scale, SymbolicZero):
-        return jax.tree.map(jnp.zeros_like, gradients)
-    return jax.tree.map(lambda x: (x * scale).astype(x.dtype), gradients)
+        return *jax.tree.map(jnp.zeros_like, gradients), None
+    return *jax.tree.map(lambda x: (x * scale).astype(x.dtype), gradients), None
 
 
 over_chunks.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _scanned(f, layout, rows, shared, wanted):
+def _scanned(f, layout, rows, shared, counts, wanted):
     """What `over_chunks` returns, and the gradients that are wanted, with None for the others."""
-    found, gradients = _scanned_on_mesh(f, layout, rows, shared, wanted)
+    found, gradients = _scanned_on_mesh(f, layout, rows, shared, counts, wanted)
     some, _ = _parted((rows, shared), wanted)
     return found, jax.tree.map(lambda x, of: x.astype(of.dtype), gradients, some)
 
 
-def _scanned_on_mesh(f, layout, rows, shared, wanted):
+def _scanned_on_mesh(f, layout, rows, shared, counts, wanted):
     """`_scanned` with sums in float32 at least, by each device of its own rows."""
     local = functools.partial(_scanned_here, f, layout, wanted)
     mesh, (size, *_) = layout.mesh, jax.tree.leaves(rows)[0].shape
     if mesh is None or size % mesh.size:
-        return local(rows, shared)
+        return local(rows, shared, counts)
 
-    def on_each(rows, shared):
-        (*sums, arrays), (d_rows, d_shared) = local(rows, shared)
+    def on_each(rows, shared, counts):
+        (*sums, arrays), (d_rows, d_shared) = local(rows, shared, counts)
         sums = jax.lax.psum(sums, mesh.axis_names)
         return sums, jax.tree.map(_summed, d_shared, places), (arrays, d_rows)
 
@@ -125,9 +128,9 @@ def _scanned_on_mesh(f, layout, rows, shared, wanted):
         PartitionSpec(),
         PartitionSpec(mesh.axis_names),
     )
-    specs = {"in_specs": (split, whole), "out_specs": (whole, places, split)}
+    specs = {"in_specs": (split, whole, split), "out_specs": (whole, places, split)}
     on_mesh = jax.shard_map(on_each, mesh=mesh, check_vma=False, **specs)
-    sums, d_shared, (arrays, d_rows) = on_mesh(rows, shared)
+    sums, d_shared, (arrays, d_rows) = on_mesh(rows, shared, counts)
     return (*sums, arrays), (d_rows, d_shared)
 
 
@@ -140,12 +143,17 @@ def _summed(x: Array, place: PartitionSpec) -> Array:
     return jax.lax.psum(x, ("data", "fsdp"))
 
 
-def _scanned_here(f, layout, wanted, rows, shared):
+def _scanned_here(f, layout, wanted, rows, shared, counts):
     """`_scanned_on_mesh` on one device."""
     shape = jax.tree.leaves(rows)[0].shape[: layout.leading]
-    count = math.prod(shape)
-    chunk = min(layout.chunk, max(count, 1))
-    chunks = jax.tree.map(functools.partial(chunked, leading=layout.leading, chunk=chunk), rows)
+    size = math.prod(shape)
+    chunk = min(layout.chunk, max(size, 1))
+    order, used = _order(counts, size)
+    rows = jax.tree.map(jnp.asarray, rows)
+    flat = jax.tree.map(lambda x: x.reshape(size, *x.shape[layout.leading :]), rows)
+    if order is not None:
+        flat = jax.tree.map(lambda x: x[order], flat)
+    chunks = jax.tree.map(functools.partial(chunked, leading=1, chunk=chunk), flat)
 
     def value(some, others):
         total, *rest = f(*_merged(some, others))
@@ -157,18 +165,37 @@ def _scanned_here(f, layout, wanted, rows, shared):
         (total, (sums, arrays)), (d_rows, d_shared) = gradient(some, others)
         return (total, sums, d_shared), (arrays, d_rows)
 
-    def step(summed, rows):
-        found, arrays = of_chunk(rows)
-        return jax.tree.map(lambda x, y: x + y.astype(x.dtype), summed, found), arrays
+    def step(index, carry):
+        summed, arrays = carry
+        found, own = of_chunk(jax.tree.map(lambda x: x[index], chunks))
+        summed = jax.tree.map(lambda x, y: x + y.astype(x.dtype), summed, found)
+        return summed, jax.tree.map(lambda x, y: x.at[index].set(y), arrays, own)
 
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), chunks)
-    (total, sums, d_shared), _ = jax.eval_shape(of_chunk, one)
+    (total, sums, d_shared), arrays = jax.eval_shape(of_chunk, one)
     d_shared = jax.tree.map(_at_least_float32, d_shared)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (total, sums, d_shared))
-    (total, sums, d_shared), arrays = jax.lax.scan(step, zeros, chunks)
-    whole = lambda x: x.reshape(-1, *x.shape[2:])[:count].reshape(*shape, *x.shape[2:])  # noqa: E731
+    number = jax.tree.leaves(chunks)[0].shape[0]
+    zeros = lambda x, *axes: jnp.zeros((*axes, *x.shape), x.dtype)  # noqa: E731
+    begin = jax.tree.map(zeros, (total, sums, d_shared))
+    begin = begin, jax.tree.map(lambda x: zeros(x, number), arrays)
+    end = number if used is None else -(-used // chunk)
+    (total, sums, d_shared), arrays = jax.lax.fori_loop(0, end, step, begin)
+
+    def whole(x):
+        x = x.reshape(-1, *x.shape[2:])[:size]
+        x = x if order is None else jnp.zeros_like(x).at[order].set(x)
+        return x.reshape(*shape, *x.shape[1:])
+
     arrays, d_rows = jax.tree.map(whole, arrays)
     return (total, sums, arrays), (d_rows, d_shared)
+
+
+def _order(counts: Array | None, size: int) -> tuple[Array | None, Array | None]:
+    """The rows that count before the others, in their order, and how many they are."""
+    if counts is None:
+        return None, None
+    counts = jnp.asarray(counts).reshape(size)
+    return jnp.argsort(~counts, stable=True), jnp.sum(counts)
 
 
 def _at_least_float32(x):

@@ -198,7 +198,8 @@ def _over_rows(f, seen, outputs, batch, numbers, chunk, mesh):
     heads = {name: x.head for name, x in outputs.items()}
     per_row = {name: x for name, x in batch.items() if _has_rows(x, where.shape)}
     layout = Layout(where.ndim, chunk, mesh)
-    return over_chunks(of_chunk, layout, (parts, per_row), (heads, numbers))
+    counts = seen(batch, numbers)
+    return over_chunks(of_chunk, layout, (parts, per_row), (heads, numbers), counts)
 
 
 def _with_heads(parts: Mapping[str, Outputs], heads: Mapping[str, Any]) -> dict[str, Outputs]:
