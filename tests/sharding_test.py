@@ -10,7 +10,7 @@ from abkd_jax import optimizers, parallel, train_and_evaluate
 from abkd_jax.binding import bind
 from abkd_jax.train import create
 from abkd_jax.train.checkpoint import Checkpoints
-from abkd_jax.train.sharding import partition, sharded, shardings
+from abkd_jax.train.sharding import sharded, shardings
 from abkd_jax.types import Outputs, named_leaves
 
 
@@ -41,7 +41,7 @@ from abkd_jax.types import Outputs, named_leaves
     ],
 )
 def test_partition(path, shape, fsdp, expected):
-    assert partition(path, shape, fsdp) == expected
+    assert parallel.partition(path, shape, fsdp) == expected
 
 
 class Wide(nn.Module):
