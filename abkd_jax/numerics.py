@@ -237,6 +237,25 @@ def falling_prefix(levels: Array, limit: int | Array, *, weighted: bool = False)
     return _prefix_by_search(levels, limit, weighted=weighted)
 
 
+def head(p: Array, head_mass: Array) -> Array:
+    """The likeliest class, and those that follow for as long as their sum is at most `head_mass`.
+
+    Args:
+        p: probabilities, `[..., K]`.
+        head_mass: `[..., 1]`, whose leading axes broadcast; from 1 on all classes are in the head.
+
+    Returns:
+        `[..., K]` bool. Of classes of equal p, to about 2^-31, the first comes first.
+    """
+    # In fixed point, whose sums are exact in any order.
+    double = p.dtype == jnp.float64
+    scale, dtype = (2.0**61, jnp.int64) if double else (2.0**30, jnp.int32)
+    mass = jnp.round(p * scale).astype(dtype)
+    limit = (jnp.clip(head_mass, 0.0, 1.0) * scale).astype(dtype)
+    limit = jnp.maximum(limit, jnp.max(mass, axis=-1, keepdims=True))  # at least one class
+    return (falling_prefix(mass, limit, weighted=True) & (mass > 0)) | (head_mass >= 1)
+
+
 def log_sum_exp(logits: Array) -> Array:
     """log sum exp over the last axis, `[..., K]` -> `[...]`; -inf, with slope 0, if all are."""
     top = jax.lax.stop_gradient(_finite_max(logits))

@@ -169,6 +169,11 @@ def everywhere(tree: Any) -> Any:
     return jax.device_put(tree, jax.local_devices()[0] if alone else _on_local(PartitionSpec()))
 
 
+def platform(mesh: Mesh | None = None) -> str:
+    """Of the devices of a mesh, which need not be there, or of the default ones: "cpu", ..."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
 def free_memory() -> float:
     """Bytes that are free, on all local devices together."""
     stats = [device.memory_stats() for device in jax.local_devices()]

@@ -57,6 +57,8 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     folders = {key: options.pop(key, "") for key in ("teacher", "student", "train", "corpus")}
     layers, method = options.pop("layers", ()), options.pop("method", "abkd")
     local = options.pop("runlocal", False)
+    if not isinstance(layers, tuple):
+        raise ValueError(f"layers must be numbers in brackets, (0, 2, 4); found {layers!r}.")
     missing = [key for key in ("teacher", "student", "train") if not folders[key]]
     if missing and not local:
         raise ValueError(f"configs/instructions.py needs {', '.join(missing)}: see its head.")

@@ -9,6 +9,7 @@ from jax import numpy as jnp
 from abkd_jax.analysis import (
     by_rank,
     head_and_tail,
+    head_middle_and_tail,
     log_mass_ratio,
     mass_change,
     mass_flow,
@@ -58,6 +59,7 @@ def partitions(student, teacher, labels):
         "error": over_and_underestimated(student, teacher),
         "target": target_and_rest(labels, student.shape[-1]),
         "head": head_and_tail(teacher, head_mass=0.7),
+        "three": head_middle_and_tail(teacher),
         "rank": by_rank(teacher, edges=(1, 3)),
     }
 
@@ -112,6 +114,21 @@ def test_the_head(mass, head):
     found = head_and_tail(jnp.log(P), head_mass=mass)
     assert list(np.flatnonzero(found["head"])) == head
     np.testing.assert_array_equal(found["tail"], ~np.asarray(found["head"]))
+
+
+@pytest.mark.parametrize(
+    "head,middle,groups",
+    [
+        (0.55, 0.91, ([1], [0, 3], [2, 4])),
+        (0.85, 0.91, ([1, 3], [0], [2, 4])),
+        (0.85, 0.6, ([1, 3], [], [0, 2, 4])),
+        (0.0, 1.0, ([1], [0, 2, 3, 4], [])),
+    ],
+)
+def test_the_head_the_middle_and_the_tail(head, middle, groups):
+    found = head_middle_and_tail(jnp.log(P), head_mass=head, middle_mass=middle)
+    assert [list(np.flatnonzero(g)) for g in found.values()] == list(groups)
+    assert list(found) == ["head", "middle", "tail"]
 
 
 def test_ranks():

@@ -20,13 +20,14 @@ from abkd_jax.analysis import (
     mass_change,
     over_and_underestimated,
     over_grid,
+    rank_summary,
     reassignment_summary,
     tightness,
     upper_bound,
 )
 from abkd_jax.binding import bind
 from abkd_jax.divergences import alpha_beta, forward_kl
-from abkd_jax.types import Divergence
+from abkd_jax.types import Divergence, Head, Outputs
 
 ALPHAS, BETAS = np.array([1.0, 0.0, 0.8]), np.array([0.0, 1.0, 0.3])
 ROWS, K = (5, 8), 6
@@ -67,6 +68,52 @@ def test_reassignments_over_a_grid(masked):
         check(found["to_underestimated"], i, np.where(under, change, 0).sum(-1), where)
         check(found["normaliser"], i, step.normaliser, where)
         check(found["largest"], i, np.abs(step.log_ratio).max(-1), where)
+
+
+def unformed(seed, width=3):
+    """Tokens' hidden states, and the logits that a network would form of them."""
+    rng = np.random.default_rng(seed)
+    hidden, matrix = rng.normal(size=(*ROWS, width)), 2 * rng.normal(size=(width, K))
+    head = Head(jnp.float32(matrix), jnp.float32(rng.normal(size=K)))
+    outputs = Outputs(hidden=jnp.float32(hidden), head=head, features={"other": jnp.zeros(3)})
+    return outputs, hidden @ matrix + np.asarray(head.bias)
+
+
+def test_ranks_of_tokens_whose_logits_are_unformed():
+    """The flow of a softmax's step, by numpy, into classes by the teacher's cumulated mass."""
+    (student, own), (teacher, others) = unformed(0), unformed(1)
+    where = np.random.default_rng(2).random(ROWS) < 0.6
+    fn = bind(rank_summary, divergence=grid(), learning_rate=0.3)
+    found = over_grid(fn, student, teacher, where=where, chunk=7)
+    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (others, own))
+    before = np.array([[[row[row > x].sum() for x in row] for row in rows] for rows in p])
+    groups = {"to_head": before + p <= 0.5, "to_tail": before + p > 0.95}
+    first = p == p.max(-1, keepdims=True)
+    groups = {"to_head": groups["to_head"] | first, "to_tail": groups["to_tail"] & ~first}
+    groups["to_middle"] = ~groups["to_head"] & ~groups["to_tail"]
+    after = np.exp(own - 0.3 * (q - p))  # forward KL, the first point
+    change = after / after.sum(-1, keepdims=True) - q
+    assert set(found) == set(groups)
+    for name, group in groups.items():
+        assert group.any()
+        check(found[name], 0, np.where(group, change, 0).sum(-1), where)
+
+
+@pytest.mark.parametrize(
+    "other,message",
+    [
+        (
+            Outputs(hidden=jnp.zeros((5, 8, 3))),
+            "teacher_logits must be outputs with logits, or",
+        ),
+        (unformed(1)[0].map_rows(lambda x: x[:1]), r".* must be of the same rows; found \["),
+        (np.zeros((5, 8, K + 1), np.float32), r".* must be of the same number of classes"),
+    ],
+)
+def test_outputs_that_do_not_fit_are_refused(other, message):
+    fn = bind(gradient_summary, divergence=grid())
+    with pytest.raises((AssertionError, ValueError), match=rf"^{message}"):
+        over_grid(fn, unformed(0)[0], other)
 
 
 @pytest.mark.slow

@@ -85,6 +85,9 @@ def test_every_metric_is_there_and_a_scalar():
         "effective_temperature/teacher",
         "mass_flow/moved",
         "mass_flow/to_underestimated/teacher",
+        "mass_flow/to_head/teacher",
+        "mass_flow/to_middle/teacher",
+        "mass_flow/to_tail/teacher",
         "mass_flow/to_target",
         "gradient_norm/task",
         "gradient_norm/kd",
@@ -116,6 +119,14 @@ def test_the_flow_of_one_step_of_each_example():
     np.testing.assert_allclose(measured()["mass_flow/moved"], moved, rtol=1e-4)
     under = np.where(p > q, change, 0).sum(-1)[where].mean()
     np.testing.assert_allclose(measured()["mass_flow/to_underestimated/teacher"], under, rtol=1e-4)
+    falling = np.sort(p, axis=-1)[..., ::-1]
+    sums = np.take_along_axis(falling.cumsum(-1), np.argsort(np.argsort(-p)), -1)  # up to each
+    head = (sums <= 0.5) | (p == falling[..., :1])
+    tail = ~head & (sums > 0.95)
+    for name, group in {"head": head, "tail": tail, "middle": ~head & ~tail}.items():
+        into = np.where(group, change, 0).sum(-1)[where].mean()
+        found = measured()[f"mass_flow/to_{name}/teacher"]
+        np.testing.assert_allclose(found, into, rtol=1e-4, err_msg=name)
     known = where & (labels >= 0)
     target = np.take_along_axis(change, np.maximum(labels, 0)[..., None], -1)[known].mean()
     np.testing.assert_allclose(measured()["mass_flow/to_target"], target, rtol=1e-4)
@@ -148,6 +159,25 @@ def test_a_probe_alone_is_that_part_of_all(name):
     assert chosen and set(alone) == set(chosen)
     for key, value in chosen.items():
         np.testing.assert_allclose(alone[key], value, rtol=1e-5)
+
+
+def test_tokens_whose_logits_are_unformed():
+    """Rows of two axes, as the same rows of one; what lies outside of the mask does not count."""
+    params, others, batches, terms = setup()
+
+    def tokens(params, batch):
+        return Outputs(hidden=batch["inputs"], head=Head(params["w"], params["b"]))
+
+    wide = jax.tree.map(lambda x: x.reshape(N, 2, B // 2, *x.shape[2:]), batches)
+    outside = ~wide["where"][..., None]
+    wide["inputs"] = jnp.where(outside, jnp.nan, wide["inputs"])
+    logits = others["teacher"].logits.reshape(N, 2, B // 2, K)
+    shown = {"teacher": Outputs(hidden=logits, head=Head(jnp.eye(K)))}
+    measure = functools.partial(probe, chunk=4, learning_rate=ETA)
+    found = jax.jit(lambda p: measure(p, tokens, shown, wide, terms))(params)
+    assert set(found) == set(measured())
+    for key, value in measured().items():
+        np.testing.assert_allclose(found[key], value, rtol=2e-4, atol=1e-6, err_msg=key)
 
 
 def test_terms_that_couple_the_batch_and_heads_that_batches_share():
@@ -206,6 +236,10 @@ def test_refusals():
         ValueError, match=r"^batches must be at least 2, for the probe 'gradient_noise'; found 1"
     ):
         probe(params, forward, *one, terms)
+    coupled = {"dist": Term(bind(dist), 1.0, other="teacher")}
+    hidden = lambda params, batch: Outputs(hidden=batch["inputs"], head=Head(params["w"]))  # noqa: E731
+    with pytest.raises(ValueError, match=r"^the loss of term 'dist' must be of each row alone, "):
+        probe(params, hidden, others, batches, coupled, probes=("mass_flow",), chunk=2)
     mute = lambda params, batch: Outputs(hidden=batch["inputs"])  # noqa: E731
     with pytest.raises(
         ValueError, match=r"^the logits of the network being trained must be shown; found None"

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 _FOLDER = pathlib.Path(__file__).parent.parent / "colabs"
-_NAMES = ("quickstart", "gradient_analysis", "bring_your_own", "sweeps")
+_NAMES = ("quickstart", "gradient_analysis", "bring_your_own", "sweeps", "language")
 _BADGE = (
     "[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
     "(https://colab.research.google.com/github/abkd-jax/abkd_jax/blob/main/colabs/{}.ipynb)\n"

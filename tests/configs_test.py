@@ -161,14 +161,16 @@ def test_alpha_and_beta_are_those_of_the_paper_s_code(name):
     assert divergence == dict(fn="alpha_beta", **ABKD)
 
 
-def stop(monkeypatch, learners):
-    """Sends a signal to this process when the phase of these learners is more than half done."""
+def stop(monkeypatch, phase):
+    """Sends a signal to this process when a phase is more than half done."""
+    learners = " and ".join(phase.learners)
     sent = []
 
     class Stopping(Progress):
         def __init__(self, label, total, *args, **options):
             super().__init__(label, total, *args, **options)
-            self.stops_between = (total / 2, total) if label == learners else (0, 0)
+            is_it = label == learners and total == phase.num_steps
+            self.stops_between = (total / 2, total) if is_it else (0, 0)
 
         def update(self, step, **shown):
             super().update(step, **shown)
@@ -190,6 +192,14 @@ def rows(folder):
     ]
 
 
+def count_of_tokens(config):
+    """Of the test topics: of each all bytes but the first, and an end."""
+    from pydoc_data.topics import topics
+
+    order = np.random.default_rng(config.data_seed).permutation(len(topics))
+    return sum(len(topics[sorted(topics)[i]].encode()) for i in order[:10])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name,argument",
@@ -208,7 +218,7 @@ def test_runlocal_runs_stops_and_goes_on(tmp_path, monkeypatch, name, argument):
     train_and_evaluate(config, whole)
     phases = configs.resolve(config).phases
     with monkeypatch.context() as patched:
-        sent = stop(patched, " and ".join(phases[-1].learners))
+        sent = stop(patched, phases[-1])
         with pytest.raises(SystemExit) as stopped:
             train_and_evaluate(config, parts)
     assert stopped.value.code == 128 + signal.SIGTERM and len(sent) == 1
@@ -222,5 +232,9 @@ def test_runlocal_runs_stops_and_goes_on(tmp_path, monkeypatch, name, argument):
         assert rows(parts / folder.relative_to(whole)) == rows(folder)
     result = json.loads((whole / "result.json").read_text())
     assert set(result["networks"]) == {name for phase in phases for name in phase.learners}
-    for found in result["networks"].values():
-        assert found["steps"] == config.num_steps and found["last"]["count"] == 500
+    steps = {name: phase.num_steps for phase in phases for name in phase.learners}
+    for name, found in result["networks"].items():
+        assert found["steps"] == steps[name]
+        assert found["last"]["count"] == (
+            count_of_tokens(config) if config.task.fn == "language" else 500
+        )

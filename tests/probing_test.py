@@ -77,6 +77,9 @@ def test_a_run_is_the_same_with_its_analysis(tmp_path):
         "gradient_norm/distill",
         "gradient_norm/task",
         "mass_flow/moved",
+        "mass_flow/to_head/teacher",
+        "mass_flow/to_middle/teacher",
+        "mass_flow/to_tail/teacher",
         "mass_flow/to_target",
         "mass_flow/to_underestimated/teacher",
     }

@@ -18,6 +18,7 @@ from abkd_jax.analysis.effects import (
 from abkd_jax.analysis.flow import (
     by_rank,
     head_and_tail,
+    head_middle_and_tail,
     mass_change,
     mass_flow,
     moved_mass,
@@ -41,6 +42,7 @@ from abkd_jax.analysis.grid import (
     bound_summary,
     gradient_summary,
     over_grid,
+    rank_summary,
     reassignment_summary,
 )
 from abkd_jax.analysis.probe import PROBES, probe

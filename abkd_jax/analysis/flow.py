@@ -108,11 +108,30 @@ def head_and_tail(logits: Array, *, head_mass: Unit = 0.5) -> dict[str, Array]:
         ValueError: if the number does not broadcast.
     """
     logits = check_values(logits)
-    ranks = _ranks(logits)
-    falling = -jnp.sort(-jnp.exp(numerics.log_probabilities(logits)), axis=-1)
-    within = jnp.cumsum(falling, axis=-1) <= numerics.per_row("head_mass", head_mass, logits)
-    head = jnp.take_along_axis(within, ranks, axis=-1) | (ranks == 0)
+    p = jnp.exp(numerics.log_probabilities(logits))
+    head = numerics.head(p, numerics.per_row("head_mass", head_mass, logits))
     return {"head": head, "tail": ~head}
+
+
+def head_middle_and_tail(
+    logits: Array, *, head_mass: Unit = 0.5, middle_mass: Unit = 0.95
+) -> dict[str, Array]:
+    """The classes in three by mass: `head_and_tail`, with a second head cut from the tail.
+
+    Args:
+        logits: `[..., K]`, the teacher's as a rule.
+        head_mass: as for `head_and_tail`.
+        middle_mass: up to which sum of probabilities, the head's included, classes are no tail.
+
+    Returns:
+        `[..., K]` bool: "head", "middle" and "tail".
+
+    Raises:
+        ValueError: if a number does not broadcast.
+    """
+    head = head_and_tail(logits, head_mass=head_mass)["head"]
+    tail = head_and_tail(logits, head_mass=middle_mass)["tail"]
+    return {"head": head, "middle": ~head & ~tail, "tail": ~head & tail}
 
 
 def by_rank(logits: Array, *, edges: tuple[int, ...]) -> dict[str, Array]:

@@ -137,6 +137,8 @@ def term_gradients(
     params: Any,
     others: Mapping[str, Outputs],
     batch: Batch,
+    *,
+    chunk: int = 0,
 ) -> tuple[dict[str, Any], Outputs]:
     """The gradients of the terms' batch means, before their weights, and the network's outputs.
 
@@ -149,20 +151,18 @@ def term_gradients(
         params: any pytree of floating-point arrays.
         others: the other networks' outputs, by name.
         batch: with every mask that a term names.
+        chunk: see `losses.total`.
 
     Returns:
         A pytree like `params` for each term, by its name; the outputs.
     """
+    outputs, pull = jax.vjp(lambda params: forward(params, batch), params)
 
-    alone = {name: term.replace(weight=1.0) for name, term in terms.items()}
+    def mean(outputs: Outputs, name: str) -> Array:
+        alone = {name: terms[name].replace(weight=1.0)}
+        return total(alone, outputs, others, batch, chunk=chunk)[0]
 
-    def means(params):
-        outputs = forward(params, batch)
-        return total(alone, outputs, others, batch)[1], outputs
-
-    values, pull, outputs = jax.vjp(means, params, has_aux=True)
-    chosen = lambda name: {n: jnp.full_like(v, n == name) for n, v in values.items()}  # noqa: E731
-    return {name: pull(chosen(name))[0] for name in terms}, outputs
+    return {name: pull(jax.grad(mean)(outputs, name))[0] for name in terms}, outputs
 
 
 @struct.dataclass

@@ -10,13 +10,19 @@ from jax import numpy as jnp
 from abkd_jax import checks
 from abkd_jax.analysis.checks import check_cached
 from abkd_jax.analysis.effects import tightness, upper_bound
-from abkd_jax.analysis.flow import mass_change, mass_flow, moved_mass, over_and_underestimated
+from abkd_jax.analysis.flow import (
+    head_middle_and_tail,
+    mass_change,
+    mass_flow,
+    moved_mass,
+    over_and_underestimated,
+)
 from abkd_jax.analysis.gradients import cosine, gradient_norm, logit_gradient
 from abkd_jax.analysis.reassignment import log_mass_ratio
 from abkd_jax.binding import Bound, NonNegative, Number
 from abkd_jax.divergences import forward_kl
 from abkd_jax.losses.chunks import chunked
-from abkd_jax.types import Divergence
+from abkd_jax.types import Divergence, Outputs
 
 
 @struct.dataclass
@@ -38,8 +44,8 @@ class Summary:
 
 def over_grid(
     fn: Bound,
-    student_logits: Array,
-    teacher_logits: Array,
+    student_logits: Array | Outputs,
+    teacher_logits: Array | Outputs,
     *,
     where: Array | None = None,
     chunk: int = 16,
@@ -58,8 +64,9 @@ def over_grid(
 
     Args:
         fn: student_logits `[n, K]`, teacher_logits `[n, K]` -> {name: `[n]`}, bound.
-        student_logits: `[..., K]`; all leading axes together are the rows.
-        teacher_logits: `[..., K]`.
+        student_logits: `[..., K]`; all leading axes together are the rows. A network's outputs may
+            stand for them, whose logits, if unformed, are formed a chunk at a time.
+        teacher_logits: `[..., K]`; likewise, then with the same leading axes.
         where: `[...]` bool, the rows that count; None for all.
         chunk: how many rows at a time. Few are fast on a CPU, whose caches then hold them; an
             accelerator wants more.
@@ -69,35 +76,58 @@ def over_grid(
         counts, mean and deviation are 0, lowest is inf and highest -inf.
 
     Raises:
-        AssertionError: if `where` is not bool `[...]`.
+        AssertionError: if `where` is not bool `[...]`, or logits do not fit each other.
         ValueError: if `fn` is not bound, its numbers make no grid, or `chunk` is no integer of at
             least 1.
     """
     checks.require(isinstance(fn, Bound), "fn", "bound: bind(function, ...)", fn)
     is_count = isinstance(chunk, int) and not isinstance(chunk, bool) and chunk >= 1
     checks.require(is_count, "chunk", "an integer of at least 1", chunk)
-    student_logits, teacher_logits = check_cached(student_logits, teacher_logits)
-    where = checks.check_where(where, student_logits.shape[:-1])
+    networks = _checked(student_logits, teacher_logits)
+    where = checks.check_where(where, jax.eval_shape(_logits, networks)[0].shape[:-1])
     sizes = {leaf.shape for leaf in jax.tree.leaves(fn)} - {()}
     is_grid = len(sizes) == 1 and len(min(sizes)) == 1
     expected = "scalars and at least one array, all arrays [G]"
     checks.require(is_grid, "the numbers of fn", expected, sorted(map(list, sizes)))
-    return _over_grid(fn, student_logits, teacher_logits, where, chunk=chunk)
+    return _over_grid(fn, networks, where, chunk=chunk)
+
+
+def _checked(*given: Array | Outputs) -> tuple[Outputs, Outputs]:
+    """The logits, or what stands for them, of the same rows; refused if they are no pair."""
+    if not any(isinstance(x, Outputs) for x in given):
+        return tuple(Outputs(logits=x) for x in check_cached(*given))
+    named = zip(("student_logits", "teacher_logits"), given, strict=True)
+    shown = {name: x if isinstance(x, Outputs) else Outputs(logits=x) for name, x in named}
+    for name, x in shown.items():
+        has_any = x.unformed or x.logits is not None
+        checks.require(has_any, name, "outputs with logits, or hidden and head", None)
+    parts = [Outputs(logits=x.logits) if not x.unformed else x for x in shown.values()]
+    parts = tuple(x.replace(features=None, projected=None, input_gradient=None) for x in parts)
+    leading = {x.shape[:-1] for x in jax.eval_shape(_logits, parts)}
+    checks.require(len(leading) == 1, " and ".join(shown), "of the same rows", sorted(leading))
+    return parts
+
+
+def _logits(networks: tuple[Outputs, Outputs]) -> tuple[Array, Array]:
+    """The logits of both, in one dtype."""
+    return checks.check_logits(*(x.formed().logits for x in networks))
 
 
 @functools.partial(jax.jit, static_argnames="chunk")
-def _over_grid(fn, student_logits, teacher_logits, where, *, chunk):
+def _over_grid(fn, networks, where, *, chunk):
     axes = jax.tree.map(lambda leaf: 0 if leaf.ndim else None, fn)
     at_all_points = jax.vmap(lambda f, s, t: f(s, t), in_axes=(axes, None, None))
 
     def step(carry, part):
-        s, t, kept = part
-        values = at_all_points(fn, s, t)
+        *rows, kept = part
+        shown = (x.replace(head=network.head) for x, network in zip(rows, networks, strict=True))
+        values = at_all_points(fn, *_logits(tuple(shown)))
         return {n: _joined(carry[n], _moments(v, kept)) for n, v in values.items()}, None
 
     split = functools.partial(chunked, leading=where.ndim, chunk=chunk)
-    parts = jax.tree.map(split, (student_logits, teacher_logits, where))
-    some = jax.ShapeDtypeStruct(parts[0].shape[1:], parts[0].dtype)  # there may be no rows
+    parts = jax.tree.map(split, (*(x.replace(head=None) for x in networks), where))
+    some = jax.eval_shape(_logits, networks)[0]
+    some = jax.ShapeDtypeStruct((chunk, some.shape[-1]), some.dtype)  # there may be no rows
     shapes = jax.eval_shape(at_all_points, fn, some, some)
     nothing = jnp.zeros(chunk, bool)
     start = {n: _moments(jnp.zeros(v.shape, v.dtype), nothing) for n, v in shapes.items()}
@@ -156,6 +186,32 @@ def reassignment_summary(
         "largest": jnp.max(jnp.abs(step.log_ratio), axis=-1),
         "normaliser": step.normaliser,
     }
+
+
+def rank_summary(
+    student_logits: Array,
+    teacher_logits: Array,
+    *,
+    divergence: Divergence,
+    learning_rate: NonNegative,
+) -> dict[str, Array]:
+    """One step on the logits: the mass that it moves into the teacher's head, middle and tail.
+
+    Args:
+        student_logits: `[..., K]`.
+        teacher_logits: `[..., K]`.
+        divergence: whose gradient is descended.
+        learning_rate: eta.
+
+    Returns:
+        `[...]` each, net, of sum 0: "to_head", "to_middle", "to_tail"; see `head_middle_and_tail`.
+    """
+    step = log_mass_ratio(
+        student_logits, teacher_logits, divergence=divergence, learning_rate=learning_rate
+    )
+    change = mass_change(student_logits, step.log_ratio)
+    flows = mass_flow(change, head_middle_and_tail(teacher_logits))
+    return {f"to_{name}": flow for name, flow in flows.items()}
 
 
 def bound_summary(

@@ -15,7 +15,10 @@ from abkd_jax.analysis.gradients import gradient_noise, logit_slope, term_gradie
 from abkd_jax.analysis.reassignment import of_logit_change
 from abkd_jax.analysis.temperature import effective_temperature
 from abkd_jax.binding import NonNegative, nearest
+from abkd_jax.losses import check_chunks, in_chunks
 from abkd_jax.types import Batch, Outputs, Term
+
+_LEARNER = "the network being trained"
 
 PROBES = (
     "entropy",
@@ -36,6 +39,7 @@ def probe(
     *,
     probes: tuple[str, ...] = PROBES,
     learning_rate: NonNegative = 0.1,
+    chunk: int = 0,
 ) -> dict[str, Array]:
     """Measures one learner and its objective on a few batches; nothing is updated.
 
@@ -46,6 +50,8 @@ def probe(
     | mass_flow | of one step of each example's objective on its logits, means over examples: |
     | | `mass_flow/moved`, the mass that changes class; |
     | | `mass_flow/to_underestimated/<other>`, net, from classes with q >= p to those with q < p; |
+    | | `mass_flow/to_head/<other>`, `to_middle`, `to_tail`, net, into those classes of the |
+    | | other's distribution, see `head_middle_and_tail`; |
     | | `mass_flow/to_target`, net, from the rest to the label's class, where it is known |
     | gradient_norms | `gradient_norm/<term>`, of weight x mean over all batches, in parameters |
     | gradient_cosines | `gradient_cosine/<term>/<term>` between each two, in alphabetical order |
@@ -66,13 +72,14 @@ def probe(
         terms: the learner's objective, by name; schedules replaced by numbers (`binding.at_step`).
         probes: which, of PROBES.
         learning_rate: of the step on the logits in `mass_flow`.
+        chunk: of how many rows unformed logits are formed at a time; 0 for those of a batch.
 
     Returns:
         Scalars by name.
 
     Raises:
-        ValueError: if a probe is unknown, gradient noise is asked of a single batch, or the learner
-            shows no logits.
+        ValueError: if a probe is unknown, gradient noise is asked of a single batch, the learner
+            shows no logits, or a loss that couples the batch would see chunks.
     """
     check_probes(probes)
     count = batches["where"].shape[0]
@@ -86,29 +93,28 @@ def probe(
         batch, seen = part
         seen = {name: seen[name].replace(head=heads[name]) for name in seen}
         if of_gradients:
-            gradients, outputs = term_gradients(terms, forward, params, seen, batch)
+            gradients, outputs = term_gradients(terms, forward, params, seen, batch, chunk=chunk)
         else:
             gradients, outputs = {}, forward(params, batch)
-        shows = outputs.logits is not None
-        checks.require(shows, "the logits of the network being trained", "shown", None)
-        slope = logit_slope(terms, outputs, seen, batch) if "mass_flow" in probes else None
-        return None, (outputs.logits, slope, gradients)
+        shown = {_LEARNER: outputs, **seen}
+        check_chunks({_LEARNER: terms}, shown, chunk)
+        shows = outputs.unformed or outputs.logits is not None
+        checks.require(shows, f"the logits of {_LEARNER}", "shown", None)
+        sums, _ = in_chunks(of_rows, shown, batch, chunk=chunk)
+        return None, (sums, gradients)
+
+    def of_rows(shown, batch):
+        values = _of_rows(shown, batch, terms, probes, learning_rate)
+        masked = {name: (jnp.where(where, x, 0.0), where) for name, (x, where) in values.items()}
+        return jax.tree.map(jnp.sum, masked), ()
 
     # On a CPU, convolutions in a loop are an order of magnitude slower.
     unroll = jax.default_backend() == "cpu"
     _, measured = jax.lax.scan(measure, None, (dict(batches), rows), unroll=unroll)
-    logits, slope, gradients = measured
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    teachers = {n: o.logits for n, o in others.items() if o.logits is not None}
-    where, metrics = batches["where"], {}
-    if "entropy" in probes:
-        metrics["entropy"] = numerics.masked_mean(numerics.entropy(logits), where)
-    if "effective_temperature" in probes:
-        for name, teacher in teachers.items():
-            log = jnp.log(effective_temperature(logits, teacher))
-            metrics[f"effective_temperature/{name}"] = jnp.exp(numerics.masked_mean(log, where))
-    if "mass_flow" in probes:
-        metrics |= _flows(logits, -learning_rate * slope, teachers, batches)
+    sums, gradients = jax.tree.map(lambda x: jnp.sum(x, axis=0), measured[0]), measured[1]
+    metrics = {name: value / jnp.maximum(count, 1) for name, (value, count) in sums.items()}
+    logs = [name for name in metrics if name.startswith("effective_temperature/")]
+    metrics |= {name: jnp.exp(metrics[name]) for name in logs}  # a geometric mean
     return metrics | _of_gradients(gradients, terms, probes)
 
 
@@ -121,19 +127,42 @@ def check_probes(probes: tuple[str, ...]) -> None:
         checks.require(name in PROBES, "probes", expected, name)
 
 
-def _flows(logits, change, teachers, batches):
-    """The metrics of `mass_flow`."""
-    where, mean = batches["where"], numerics.masked_mean
+def _of_rows(shown, batch, terms, probes, learning_rate):
+    """The metrics that are means over rows: {name: (values, mask)}; of temperatures the logarithm.
+
+    `shown` has the outputs of all networks, with logits.
+    """
+    others = {name: x for name, x in shown.items() if name != _LEARNER}
+    teachers = {name: x.logits for name, x in others.items() if x.logits is not None}
+    own, where, found = shown[_LEARNER], batch["where"], {}
+    logits = own.logits.astype(jnp.promote_types(own.logits.dtype, jnp.float32))
+    if "entropy" in probes:
+        found["entropy"] = numerics.entropy(logits), where
+    if "effective_temperature" in probes:
+        for name, teacher in teachers.items():
+            log = jnp.log(effective_temperature(logits, teacher))
+            found[f"effective_temperature/{name}"] = log, where
+    if "mass_flow" in probes:
+        change = -learning_rate * logit_slope(terms, own, others, batch)
+        found |= _flows(logits, change, teachers, batch)
+    return found
+
+
+def _flows(logits, change, teachers, batch):
+    """The metrics of `mass_flow`, likewise."""
+    where = batch["where"]
     moved = flow.mass_change(logits, of_logit_change(logits, change).log_ratio)
-    metrics = {"mass_flow/moved": mean(flow.moved_mass(moved), where)}
+    found = {"mass_flow/moved": (flow.moved_mass(moved), where)}
     for name, teacher in teachers.items():
-        into = flow.mass_flow(moved, flow.over_and_underestimated(logits, teacher))
-        metrics[f"mass_flow/to_underestimated/{name}"] = mean(into["underestimated"], where)
-    if "labels" in batches:
-        labels = batches["labels"]
+        errors = flow.over_and_underestimated(logits, teacher)
+        into = flow.mass_flow(moved, errors | flow.head_middle_and_tail(teacher))
+        for group in ("underestimated", "head", "middle", "tail"):
+            found[f"mass_flow/to_{group}/{name}"] = into[group], where
+    if "labels" in batch:
+        labels = batch["labels"]
         into = flow.mass_flow(moved, flow.target_and_rest(labels, logits.shape[-1]))
-        metrics["mass_flow/to_target"] = mean(into["target"], where & (labels >= 0))
-    return metrics
+        found["mass_flow/to_target"] = into["target"], where & (labels >= 0)
+    return found
 
 
 def _of_gradients(gradients, terms, probes):

@@ -90,6 +90,8 @@ def apply(
             if beside is None:
                 raise ValueError(f"this config takes no method; found method={name}.")
             config.student.terms = ConfigDict(method_terms(config, name, beside))
+        if values and _TERM not in config[_LEARNER].terms:
+            raise _refused(f"has {next(iter(values))!r}, but {_FIELD}, whose it would be, is none")
         if "divergence" in values:
             _put_divergence(config, values.pop("divergence"), builder)
         if values or by_method:

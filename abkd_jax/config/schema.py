@@ -223,7 +223,8 @@ def _phases(plan: Plan) -> list[Phase]:
                     f"phases.{name} sees {other}, which has not learned by then; give it a phase "
                     f"before, or {other}.weights."
                 )
-        check_twins(networks, [learner for learner in phase.learners if learner not in ready])
+        new = [learner for learner in phase.learners if learner not in ready]
+        check_twins(networks, phase, new)
         ready.update(phase.learners)
         phases.append(phase)
     for name in networks:

@@ -211,14 +211,7 @@ def _log_over_mixture(u: Array, w: Array) -> tuple[Array, Array]:
 
 def _head_share(p: Array, p_less_q: Array, head_mass: Array) -> Array:
     """AKL's share of the error |p - q| that lies in the teacher's head; anything where p = q."""
-    # In fixed point, whose sums are exact in any order; of classes within 2^-31 the first is first.
-    double = p.dtype == jnp.float64
-    scale, dtype = (2.0**61, jnp.int64) if double else (2.0**30, jnp.int32)
-    mass = jnp.round(p * scale).astype(dtype)
-    limit = (jnp.clip(head_mass, 0.0, 1.0) * scale).astype(dtype)
-    limit = jnp.maximum(limit, jnp.max(mass, axis=-1, keepdims=True))  # at least one class
-    in_head = numerics.falling_prefix(mass, limit, weighted=True)
-    in_head = (in_head & (mass > 0)) | (head_mass >= 1)
+    in_head = numerics.head(p, head_mass)
     error = jnp.abs(p_less_q)
     total = jnp.sum(error, axis=-1, keepdims=True)
     of_head = jnp.sum(jnp.where(in_head, error, 0.0), axis=-1, keepdims=True)

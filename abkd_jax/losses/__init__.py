@@ -16,7 +16,14 @@ from abkd_jax.losses.gradient import input_gradient_alignment
 from abkd_jax.losses.lift import on_logits, with_teacher_labels
 from abkd_jax.losses.relation import dist, gram, rank_correlation
 from abkd_jax.losses.task import cross_entropy
-from abkd_jax.losses.total import in_chunks, joint_total, mask_of, term_counts, total
+from abkd_jax.losses.total import (
+    check_chunks,
+    in_chunks,
+    joint_total,
+    mask_of,
+    term_counts,
+    total,
+)
 from abkd_jax.losses.transport import sinkhorn
 from abkd_jax.losses.weight import (
     difficulty_weighted,

@@ -161,7 +161,8 @@ def _scanned_here(f, layout, wanted, rows, shared):
         found, arrays = of_chunk(rows)
         return jax.tree.map(lambda x, y: x + y.astype(x.dtype), summed, found), arrays
 
-    (total, sums, d_shared), _ = jax.eval_shape(of_chunk, jax.tree.map(lambda x: x[0], chunks))
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), chunks)
+    (total, sums, d_shared), _ = jax.eval_shape(of_chunk, one)
     d_shared = jax.tree.map(_at_least_float32, d_shared)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (total, sums, d_shared))
     (total, sums, d_shared), arrays = jax.lax.scan(step, zeros, chunks)

@@ -32,7 +32,7 @@ def probe_batches(run: Run, phase: Phase) -> Batch:
     return parallel.replicated(jax.tree.map(lambda *x: jnp.stack(x), *batches), run.mesh)
 
 
-@functools.partial(jax.jit, static_argnames="probes")
+@functools.partial(jax.jit, static_argnames=("probes", "chunk"))
 def probed(
     learners: Networks,
     frozen: Networks,
@@ -40,6 +40,7 @@ def probed(
     objectives: Objectives,
     *,
     probes: tuple[str, ...],
+    chunk: int = 0,
 ) -> Mapping[str, Array]:
     """`analysis.probe` of every learner, with its objective as it stands at its step.
 
@@ -49,6 +50,7 @@ def probed(
         batches: of `probe_batches`.
         objectives: of the learners.
         probes: of `analysis.PROBES`; gradient noise is left out where there is but one batch.
+        chunk: of how many rows unformed logits are formed at a time; 0 for those of a batch.
 
     Returns:
         {"analysis/NAME/METRIC": a scalar}.
@@ -78,6 +80,7 @@ def probed(
             batches,
             at_step(dict(objectives[name]), state.step),
             probes=probes,
+            chunk=chunk,
         )
         found |= {f"analysis/{name}/{metric}": value for metric, value in values.items()}
     return found

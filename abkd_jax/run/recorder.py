@@ -191,6 +191,7 @@ class _Recorder:
             self.batches,
             self.objectives,
             probes=tuple(self.config["analysis"]),
+            chunk=self.config["chunk"],
         )
         row = {name: float(value) for name, value in jax.device_get(found).items()}
         return row | {"time/analysis_seconds": time.monotonic() - begun}
