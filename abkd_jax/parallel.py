@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 BATCH = PartitionSpec(("data", "fsdp"))  # batches are split over both axes of a mesh
 _STACKED = "layers"  # the module that `nn.scan` makes of a decoder's layers
+_WIDTHS = {"embedding": 1, "unembedding": 0}  # the axis of the width in tables of two axes
 _TILE = 128  # numbers along the last axis of an array in a TPU's memory
 _SMALLEST = 2**16  # numbers of an array, or of one layer of a stack, that are worth splitting
 
@@ -83,8 +84,9 @@ def partition(path: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
     Along its largest axis that divides evenly, of equal ones the last; before all others those
     whose parts are multiples of 128 numbers, since a TPU pads parts of its tiles, and adds up whole
     gradients where it could scatter them. Never along the axis that stacks layers (the first, below
-    a module named "layers"), from which each step of the scan takes a slice. Arrays of fewer than
-    65,536 numbers, in each layer, stay whole.
+    a module named "layers"), from which each step of the scan takes a slice; and tables of
+    embeddings along their width if they can, for a lookup in parts of their rows adds up what all
+    devices look up. Arrays of fewer than 65,536 numbers, in each layer, stay whole.
 
     Args:
         path: dotted, such as "params.layers.attention.query.kernel".
@@ -99,6 +101,8 @@ def partition(path: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
     """
     stacked = len(shape) > 1 and _STACKED in path.split(".")
     axes = [axis for axis in range(stacked, len(shape)) if shape[axis] % fsdp == 0]
+    width = _WIDTHS.get(path.rpartition(".")[2])
+    axes = [axis for axis in axes if axis == width] or axes
     small = np.prod(shape[stacked:], dtype=float) < _SMALLEST
     if fsdp == 1 or small or not axes:
         return PartitionSpec()

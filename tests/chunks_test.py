@@ -403,19 +403,19 @@ def test_a_large_head_is_gathered_once_and_its_gradient_scattered_once():
 
     gradient = jax.grad(loss, argnums=(0, 1))
     expected = gradient(hidden, unembedding, None)
-    place = NamedSharding(mesh, parallel.partition("", unembedding.shape, 4))
+    place = NamedSharding(mesh, parallel.partition("unembedding", unembedding.shape, 4))
     placed = parallel.split(hidden, mesh), jax.device_put(unembedding, place)
     compiled = jax.jit(functools.partial(gradient, mesh=mesh)).lower(*placed).compile()
     found = compiled(*placed)
     close(found, expected)
     assert found[1].sharding == place
-    assert {x.data.shape for x in found[1].addressable_shards} == {(width, classes // 4)}
+    assert {x.data.shape for x in found[1].addressable_shards} == {(width // 4, classes)}
     exchanges = [(x.kind, shape) for x in exchanges_of(compiled.as_text()) for shape in x.shapes]
     large = [(kind, shape) for kind, shape in exchanges if len(shape) > 1]
     assert sorted(large) == [
         ("all-gather", (width, classes)),
-        ("all-reduce", (width, classes // 4)),
-        ("reduce-scatter", (width, classes // 4)),
+        ("all-reduce", (width // 4, classes)),
+        ("reduce-scatter", (width // 4, classes)),
     ]
 
 

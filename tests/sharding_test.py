@@ -10,7 +10,7 @@ from abkd_jax import optimizers, parallel, train_and_evaluate
 from abkd_jax.binding import bind
 from abkd_jax.train import create
 from abkd_jax.train.checkpoint import Checkpoints
-from abkd_jax.train.sharding import partition, sharded, shardings
+from abkd_jax.train.sharding import sharded, shardings
 from abkd_jax.types import Outputs, named_leaves
 
 
@@ -27,6 +27,10 @@ from abkd_jax.types import Outputs, named_leaves
         ("params.head.kernel", (512, 1024), 1, P()),
         ("params.head.kernel", (2048, 128_256), 8, P("fsdp")),  # 16,032 is no multiple of 128
         ("params.head.kernel", (2040, 128_256), 8, P(None, "fsdp")),  # neither is 255
+        ("params.embedding", (32_768, 512), 8, P(None, "fsdp")),
+        ("params.embedding", (32_768, 510), 8, P("fsdp")),
+        ("opt_state.inner_state.0.mu.unembedding", (512, 32_768), 8, P("fsdp")),
+        ("params.unembedding", (510, 32_768), 8, P(None, "fsdp")),
         ("params.layers.mlp.kernel", (1024, 512, 256), 4, P(None, "fsdp")),
         ("params.layers.mlp.kernel", (1024, 256, 512), 4, P(None, None, "fsdp")),
         ("params.layers.mlp.kernel", (1024, 128, 511), 4, P()),  # of each layer too few
@@ -37,7 +41,7 @@ from abkd_jax.types import Outputs, named_leaves
     ],
 )
 def test_partition(path, shape, fsdp, expected):
-    assert partition(path, shape, fsdp) == expected
+    assert parallel.partition(path, shape, fsdp) == expected
 
 
 class Wide(nn.Module):

@@ -16,6 +16,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import Mesh, PartitionSpec
 
 from abkd_jax import parallel
+from abkd_jax.types import dotted
 
 _ARRAYS = 8  # of float32 [chunk, K] that a chunk has at once, about
 
@@ -120,14 +121,13 @@ def _scanned_on_mesh(f, layout, rows, shared, counts, wanted):
         sums = jax.lax.psum(sums, mesh.axis_names)
         return sums, jax.tree.map(_summed, d_shared, places), (arrays, d_rows)
 
+    def place(path, x):
+        return parallel.partition(dotted(path), jnp.shape(x), mesh.shape["fsdp"])
+
     # Of a matrix as large as a head each device keeps the part that the optimiser has there.
-    place = lambda x: parallel.partition("", jnp.shape(x), mesh.shape["fsdp"])  # noqa: E731
     (_, some), _ = _parted((rows, shared), wanted)
-    places, whole, split = (
-        jax.tree.map(place, some),
-        PartitionSpec(),
-        PartitionSpec(mesh.axis_names),
-    )
+    places = jax.tree.map_with_path(place, some)
+    whole, split = PartitionSpec(), PartitionSpec(mesh.axis_names)
     specs = {"in_specs": (split, whole, split), "out_specs": (whole, places, split)}
     on_mesh = jax.shard_map(on_each, mesh=mesh, check_vma=False, **specs)
     sums, d_shared, (arrays, d_rows) = on_mesh(rows, shared, counts)

@@ -1,6 +1,6 @@
 """What a config needs, before anything is read or trained: by shapes, or by the TPU's compiler."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +14,9 @@ from abkd_jax.config.dry_run import one_step
 from abkd_jax.config.plan import Phase, Plan
 from abkd_jax.config.schema import resolve
 from abkd_jax.losses.chunks import default_chunk
-from abkd_jax.train import TrainState
+from abkd_jax.train import Networks, TrainState
 from abkd_jax.train.sharding import shardings
+from abkd_jax.types import Batch
 
 HERE = "here"
 _MEMORY = {"v5e": 16e9, "v5p": 95e9, "v6e": 32e9}  # bytes of a chip
@@ -31,6 +32,7 @@ _NETWORKS = (
 _NO_ACTIVATIONS = (
     "Activations come on top: only a compiler knows them, such as that of --plan=v5e:2x4."
 )
+_Part = tuple[Phase, Networks, Networks, Batch]  # with its learners, those that they see, a batch
 
 
 class Needs(NamedTuple):
@@ -109,19 +111,19 @@ def tables(config: ml_collections.ConfigDict | Mapping[str, Any], where: str) ->
     if plan.unformed and plan.row_wise and not plan.config["chunk"]:
         chunk = default_chunk(plan.description.num_classes, accelerator=memory)
         plan = plan._replace(config=plan.config | {"chunk": chunk})
-    yield _networks(plan, mesh)
-    yield _phases(plan, mesh)
+    parts = [(phase, *one_step(plan, phase)[1:]) for phase in plan.phases]
+    yield _networks(mesh, parts)
+    yield _phases(plan, mesh, parts)
     if memory is None:
         yield _NO_ACTIVATIONS
     else:
         yield _compiled(plan, mesh, where, memory)
 
 
-def _networks(plan: Plan, mesh: Mesh) -> str:
+def _networks(mesh: Mesh, parts: Sequence[_Part]) -> str:
     """The table of the networks, phase by phase."""
     rows = []
-    for phase in plan.phases:
-        _, learners, seen, _ = one_step(plan, phase)
+    for phase, learners, seen, _ in parts:
         for name, state in (learners | seen).items():
             found = network_needs(state, mesh, learns=name in learners)
             label = f"{phase.name}: {name}{'' if name in learners else ', seen'}"
@@ -129,11 +131,10 @@ def _networks(plan: Plan, mesh: Mesh) -> str:
     return markdown.table(_NETWORKS, rows)
 
 
-def _phases(plan: Plan, mesh: Mesh) -> str:
+def _phases(plan: Plan, mesh: Mesh, parts: Sequence[_Part]) -> str:
     """The table of the phases: steps, what a step reads, and the logits that it forms."""
     unit, rows = plan.task.unit, []
-    for phase in plan.phases:
-        _, learners, seen, batch = one_step(plan, phase)
+    for phase, learners, seen, batch in parts:
         size = int(np.prod(batch["labels"].shape))
         read = sum(bytes_of(x) for name, x in batch.items() if name != "key") / mesh.size
         chunk, logits = _logits(plan, phase, size, mesh)
@@ -141,8 +142,7 @@ def _phases(plan: Plan, mesh: Mesh) -> str:
         states += [network_needs(x, mesh, learns=False).device for x in seen.values()]
         counts = phase.num_steps, size, phase.num_steps * size, chunk
         sizes = read, logits, read + logits + sum(states)
-        cells = *(f"{count:,}" for count in counts), *map(_megabytes, sizes)
-        rows.append([phase.name, *cells])
+        rows.append([phase.name, *(f"{count:,}" for count in counts), *map(_megabytes, sizes)])
     header = ["phase", "steps", f"{unit} a step", f"{unit} in all", f"{unit} of a chunk"]
     header += ["batch on each device, MB", "logits of a chunk, MB", "with the networks, MB"]
     return markdown.table(header, rows)
