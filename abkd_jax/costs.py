@@ -5,7 +5,7 @@ import importlib.util
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +16,23 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from abkd_jax.parallel import BATCH
 
 _COLLECTIVE = re.compile(
-    r"[ )](all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+    r" = (.*?[ )])(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
+    r"(?:-start)?\((?:.*?chain_id=\"(\d+)\")?"
 )
+_SHAPE = re.compile(r"\[([\d,]*)\]")
 _LOOP = re.compile(r"[ )]while\(")
+
+
+class Exchange(NamedTuple):
+    """An operation between devices.
+
+    Attributes:
+        kind: "all-gather", "all-reduce", "all-to-all", "collective-permute" or "reduce-scatter".
+        shapes: of the arrays that it makes; where it only starts, also of those that it takes.
+    """
+
+    kind: str
+    shapes: tuple[tuple[int, ...], ...]
 
 
 class Costs(NamedTuple):
@@ -27,18 +41,32 @@ class Costs(NamedTuple):
     Attributes:
         flops: floating-point operations.
         traffic: bytes read from memory and written to it.
-        temporaries: bytes of memory besides arguments and results.
-        collectives: {kind: how many} operations between devices.
+        arguments: bytes of memory that hold them.
+        results: bytes of memory that hold them, besides arguments that are taken for them.
+        temporaries: bytes of memory besides both.
+        exchanges: between devices.
         loops: how many the program has.
         seconds: that compiling took.
     """
 
     flops: float
     traffic: float
+    arguments: int
+    results: int
     temporaries: int
-    collectives: Mapping[str, int]
+    exchanges: tuple[Exchange, ...]
     loops: int
     seconds: float
+
+    @property
+    def collectives(self) -> dict[str, int]:
+        """{kind: how many} of the exchanges."""
+        return dict(sorted(collections.Counter(one.kind for one in self.exchanges).items()))
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the program needs."""
+        return self.arguments + self.results + self.temporaries
 
 
 def tpu_mesh(topology: str) -> Mesh:
@@ -65,9 +93,10 @@ def tpu_mesh(topology: str) -> Mesh:
     return Mesh(np.asarray(devices)[:, None], ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
-def part(mesh: Mesh, count: int) -> Mesh:
-    """The first devices of a mesh."""
-    return Mesh(mesh.devices[:count], mesh.axis_names, axis_types=mesh.axis_types)
+def part(mesh: Mesh, count: int, *, fsdp: int = 1) -> Mesh:
+    """The first devices of a mesh, `fsdp` of them along the axis of that name."""
+    devices = mesh.devices.reshape(-1)[:count].reshape(-1, fsdp)
+    return Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
 
 
 def shapes(tree: Any, mesh: Mesh, *, split: bool) -> Any:
@@ -87,24 +116,37 @@ def shapes(tree: Any, mesh: Mesh, *, split: bool) -> Any:
     return jax.tree.map(placed, tree)
 
 
-def compiled(fn: Callable, *args: Any) -> Costs:
+def compiled(fn: Callable, *args: Any, **options: Any) -> Costs:
     """Compiles a function, and does not run it.
 
     Args:
         fn: of arrays.
         *args: `shapes` of them.
+        **options: of `jax.jit`.
 
     Returns:
         The costs.
     """
     started = time.perf_counter()
-    program = jax.jit(fn).lower(*args).compile()
+    program = jax.jit(fn, **options).lower(*args).compile()
     seconds, text, found = time.perf_counter() - started, program.as_text(), program.cost_analysis()
+    memory = program.memory_analysis()
     return Costs(
         flops=found.get("flops", 0.0),
         traffic=found["bytes accessed"],
-        temporaries=program.memory_analysis().temp_size_in_bytes,
-        collectives=dict(sorted(collections.Counter(_COLLECTIVE.findall(text)).items())),
+        arguments=memory.argument_size_in_bytes,
+        results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        exchanges=exchanges_of(text),
         loops=len(_LOOP.findall(text)),
         seconds=seconds,
     )
+
+
+def exchanges_of(text: str) -> tuple[Exchange, ...]:
+    """Those of a compiled program, by its text; a chain of parts counts once."""
+    found = {}
+    for index, (result, kind, chain) in enumerate(_COLLECTIVE.findall(text)):
+        sizes = [tuple(map(int, filter(None, x.split(",")))) for x in _SHAPE.findall(result)]
+        found.setdefault(f"chain {chain}" if chain else index, Exchange(kind, tuple(sizes)))
+    return tuple(found.values())

@@ -12,13 +12,17 @@ import sys
 from absl import app, flags
 
 from abkd_jax.config import command
-from abkd_jax.run import loop
+from abkd_jax.run import loop, needs
 
 _CONFIG = command.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run, which is made.")
 _EVALUATE = flags.DEFINE_bool("evaluate", False, "Evaluate the newest checkpoints; train nothing.")
 _PROFILE = flags.DEFINE_bool("profile", False, "Trace a few steps to workdir/profile.")
-parse = functools.partial(command.parse, known=("config", "workdir", "evaluate", "profile"))
+_PLAN = flags.DEFINE_string(
+    "plan", None, "Say what the config needs, 'here' or on TPUs such as v5e:2x4; train nothing."
+)
+_FLAGS = ("config", "workdir", "evaluate", "profile", "plan")
+parse = functools.partial(command.parse, known=_FLAGS)
 
 
 @command.entry
@@ -26,6 +30,10 @@ def main() -> None:
     """Runs a config in a workdir, and prints where the report is."""
     if not _CONFIG.value:
         sys.exit("--config is missing; give a config file: --config=configs/digits.py.")
+    if _PLAN.value is not None:
+        for table in needs.tables(_CONFIG.value, _PLAN.value):
+            print(f"{table}\n", flush=True)
+        return
     if not _WORKDIR.value:
         sys.exit("--workdir is missing; give the folder of the run: --workdir=runs/digits.")
     how = {"evaluate_only": _EVALUATE.value, "profile": _PROFILE.value}

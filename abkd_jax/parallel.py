@@ -6,7 +6,7 @@ a loss that couples its examples and batch norm mean the same on any number of d
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,15 +16,25 @@ from jax import numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 BATCH = PartitionSpec(("data", "fsdp"))  # batches are split over both axes of a mesh
+_STACKED = "layers"  # the module that `nn.scan` makes of a decoder's layers
+_TILE = 128  # numbers along the last axis of an array in a TPU's memory
+_SMALLEST = 2**16  # numbers of an array, or of one layer of a stack, that are worth splitting
 
 
-def mesh(num_devices: int, *, batch_size: int, fsdp: int = 1) -> Mesh:
+def mesh(
+    num_devices: int,
+    *,
+    batch_size: int,
+    fsdp: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
     """The mesh of a run: batches are split over its axes `data` and `fsdp`, networks over `fsdp`.
 
     Args:
         num_devices: how many devices to use; 0 for all.
         batch_size: of a training step.
         fsdp: over how many of them each network is split (`train.sharding`).
+        devices: all that there are; None for those of this machine.
 
     Returns:
         The mesh. Its axes are Auto: Explicit ones refuse flax.linen's modules, and gathers.
@@ -32,7 +42,8 @@ def mesh(num_devices: int, *, batch_size: int, fsdp: int = 1) -> Mesh:
     Raises:
         ValueError: if there are fewer devices, or they or the batch do not split evenly.
     """
-    available = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    available = len(devices)
     count = num_devices or available
     if count > available:
         raise ValueError(f"devices must be at most the {available} there are; found {count}.")
@@ -44,7 +55,7 @@ def mesh(num_devices: int, *, batch_size: int, fsdp: int = 1) -> Mesh:
     if count % fsdp:
         raise ValueError(f"fsdp must be a divisor of the {count} devices; found {fsdp}.")
     shape, types = (count // fsdp, fsdp), (AxisType.Auto,) * 2
-    return jax.make_mesh(shape, ("data", "fsdp"), axis_types=types, devices=jax.devices()[:count])
+    return jax.make_mesh(shape, ("data", "fsdp"), axis_types=types, devices=devices[:count])
 
 
 def replicated(tree: Any, mesh: Mesh) -> Any:
@@ -64,6 +75,36 @@ def split(tree: Any, mesh: Mesh) -> Any:
         return x if whole else jax.lax.with_sharding_constraint(x, along)
 
     return jax.tree.map(put, tree)
+
+
+def partition(path: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
+    """How an array of a network is split over the axis `fsdp` of a mesh.
+
+    Along its largest axis that divides evenly, of equal ones the last; before all others those
+    whose parts are multiples of 128 numbers, since a TPU pads parts of its tiles, and adds up whole
+    gradients where it could scatter them. Never along the axis that stacks layers (the first, below
+    a module named "layers"), from which each step of the scan takes a slice. Arrays of fewer than
+    65,536 numbers, in each layer, stay whole.
+
+    Args:
+        path: dotted, such as "params.layers.attention.query.kernel".
+        shape: of the array.
+        fsdp: the size of that axis.
+
+    Returns:
+        The partition.
+
+    Source: Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter
+    models", 2020, stage 3.
+    """
+    stacked = len(shape) > 1 and _STACKED in path.split(".")
+    axes = [axis for axis in range(stacked, len(shape)) if shape[axis] % fsdp == 0]
+    small = np.prod(shape[stacked:], dtype=float) < _SMALLEST
+    if fsdp == 1 or small or not axes:
+        return PartitionSpec()
+    aligned = lambda axis: shape[axis] // fsdp % _TILE == 0  # noqa: E731
+    largest = max(axes, key=lambda axis: (aligned(axis), shape[axis], axis))
+    return PartitionSpec(*[None] * largest, "fsdp")
 
 
 def spread(fn: Callable, members: Any, *shared: Any) -> Any:
@@ -122,6 +163,11 @@ def everywhere(tree: Any) -> Any:
     """The tree with a copy of each array on every local device, as `spread` shares it."""
     alone = jax.local_device_count() == 1
     return jax.device_put(tree, jax.local_devices()[0] if alone else _on_local(PartitionSpec()))
+
+
+def platform(mesh: Mesh | None = None) -> str:
+    """Of the devices of a mesh, which need not be there, or of the default ones: "cpu", ..."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
 def free_memory() -> float:

@@ -29,9 +29,12 @@ from abkd_jax import Head, Outputs, at_step, bind, costs, data, divergences, los
 from abkd_jax import config as configs
 from abkd_jax.config import arguments, command
 from abkd_jax.config.build import Builder, names
-from abkd_jax.config.dry_run import one_step, with_statistics
+from abkd_jax.config.dry_run import with_statistics
+from abkd_jax.run.needs import compiled_step
+from abkd_jax.train.sharding import shardings
+from abkd_jax.types import Term
 
-_TABLES = ("divergences", "methods", "steps")
+_TABLES = ("divergences", "methods", "vocabulary", "steps")
 _ONLY = flags.DEFINE_list("only", [*_TABLES], f"Of {', '.join(_TABLES)}.")
 _NAMES = flags.DEFINE_list("names", [], "Some rows alone.")
 _TOPOLOGIES = flags.DEFINE_list("topologies", ["v5e:2x4"], "Of libtpu: v5e:2x4, v6e:2x4, ...")
@@ -57,8 +60,16 @@ _NUMBERS = dict(
 )
 _ROWS, _CLASSES, _WIDTH = 4096, 1000, 512  # of the methods
 _FEWER = {"sinkd": 1024}  # whose loss is of all pairs of rows
+_TOKENS, _VOCABULARY, _WIDTHS = 8192, 128_256, (2048, 4096)  # of student and teacher
+_CHUNK = 1024  # the default on accelerators
 _CONFIGS = ("digits", "fashion_mnist", "online_fashion_mnist", "cifar100")
 _SETS = {"fashion_mnist": ((28, 28, 1), 10), "cifar100": ((32, 32, 3), 100)}  # not read, but known
+
+
+_HEADERS = dict(
+    steps=["MB / image", "MFLOP / image", "temporaries, MB"],
+    vocabulary=["traffic, GB", "TFLOP", "temporaries, MB"],
+)
 
 
 class Program(NamedTuple):
@@ -81,7 +92,8 @@ class Program(NamedTuple):
 
 def main() -> None:
     """Prints the tables."""
-    tables = {"divergences": _divergences, "methods": _methods, "steps": _steps}
+    tables = {"divergences": _divergences, "methods": _methods}
+    tables |= {"vocabulary": _vocabulary, "steps": _steps}
     for table in _ONLY.value:
         if table not in tables:
             raise ValueError(f"--only takes {', '.join(tables)}; found {table!r}.")
@@ -89,9 +101,7 @@ def main() -> None:
     print("Of one chip. The least is to read both logits and to write one gradient. A loop's body")
     print("counts once, however often it runs: a row with loops (*, and how many) costs more.")
     for table in _ONLY.value:
-        units = ["MB / image", "MFLOP / image", "temporaries, MB"]
-        if table != "steps":
-            units = ["traffic / least", "FLOPs / entry", "temporaries / gradient"]
+        units = _HEADERS.get(table, ["traffic / least", "FLOPs / entry", "temporaries / gradient"])
         header = [table, "batch", "chips", *units, "collectives", "compiled in s"]
         print(f"\n{markdown.table(header, [])}")
         for topology, mesh in meshes.items():
@@ -169,6 +179,40 @@ def _shown(rows: int) -> tuple[Outputs, Outputs, dict[str, jax.ShapeDtypeStruct]
     return shown, shown, {"labels": labels, "where": mask, "labelled": mask}
 
 
+def _vocabulary(mesh: Mesh) -> Iterator[Program]:
+    """Value and gradients, in hidden states and head, of a loss whose logits come in chunks.
+
+    On several chips the heads are split over all of them, as the rows are.
+    """
+    for name, chips in itertools.product(("forward_kl", "alpha_beta"), (1, mesh.size)):
+        if not _wanted(name):
+            continue
+        some = costs.part(mesh, chips, fsdp=chips)
+        divergence = bind(getattr(divergences, name), **_NUMBERS.get(name, {}))
+        loss = bind(losses.on_logits, divergence=divergence, temperature=1.0)
+        terms = {"distill": Term(loss, 1.0, other="teacher")}
+
+        def total(student, teacher, where, terms=terms, some=some):
+            shown = student, {"teacher": teacher}, {"where": where}
+            return losses.total(terms, *shown, chunk=_CHUNK, mesh=some)[0]
+
+        student, teacher = (_unformed(width, some) for width in _WIDTHS)
+        where = costs.shapes(jax.ShapeDtypeStruct((_TOKENS,), bool), some, split=True)
+        placed = jax.tree.map(lambda x: x.sharding, student)
+        program = jax.value_and_grad(total), student, teacher, where
+        compiled = functools.partial(costs.compiled, *program, out_shardings=(None, placed))
+        yield Program(name, f"{_TOKENS} x {_VOCABULARY}", chips, compiled, (1e9, 1e12, 1e6))
+
+
+def _unformed(width: int, mesh: Mesh) -> Outputs:
+    """What a decoder of bfloat16 shows, its rows and its float32 head split."""
+    hidden = jax.ShapeDtypeStruct((_TOKENS, width), jnp.bfloat16)
+    head = Head(jax.ShapeDtypeStruct((width, _VOCABULARY), jnp.float32))
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+    head = jax.tree.map(place, head, shardings(head, mesh))
+    return Outputs(hidden=costs.shapes(hidden, mesh, split=True), head=head)
+
+
 def _units(entries: float, itemsize: int) -> tuple[float, float, float]:
     return 3 * entries * itemsize, entries, entries * itemsize
 
@@ -178,10 +222,7 @@ def _steps(mesh: Mesh) -> Iterator[Program]:
     for name, chips in itertools.product(filter(_wanted, _CONFIGS), (1, mesh.size)):
         config = runpy.run_path(f"configs/{name}.py")["get_config"]()
         plan, some = configs.resolve(config, data=_stand_in(config)), costs.part(mesh, chips)
-        step, networks, batch = one_step(plan, plan.phases[-1], some)
-        networks, key = costs.shapes((networks, batch.pop("key")), some, split=False)
-        batch = costs.shapes(batch, some, split=True) | {"key": key}
-        compiled = functools.partial(costs.compiled, step, networks, batch)
+        compiled = functools.partial(compiled_step, plan, plan.phases[-1], some)
         images = 1e6 * config.batch_size / chips
         yield Program(name, f"{config.batch_size}", chips, compiled, (images, images, 1e6))
 

@@ -13,7 +13,8 @@ SIZE = 1024
 
 def mesh(count):
     devices = jax.devices()[:count]
-    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    types = (AxisType.Auto,) * 2
+    return jax.make_mesh((count, 1), ("data", "fsdp"), axis_types=types, devices=devices)
 
 
 def of(fn, *shapes, count=1, split=False):
@@ -33,6 +34,15 @@ def test_temporaries():
     assert found.temporaries >= 4 * SIZE**2  # the first product
 
 
+def test_memory_of_arguments_and_results():
+    found = of(lambda x: (x + 1.0)[0], (SIZE, SIZE))
+    assert (found.arguments, found.results) == (4 * SIZE**2, 4 * SIZE)
+    assert found.memory == found.arguments + found.results + found.temporaries
+    array = jax.ShapeDtypeStruct((SIZE, SIZE), jnp.float32)
+    taken = costs.compiled(lambda x: x + 1.0, array, donate_argnums=0)
+    assert (taken.arguments, taken.results) == (4 * SIZE**2, 0)
+
+
 def test_the_body_of_a_loop_counts_once():
     repeated = lambda count: lambda x: jax.lax.fori_loop(0, count, lambda i, x: x @ x, x)  # noqa: E731
     few, many = (of(repeated(count), (SIZE, SIZE)) for count in (3, 300))
@@ -44,6 +54,10 @@ def test_one_device_s_part_and_its_collectives():
     alone, shared = (of(jnp.sum, (SIZE, SIZE), count=n, split=True) for n in (1, 8))
     assert alone.collectives == {} and shared.collectives == {"all-reduce": 1}
     assert shared.flops == pytest.approx(alone.flops / 8, rel=1e-2)
+    assert shared.exchanges == (costs.Exchange("all-reduce", ((),)),)
+    columns = of(lambda x: (x.sum(0), x.sum()), (SIZE, SIZE), count=8, split=True)
+    assert set(columns.collectives) == {"all-reduce"}
+    assert {shape for one in columns.exchanges for shape in one.shapes} == {(SIZE,), ()}
     gathered = of(lambda x: jnp.sort(x, axis=0), (SIZE, SIZE), count=8, split=True)
     assert set(gathered.collectives) <= {"all-gather", "all-to-all", "all-reduce"}
     assert gathered.collectives
@@ -55,7 +69,8 @@ def test_arrays_without_axes_are_everywhere():
     assert placed["rows"].sharding.shard_shape((16, 3)) == (2, 3)
     assert placed["number"].sharding.is_fully_replicated
     assert costs.shapes(tree, mesh(8), split=False)["rows"].sharding.is_fully_replicated
-    assert costs.part(mesh(8), 2).size == 2
+    assert dict(costs.part(mesh(8), 2).shape) == {"data": 2, "fsdp": 1}
+    assert dict(costs.part(mesh(8), 4, fsdp=2).shape) == {"data": 2, "fsdp": 2}
 
 
 def test_without_its_compiler_it_says_what_to_install(monkeypatch):

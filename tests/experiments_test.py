@@ -69,6 +69,22 @@ def test_a_sweep_that_is_refused(arguments, sentence, tmp_path):
     assert done.stderr.strip().splitlines()[-1].startswith(sentence)
 
 
+@pytest.mark.slow
+def test_the_benchmark_of_a_vocabulary():
+    """All but the bare products and torch have less temporaries in chunks than at once."""
+    sizes = ["--tokens=256", "--vocabulary=2000", "--rounds=2", "--chunk=16"]
+    done = run("experiments.benchmark_vocabulary", *sizes)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if "[" in line]
+    names = [row[:31].strip() for row in rows]
+    ours = ["forward_kl", "reverse_kl", "jensen_shannon", "alpha_beta"]
+    assert names[:5] == ["bare products", *ours]
+    assert names[5:] in ([], [f"torch, textbook {name}" for name in ours])
+    for row in rows[1:5]:
+        part, peak, before = row[75:].replace("(", "").replace(")", "").split()
+        assert 0 < float(part) < 0.5 and float(peak) >= float(before) > 0
+
+
 def uses(source, name):
     """How often a function is called or handed on, by its name or as an attribute of that name."""
     nodes = ast.walk(ast.parse(source))

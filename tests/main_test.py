@@ -62,7 +62,7 @@ def run(*argv, **environment):
 
 # --- flags --------------------------------------------------------------------------------------
 
-FLAGS = "the flags are --config, --workdir, --evaluate, --profile, and --config.KEY=VALUE."
+FLAGS = "the flags are --config, --workdir, --evaluate, --profile, --plan, and --config.KEY=VALUE."
 OF_FLAGS = [
     ([], "--config is missing; give a config file: --config=configs/digits.py."),
     (["--workdir=w"], "--config is missing; give a config file: --config=configs/digits.py."),
@@ -82,6 +82,10 @@ OF_FLAGS = [
      "unknown flag --worddir (did you mean 'workdir'?); " + FLAGS),
     ([*_FAST, "--workdir=w", "--evaluate=maybe"],
      "--evaluate=maybe: ('Non-boolean argument to boolean flag', 'maybe'); mend this flag."),
+    ([*_FAST, "--plan="], "--plan must be 'here', or a topology of v5e, v5p, v6e, such as "
+     "'v5e:2x4'; found ''."),
+    ([*_FAST, "--plan=v5e:2x4", "--config.num_steps=0"],
+     "num_steps must be an integer of at least 1 and less than 2**31; found 0."),
     ([*_FAST, "runs/w"], "unknown arguments: runs/w; every option starts with --."),
     ([*_FAST, "--workdir=w", "--config.studnet.model.widths=(3,)"],
      "--config.studnet.model.widths: the config has no 'studnet' there (did you mean 'student'?); "
@@ -126,6 +130,15 @@ OF_FLAGS = [
 @pytest.mark.parametrize("argv,message", OF_FLAGS)
 def test_a_wrong_flag_is_refused(monkeypatch, argv, message):
     assert refusal(monkeypatch, *argv) == message
+
+
+def test_a_plan_needs_no_workdir(capsys):
+    with flagsaver.flagsaver():
+        main.main(main.parse(["main", *_FAST, "--plan=here"]))
+    told = capsys.readouterr().out
+    for name in ("teacher: teacher", "baseline: baseline", "distill: student", "distill: teacher"):
+        assert f"| {name}" in told
+    assert "examples a step" in told
 
 
 OF_FILES = [
@@ -289,7 +302,7 @@ def test_a_missing_flag_is_told_at_once():
 def test_help_lists_every_flag():
     done = run("--help")
     lines = [line.strip() for line in done.stdout.splitlines()]
-    for flag in ("--config:", "--workdir:", "--[no]evaluate:", "--[no]profile:"):
+    for flag in ("--config:", "--workdir:", "--[no]evaluate:", "--[no]profile:", "--plan:"):
         assert [line for line in lines if line.startswith(flag)], flag
     assert not done.stderr
 

@@ -418,8 +418,11 @@ def test_a_network_is_not_named_like_a_key_of_a_phase(name):
     )
 
 
-def test_networks_that_would_start_as_one_are_refused():
+def test_networks_that_would_learn_from_each_other_as_one_are_refused():
     made = small(peer=network(), phases=dict(both=dict(learn=("student", "peer"))))
+    resolve(made, data=dataset())  # twins that do not see each other
+    distill = dict(fn="on_logits", weight=1.0, divergence=dict(fn="forward_kl"), other="student")
+    made["peer"]["terms"] = dict(distill=distill)
     assert refusal(made, data=dataset()) == (
         "peer and student are the same model with the same init_seed, 0, so that they would start "
         "as one; give one of them its own: peer.init_seed=1."

@@ -25,6 +25,8 @@ from abkd_jax.types import Outputs, named_leaves
         ("params.head.kernel", (128, 511), 4, P()),  # 65,408 numbers
         ("params.head.kernel", (128, 512), 4, P(None, "fsdp")),  # 65,536
         ("params.head.kernel", (512, 1024), 1, P()),
+        ("params.head.kernel", (2048, 128_256), 8, P("fsdp")),  # 16,032 is no multiple of 128
+        ("params.head.kernel", (2040, 128_256), 8, P(None, "fsdp")),  # neither is 255
         ("params.layers.mlp.kernel", (1024, 512, 256), 4, P(None, "fsdp")),
         ("params.layers.mlp.kernel", (1024, 256, 512), 4, P(None, None, "fsdp")),
         ("params.layers.mlp.kernel", (1024, 128, 511), 4, P()),  # of each layer too few

@@ -10,8 +10,9 @@ import optax
 import pytest
 from jax import numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from unformed_network import unformed_mlp
 
-from abkd_jax import losses, models, optimizers, tasks, train
+from abkd_jax import losses, models, optimizers, parallel, tasks, train
 from abkd_jax import schedules as s
 from abkd_jax.binding import as_number, bind, schedule
 from abkd_jax.divergences import alpha_beta, forward_kl
@@ -128,6 +129,25 @@ def test_outputs_in_the_batch_replace_the_forward_pass():
     for micro_batches in (1, 2):
         found, _ = train_step(poisoned, cached, objectives, micro_batches=micro_batches)
         assert_trees_equal(found["student"].params, expected["student"].params, atol=1e-6)
+
+
+@pytest.mark.parametrize("micro_batches,devices", [(1, 1), (2, 1), (2, 8)])
+def test_logits_that_networks_leave_unformed(micro_batches, devices):
+    """Formed in chunks, they make the step of networks that form them."""
+    mesh = parallel.mesh(devices, batch_size=B) if devices > 1 else None
+    sgd, batch = bind(optimizers.sgd, learning_rate=0.1), make_batch()
+
+    def step(network, **options):
+        states = [
+            train.create(network, batch["inputs"], init_seed=seed, optimizer=sgd) for seed in (0, 1)
+        ]
+        networks = {"student": states[0], "teacher": train.frozen(states[1])}
+        found, metrics = train_step(networks, batch, {"student": make_terms()}, **options)
+        return found["student"].params, metrics
+
+    expected = step(unformed_mlp(num_classes=K, forms=True))
+    found = step(unformed_mlp(num_classes=K), chunk=3, micro_batches=micro_batches, mesh=mesh)
+    assert_trees_equal(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("micro_batches", [2, 4, 16])
@@ -453,6 +473,7 @@ REFUSED = {
         batch=make_batch() | {"outputs": {"student": Outputs(logits=jnp.ones((B, K)))}}
     ),
     "micro_batches must be at least 1; found 0.": dict(micro_batches=0),
+    "chunk must be at least 0; found -1.": dict(chunk=-1),
 }
 
 
@@ -463,7 +484,8 @@ def test_refusals(message):
     objectives = change.get("objectives", {"student": make_terms()})
     error = AssertionError if message.startswith("batch['where']") else ValueError
     with pytest.raises(error, match="^" + re.escape(message)):
-        train_step(offline(), batch, objectives, micro_batches=change.get("micro_batches", 1))
+        sizes = {name: change[name] for name in ("micro_batches", "chunk") if name in change}
+        train_step(offline(), batch, objectives, **sizes)
 
 
 def test_an_unbound_optimiser_is_refused():

@@ -6,6 +6,7 @@ import json
 import pathlib
 import pydoc_data.topics
 import sys
+from concurrent import futures
 
 import jax
 import numpy as np
@@ -31,7 +32,7 @@ CHATS = [
     [("user", "Two and two?"), ("assistant", "Four.")],
     [
         ("system", "Be short."),
-        ("user", "Hi"),
+        ("user", "3 > é"),
         ("assistant", "Ho"),
         ("user", "?"),
         ("assistant", "!"),
@@ -48,7 +49,7 @@ TAGGED = """{{ bos_token }}
 A: {% generation %}{{ turn.content }}<|im_end|>{% endgeneration %}
 
     {%- else %}
-{{ turn.role | tojson }}: {{ turn.content | trim }}{{ '\\n' }}
+{{ turn.role }}: {{ turn.content | trim | tojson }}{{ '\\n' }}
     {%- endif %}
 {% endfor %}
 end"""
@@ -64,7 +65,7 @@ def messages(chat):
 
 def write_lines(path, lines):
     content = "".join(json.dumps(line) + "\n" for line in lines).encode()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
     return str(path)
 
 
@@ -331,7 +332,7 @@ def test_the_assistants_turns_count(read, folder, tmp_path):
         ]
         assert [*map(decode, predicted(dataset.train))] == said
     ids, _, segments, *_ = rows_of(dataset.train)[1]
-    whole = '<s>"system": Be short.\n"user": Hi\nA: Ho<|im_end|>"user": ?\nA: !<|im_end|>end'
+    whole = '<s>system: "Be short."\nuser: "3 > é"\nA: Ho<|im_end|>user: "?"\nA: !<|im_end|>end'
     assert decode(ids[segments > 0]) == whole
 
 
@@ -444,8 +445,9 @@ def test_the_first_lines_are_held_out(read, tmp_path):
     responses = [pair["response"] for pair in PAIRS]
     assert said == {"validation": responses[:2], "test": responses[2:3], "train": responses[3:]}
     ((ids, _, segments, *_),) = rows_of(read(PAIRS, validation=4, pack=True, length=256).train)
-    starts = {ids[segments == segment][0] for segment in (1, 2)}
-    assert starts == {ord("A"), ord("T")} and segments.max() == 2  # the last two alone
+    decode = data.read_tokenizer("bytes").decode
+    found = {decode(ids[segments == segment]) for segment in range(1, segments.max() + 1)}
+    assert found == {pair["prompt"] + pair["response"] + "<eos>" for pair in PAIRS[4:]}
     other = write_lines(tmp_path / "other.jsonl", PAIRS[:1])
     dataset = read(PAIRS, validation=other, test=2)
     assert predicted(dataset.validation) == [[*responses[0].encode(), EOS]]
@@ -514,6 +516,16 @@ def test_what_is_damaged_is_made_anew(read, tmp_path, name):
         assert path.read_bytes() == whole
     path.unlink()
     assert predicted(read(PAIRS).train) == first
+
+
+def test_several_may_tokenise_a_file_at_once(tmp_path):
+    path = write_lines(tmp_path / "train.jsonl", PAIRS)
+    fields = dict(train=path, validation=0, test=path, tokenizer="bytes", length=64)
+    fields |= dict(data_seed=0, stream="always", cache_dir=str(tmp_path / "cache"))
+    with futures.ThreadPoolExecutor(4) as pool:
+        found = [*pool.map(lambda _: predicted(data.text(**fields).train), range(8))]
+    assert all(rows == found[0] for rows in found)
+    assert len([*(tmp_path / "cache").iterdir()]) == 1
 
 
 def test_what_fails_leaves_nothing(read, tmp_path):
@@ -659,7 +671,7 @@ def test_lines_that_do_not_fit(read, tmp_path, line, fields, message):
          "cannot be read ('utf-8' codec can't decode byte 0xe4 in position 0: unexpected end of "
          "data)."),
         ("plain.jsonl.gz", GOOD, "cannot be read (Not a gzipped file (b'{\"'))."),
-        ("half.jsonl.gz", gzip.compress(GOOD * 99)[:-9],
+        ("half.jsonl.gz", gzip.compress(GOOD * 99, mtime=0)[:-9],
          "cannot be read (Compressed file ended before the end-of-stream marker was reached)."),
     ],
 )  # fmt: skip

@@ -12,10 +12,22 @@ from jax.sharding import Mesh
 
 from abkd_jax import optimizers
 from abkd_jax.binding import Statistic, bind
+from abkd_jax.checks import require
 from abkd_jax.config.plan import Learner, Network, Phase, Plan
 from abkd_jax.data import Description
 from abkd_jax.sources import Source
-from abkd_jax.train import Networks, Static, TrainState, adopt, advance, begin, create, frozen
+from abkd_jax.train import (
+    Carry,
+    Networks,
+    Static,
+    TrainState,
+    adopt,
+    advance,
+    begin,
+    create,
+    frozen,
+)
+from abkd_jax.train.sharding import shardings
 from abkd_jax.types import Batch, Outputs, Term
 
 _ROWS = 2  # of the batch on which networks are tried
@@ -35,17 +47,18 @@ def dry_run(plan: Plan, phase: Phase) -> dict[str, Outputs]:
     Raises:
         ValueError: one sentence.
     """
-    states, outputs = _networks(plan, phase)
+    learners, seen, outputs = _networks(plan, phase)
     for name in (*phase.learners, *phase.see):
         shown = jax.eval_shape(Outputs.formed, outputs[name])
         plan.task.check(name, shown, plan.description)
     for name in phase.learners:
+        _check_precision(name, learners[name])
         own = "terms" in plan.config["phases"][phase.name].get(name, ())
         at = f"phases.{phase.name}.{name}.terms" if own else f"{name}.terms"
         _check_needs(at, name, phase, outputs)
     batch = _batch(plan.description, plan.config["batch_size"])
     try:
-        jax.eval_shape(_step(plan, phase, outputs), states, batch)
+        jax.eval_shape(_step(plan, phase, outputs), learners, seen, batch)
     except AssertionError as error:  # a check of a loss
         raise ValueError(f"{' and '.join(phase.learners)}: {error}") from error
     return outputs
@@ -53,20 +66,20 @@ def dry_run(plan: Plan, phase: Phase) -> dict[str, Outputs]:
 
 def one_step(
     plan: Plan, phase: Phase, mesh: Mesh | None = None
-) -> tuple[Callable[[Networks, Batch], Any], Networks, Batch]:
+) -> tuple[Callable[[Networks, Networks, Batch], Carry], Networks, Networks, Batch]:
     """A step of a phase, to be lowered or compiled for devices that need not be there.
 
     Args:
         plan: of the run.
         phase: one of its phases.
-        mesh: over which the batch is split; None for none.
+        mesh: over which the batch is split, and networks where they come out; None for none.
 
     Returns:
-        A function of networks and a batch, and the shapes of both.
+        A function of the learners, the networks that they see, and a batch; the shapes of these.
     """
-    states, outputs = _networks(plan, phase)
+    learners, seen, outputs = _networks(plan, phase)
     batch = _batch(plan.description, plan.config["batch_size"])
-    return _step(plan, phase, outputs, mesh), states, batch
+    return _step(plan, phase, outputs, mesh), learners, seen, batch
 
 
 def hidden_width(name: str, network: Network, description: Description) -> int | None:
@@ -87,30 +100,32 @@ def with_statistics(
     return jax.tree.map(filled, dict(objectives), is_leaf=lambda x: isinstance(x, Term))
 
 
-def _networks(plan: Plan, phase: Phase) -> tuple[Networks, dict[str, Outputs]]:
-    """The networks of a phase and what they show, as shapes."""
+def _networks(plan: Plan, phase: Phase) -> tuple[Networks, Networks, dict[str, Outputs]]:
+    """The learners of a phase, the networks that they see, and what all show, as shapes."""
     tried = {
         name: _tried(name, plan.networks[name], phase.learners.get(name), plan.description)
         for name in (*phase.learners, *phase.see)
     }
-    return tuple({name: pair[part] for name, pair in tried.items()} for part in range(2))
+    learners, seen = ({name: tried[name][0] for name in x} for x in (phase.learners, phase.see))
+    return learners, seen, {name: outputs for name, (_, outputs) in tried.items()}
 
 
 def _step(
     plan: Plan, phase: Phase, outputs: Mapping[str, Outputs], mesh: Mesh | None = None
-) -> Callable[[Networks, Batch], Any]:
+) -> Callable[[Networks, Networks, Batch], Carry]:
     def width(statistic: Statistic, term: Term) -> Any:
         return jnp.zeros((plan.description.num_classes, outputs[term.other].hidden.shape[-1]))
 
     source = Source(batch=lambda state, examples, data_seed, step: examples)
     static = Static(plan.config["micro_batches"], mesh=mesh, chunk=plan.config["chunk"])
 
-    def step(networks, batch):
-        learners = {name: networks[name] for name in phase.learners}
-        seen = {name: networks[name] for name in phase.see}
+    def step(learners, seen, batch):
         objectives = with_statistics(phase.objectives, width)
         carry = begin(learners, objectives, source)
-        return advance(carry, seen, objectives, source, batch, 0, 0, count=1, static=static)
+        carry = advance(carry, seen, objectives, source, batch, 0, 0, count=1, static=static)
+        if mesh is None:
+            return carry
+        return jax.lax.with_sharding_constraint(carry, shardings(carry, mesh))
 
     return step
 
@@ -163,6 +178,13 @@ def _batch(description: Description, size: int) -> dict[str, Any]:
         "labels": jax.ShapeDtypeStruct(shape, jnp.int32),
         "key": jax.eval_shape(lambda: jax.random.key(0)),
     }
+
+
+def _check_precision(name: str, state: TrainState) -> None:
+    """Refuses to train parameters that small updates would leave as they are."""
+    half = {x.dtype.name for x in jax.tree.leaves(state.params) if x.dtype.itemsize < 4}
+    expected = "float32 for a network that learns (its model's param_dtype)"
+    require(not half, f"the parameters of {name}", expected, ", ".join(sorted(half)))
 
 
 def _check_needs(at: str, learner: str, phase: Phase, outputs: Mapping[str, Outputs]) -> None:

@@ -1,6 +1,7 @@
 """The networks of a config: their modules with projections, or what the caller hands over."""
 
 import functools
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from jax import numpy as jnp
 from abkd_jax.checks import require
 from abkd_jax.config.build import refusing
 from abkd_jax.config.dry_run import hidden_width
-from abkd_jax.config.plan import GIVEN, Network, Plan, network_groups
+from abkd_jax.config.plan import GIVEN, Network, Phase, Plan, network_groups
 from abkd_jax.data import Split, read_outputs
 from abkd_jax.models import Cached, as_outputs, projected
 from abkd_jax.types import Outputs
@@ -124,15 +125,14 @@ def _projecting(name: str, plan: Plan, networks: Mapping[str, Network]) -> Netwo
     return network._replace(module=projected(network.module, hidden=other))
 
 
-def check_twins(networks: Mapping[str, Network], learners: Iterable[str]) -> None:
-    """Refuses networks that would learn together and start as one and the same."""
-    begun = {}
-    for name in learners:
-        start = (networks[name].module, networks[name].init_seed)
-        if start in begun:
+def check_twins(networks: Mapping[str, Network], phase: Phase, learners: Iterable[str]) -> None:
+    """Refuses networks that would learn from each other and start as one and the same."""
+    start = lambda name: (networks[name].module, networks[name].init_seed)  # noqa: E731
+    seen = {name: {term.other for term in phase.objectives[name].values()} for name in learners}
+    for one, other in itertools.combinations(seen, 2):
+        if start(one) == start(other) and (one in seen[other] or other in seen[one]):
+            seed = networks[one].init_seed
             raise ValueError(
-                f"{name} and {begun[start]} are the same model with the same init_seed, "
-                f"{start[1]}, so that they would start as one; give one of them its own: "
-                f"{name}.init_seed={start[1] + 1}."
+                f"{other} and {one} are the same model with the same init_seed, {seed}, so that "
+                f"they would start as one; give one of them its own: {other}.init_seed={seed + 1}."
             )
-        begun[start] = name

@@ -19,6 +19,7 @@ from abkd_jax.config.build import Builder, refusing
 from abkd_jax.config.dry_run import dry_run
 from abkd_jax.config.networks import check_twins, networks_of
 from abkd_jax.config.plan import GIVEN, SPLITS, Learner, Phase, Plan, network_groups
+from abkd_jax.config.vocabularies import check_vocabularies
 from abkd_jax.train.checkpoint import FOLDER, digest
 from abkd_jax.train.state import Decay
 
@@ -117,6 +118,7 @@ def resolve(
     task = builder.bound(config["task"], "task", "task")()
     plan = Plan(config, builder, task, read, description, networks={}, phases=())
     plan = plan._replace(networks=networks_of(plan, given))
+    check_vocabularies(config)
     plan = plan._replace(phases=tuple(_phases(plan)))
     of_two = any(len(terms) > 1 for phase in plan.phases for terms in phase.objectives.values())
     if "gradient_cosines" in config["analysis"] and not of_two:
@@ -221,7 +223,8 @@ def _phases(plan: Plan) -> list[Phase]:
                     f"phases.{name} sees {other}, which has not learned by then; give it a phase "
                     f"before, or {other}.weights."
                 )
-        check_twins(networks, [learner for learner in phase.learners if learner not in ready])
+        new = [learner for learner in phase.learners if learner not in ready]
+        check_twins(networks, phase, new)
         ready.update(phase.learners)
         phases.append(phase)
     for name in networks:

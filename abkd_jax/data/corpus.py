@@ -26,6 +26,7 @@ from abkd_jax.data.tokenizers import Encoded, Tokenizer
 SUFFIXES = (".jsonl", ".jsonl.gz", ".txt")
 _LEAVING = "text of which a token is left to predict"
 _TOGETHER = 512  # texts that are tokenised at a time
+_VERSION = 1  # of what is kept
 _PARTS = {"ids": np.int32, "counts": np.bool_, "ends": np.int64, "sources": np.int64}
 
 
@@ -138,10 +139,7 @@ def tokenised(path: pathlib.Path, form: Format, cache_dir: str) -> Corpus:
             made = pathlib.Path(folder, "made")
             made.mkdir()
             _write(path, form, made)
-            shutil.rmtree(kept, ignore_errors=True)
-            with contextlib.suppress(OSError):  # another process may have been faster
-                made.rename(kept)
-        return _mapped(kept)
+            return _kept(made, kept)
     except OSError as error:
         raise ValueError(f"data.cache_dir {cache} cannot be written ({error}).") from error
 
@@ -161,7 +159,8 @@ def _identity(path: pathlib.Path, form: Format) -> str:
     with _reading(path), path.open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
     settings = {key: value for key, value in vars(form).items() if key != "tokenizer"}
-    known = (1, content, path.suffixes[-2:], form.tokenizer.identity, sorted(settings.items()))
+    settings |= {"file": content, "kind": path.suffixes[-2:], "tokens": form.tokenizer.identity}
+    known = _VERSION, sorted(settings.items())
     return "text-" + hashlib.sha256(repr(known).encode()).hexdigest()
 
 
@@ -172,6 +171,18 @@ def _mapped(folder: pathlib.Path) -> Corpus:
     whole = len(corpus.ids) == len(corpus.counts) == corpus.ends[-1]
     require(whole and len(corpus.ends) == len(corpus.sources), f"{folder}", "whole", corpus)
     return corpus
+
+
+def _kept(made: pathlib.Path, kept: pathlib.Path) -> Corpus:
+    """What a folder has that is moved to where it is kept, if no other process was faster."""
+    with contextlib.suppress(OSError):
+        made.rename(kept)
+    try:
+        return _mapped(kept)
+    except (OSError, ValueError):  # what was there is damaged
+        shutil.rmtree(kept)
+        made.rename(kept)
+        return _mapped(kept)
 
 
 def _write(path: pathlib.Path, form: Format, folder: pathlib.Path) -> None:

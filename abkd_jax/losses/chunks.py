@@ -34,14 +34,16 @@ class Layout(NamedTuple):
     mesh: Mesh | None = None
 
 
-def default_chunk(num_classes: int) -> int:
+def default_chunk(num_classes: int, *, accelerator: float | None = None) -> int:
     """128 rows on a CPU, whose caches hold few, 1,024 on accelerators; halved until they fit.
 
     Args:
         num_classes: K.
+        accelerator: bytes of one's memory; None for the devices of this machine, and what is free.
     """
-    chunk = 128 if jax.default_backend() == "cpu" else 1024
-    each = parallel.free_memory() / jax.local_device_count()
+    on_cpu = accelerator is None and jax.default_backend() == "cpu"
+    each = accelerator or parallel.free_memory() / jax.local_device_count()
+    chunk = 128 if on_cpu else 1024
     while chunk > 1 and _ARRAYS * chunk * num_classes * 4 > each / 2:
         chunk //= 2
     return chunk
@@ -112,13 +114,30 @@ def _scanned_on_mesh(f, layout, rows, shared, wanted):
 
     def on_each(rows, shared):
         (*sums, arrays), (d_rows, d_shared) = local(rows, shared)
-        return jax.lax.psum((sums, d_shared), mesh.axis_names), (arrays, d_rows)
+        sums = jax.lax.psum(sums, mesh.axis_names)
+        return sums, jax.tree.map(_summed, d_shared, places), (arrays, d_rows)
 
-    whole, split = PartitionSpec(), PartitionSpec(mesh.axis_names)
-    specs = {"in_specs": (split, whole), "out_specs": (whole, split)}
+    # Of a matrix as large as a head each device keeps the part that the optimiser has there.
+    place = lambda x: parallel.partition("", jnp.shape(x), mesh.shape["fsdp"])  # noqa: E731
+    (_, some), _ = _parted((rows, shared), wanted)
+    places, whole, split = (
+        jax.tree.map(place, some),
+        PartitionSpec(),
+        PartitionSpec(mesh.axis_names),
+    )
+    specs = {"in_specs": (split, whole), "out_specs": (whole, places, split)}
     on_mesh = jax.shard_map(on_each, mesh=mesh, check_vma=False, **specs)
-    (sums, d_shared), (arrays, d_rows) = on_mesh(rows, shared)
+    sums, d_shared, (arrays, d_rows) = on_mesh(rows, shared)
     return (*sums, arrays), (d_rows, d_shared)
+
+
+def _summed(x: Array, place: PartitionSpec) -> Array:
+    """The sum over the mesh, in parts where its place has `fsdp`."""
+    if "fsdp" in place:
+        axis = place.index("fsdp")
+        x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True)
+        return jax.lax.psum(x, "data")
+    return jax.lax.psum(x, ("data", "fsdp"))
 
 
 def _scanned_here(f, layout, wanted, rows, shared):
@@ -142,7 +161,8 @@ def _scanned_here(f, layout, wanted, rows, shared):
         found, arrays = of_chunk(rows)
         return jax.tree.map(lambda x, y: x + y.astype(x.dtype), summed, found), arrays
 
-    (total, sums, d_shared), _ = jax.eval_shape(of_chunk, jax.tree.map(lambda x: x[0], chunks))
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), chunks)
+    (total, sums, d_shared), _ = jax.eval_shape(of_chunk, one)
     d_shared = jax.tree.map(_at_least_float32, d_shared)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (total, sums, d_shared))
     (total, sums, d_shared), arrays = jax.lax.scan(step, zeros, chunks)

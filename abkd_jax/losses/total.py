@@ -15,12 +15,13 @@ from jax import Array
 from jax import numpy as jnp
 from jax.sharding import Mesh
 
-from abkd_jax import checks, numerics
+from abkd_jax import checks, numerics, parallel
 from abkd_jax.binding import Schedule
 from abkd_jax.losses.chunks import Layout, over_chunks
 from abkd_jax.types import Batch, Outputs, Term
 
 _LEARNER = "the network being trained"
+_BLOCK = 8  # rows of a chunk that a CPU's losses see at a time, for its caches to hold them
 
 
 def mask_of(term: Term, batch: Batch) -> Array:
@@ -53,7 +54,8 @@ def total(
     """The sum over terms of weight x mean of the loss over the examples of the term's mask.
 
     What a mask leaves out may be anything, NaN included, and changes neither the value nor a
-    gradient: a loss sees zeros there, in the networks' outputs and as the label. Rows outside of
+    gradient: a loss sees zeros there, in the networks' outputs and as the label (of a network that
+    leaves its logits unformed, only where no other term reads the row). Rows outside of
     batch["where"] are in no term's mask; a loss that couples the batch sees all that are inside,
     whatever its term's mask.
 
@@ -139,7 +141,7 @@ def in_chunks(
         What `f` returns, for all rows; without a gradient.
     """
 
-    def of_rows(outputs, batch, _):
+    def of_rows(outputs, batch, *_):
         return jnp.zeros(()), *f(outputs, batch)
 
     where = lambda batch, _: batch["where"]  # noqa: E731
@@ -161,18 +163,34 @@ def check_chunks(
 
 
 def _over_rows(f, seen, outputs, batch, numbers, chunk, mesh):
-    """f(outputs with logits, batch, numbers), a scalar, sums and arrays: at once or in chunks.
+    """f(outputs with logits, batch, numbers, ...), a scalar, sums and arrays: at once or in chunks.
 
-    `seen(batch, numbers)` are the rows that it reads.
+    `seen(batch, numbers)` are the rows that it reads. Its last argument are the networks of which
+    nothing is left in the others.
     """
+    unformed = frozenset(name for name, shown in outputs.items() if shown.unformed)
 
-    def of_rows(rows, shared):
+    def formed(outputs, batch, numbers):
+        found = dict(outputs)
+        for name in unformed:  # 0 outside, before the head's matrix spreads what rows hold
+            found[name] = _selected(name, outputs[name], seen(batch, numbers)).formed()
+        return found
+
+    def of_block(rows, shared):
         (parts, batch), (heads, numbers) = rows, shared
-        shown = {name: part.replace(head=heads[name]) for name, part in parts.items()}
-        return f(_formed(shown, seen, batch, numbers), batch, numbers)
+        return f(_with_heads(parts, heads), batch, numbers, unformed)
+
+    def of_chunk(rows, shared):
+        (parts, batch), (heads, numbers) = rows, shared
+        outputs = formed(_with_heads(parts, heads), batch, numbers)
+        if not in_blocks:
+            return f(outputs, batch, numbers, unformed)
+        parts = {name: x.replace(head=None) for name, x in outputs.items()}
+        return over_chunks(of_block, Layout(1, _BLOCK), (parts, batch), shared)
 
     if not _has_chunks(outputs, chunk):
-        return f(_formed(outputs, seen, batch, numbers), batch, numbers)
+        return f(formed(outputs, batch, numbers), batch, numbers, unformed)
+    in_blocks = parallel.platform(mesh) == "cpu" and chunk > _BLOCK
     where = batch["where"]
     for name, x in outputs.items():
         x.map_rows(lambda part, x, name=name: _check(f"{name}: {part}", x, where), named=True)
@@ -180,26 +198,30 @@ def _over_rows(f, seen, outputs, batch, numbers, chunk, mesh):
     heads = {name: x.head for name, x in outputs.items()}
     per_row = {name: x for name, x in batch.items() if _has_rows(x, where.shape)}
     layout = Layout(where.ndim, chunk, mesh)
-    return over_chunks(of_rows, layout, (parts, per_row), (heads, numbers))
+    return over_chunks(of_chunk, layout, (parts, per_row), (heads, numbers))
+
+
+def _with_heads(parts: Mapping[str, Outputs], heads: Mapping[str, Any]) -> dict[str, Outputs]:
+    return {name: part.replace(head=heads[name]) for name, part in parts.items()}
 
 
 def _has_chunks(outputs: Mapping[str, Outputs], chunk: int) -> bool:
     return chunk > 0 and any(x.unformed for x in outputs.values())
 
 
-def _totals(outputs, batch, numbers, *, detached=False):
+def _totals(outputs, batch, numbers, clean, *, detached=False):
     """The sum of the learners' totals, and value and means of each, as `over_chunks` takes them."""
     objectives, counts = numbers
     others = jax.lax.stop_gradient(outputs) if detached else outputs
     found = {
-        name: _total(terms, name, outputs[name], others, batch, counts[name])
+        name: _total(terms, name, outputs[name], others, batch, counts[name], clean)
         for name, terms in objectives.items()
     }
     return sum(value for value, _ in found.values()), found, ()
 
 
-def _total(terms, learner, student, others, batch, counts):
-    """`total` of networks with logits."""
+def _total(terms, learner, student, others, batch, counts, clean):
+    """`total` of networks with logits; those in `clean` are 0 in the rows that no term sees."""
     means = {}
     for name, term in terms.items():
         is_number = not isinstance(term.weight, Schedule)
@@ -209,8 +231,8 @@ def _total(terms, learner, student, others, batch, counts):
         seen = _seen_by(term, batch)
         other = Outputs() if term.other is None else others[term.other]
         values = term.loss(
-            _selected(learner, student, seen),
-            _selected(term.other, other, seen),
+            student if learner in clean else _selected(learner, student, seen),
+            other if term.other in clean else _selected(term.other, other, seen),
             _batch_selected(batch, seen),
         )
         field = f"the loss of term {name!r}"
@@ -229,15 +251,6 @@ def _seen(batch, numbers):
     """The rows that any term's loss sees."""
     terms = [term for objective in numbers[0].values() for term in objective.values()]
     return functools.reduce(jnp.logical_or, [_seen_by(term, batch) for term in terms])
-
-
-def _formed(outputs, seen, batch, numbers):
-    """The outputs of all networks, with logits."""
-    found = dict(outputs)
-    for name, shown in outputs.items():
-        if shown.unformed:  # 0 outside, before the head's matrix spreads what rows hold
-            found[name] = _selected(name, shown, seen(batch, numbers)).formed()
-    return found
 
 
 def _has_rows(part: Any, shape: tuple[int, ...]) -> bool:

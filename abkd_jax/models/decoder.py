@@ -1,7 +1,7 @@
 """Decoders: the language models of the GPT-2, Llama, Mistral, Qwen and Gemma families."""
 
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from flax import linen as nn
@@ -190,6 +190,13 @@ def _check_relations(windows: tuple[int, ...], a: Architecture) -> None:
     fits = len(a.rope_factors) == count and all(factor > 0 for factor in a.rope_factors)
     expected = f"{count} positive numbers, for rope_type {a.rope_type!r}"
     require(fits, "decoder.rope_factors", expected, a.rope_factors)
+
+
+def num_embeddings(module: Any) -> int:
+    """The rows of the table of a decoder, or of one inside of a module; of anything else 0."""
+    while module is not None and not isinstance(module, Decoder):
+        module = getattr(module, "module", None)
+    return module.architecture.num_embeddings if module else 0
 
 
 class Decoder(nn.Module):

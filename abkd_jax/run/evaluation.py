@@ -1,7 +1,7 @@
 """Evaluation of networks on a whole split: sums that add up, and rows where a figure needs them."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,6 +46,7 @@ def evaluate(
     size: int,
     preprocess: data.Preprocess,
     mesh: Mesh,
+    names: Sequence[str] | None = None,
     gather: bool = False,
     chunk: int = 0,
 ) -> tuple[dict[str, dict[str, Any]], Rows]:
@@ -58,18 +59,19 @@ def evaluate(
         size: of a batch.
         preprocess: of its inputs.
         mesh: of devices.
+        names: of those that are judged, beside which the others are; None for all.
         gather: whether rows are wanted, too.
         chunk: of how many rows logits are formed at a time, see `losses.total`.
 
     Returns:
-        {network: {metric: value}}, and the rows of each network: the first ones of the split, as
+        {network: {metric: value}}, and the rows of each of them: the first ones of the split, as
         many as fit into half a gigabyte.
     """
-    size += -size % mesh.size
+    size, names = size + -size % mesh.size, tuple(networks if names is None else names)
     gathered: list[Any] = []
 
     def sums_of(batch: Batch) -> Any:
-        how = dict(task=task, gather=gather, mesh=mesh, chunk=chunk)
+        how = dict(task=task, names=names, gather=gather, mesh=mesh, chunk=chunk)
         sums, rows = _evaluate(networks, batch, **how)
         if gather and _room(gathered):
             kept = np.asarray(batch["where"])
@@ -78,17 +80,24 @@ def evaluate(
 
     found = summarized(sums_of, task, data.evaluation_batches(split, size, preprocess))
     rows = jax.tree.map(lambda *x: np.concatenate(x), *gathered) if gathered else {}
-    found = {name: jax.tree.map(np.asarray, dict(found[name])) for name in networks}
+    found = {name: jax.tree.map(np.asarray, dict(found[name])) for name in names}
     return found, rows
 
 
-@functools.partial(jax.jit, static_argnames=("task", "gather", "mesh", "chunk"))
+@functools.partial(jax.jit, static_argnames=("task", "names", "gather", "mesh", "chunk"))
 def _evaluate(
-    networks: Networks, batch: Batch, *, task: Task, gather: bool, mesh: Mesh, chunk: int
+    networks: Networks,
+    batch: Batch,
+    *,
+    task: Task,
+    names: tuple[str, ...],
+    gather: bool,
+    mesh: Mesh,
+    chunk: int,
 ):
     def judged(outputs, batch):
-        rows = {name: task.rows(x, batch) for name, x in outputs.items()} if gather else {}
-        return task.sums(outputs, batch, tuple(networks)), rows
+        rows = {name: task.rows(outputs[name], batch) for name in names} if gather else {}
+        return task.sums(outputs, batch, names), rows
 
     batch = parallel.split(batch, mesh)
     return in_chunks(judged, eval_outputs(networks, batch), batch, chunk=chunk, mesh=mesh)

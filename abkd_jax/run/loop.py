@@ -191,10 +191,9 @@ def _evaluated(run: Run, ready: Networks, results: Mapping[str, Result]) -> dict
     states = dict(ready)
     for result in results.values():
         states |= result.last
-    names = run.plan.seeded if run.seed else run.plan.networks
-    # All of them, since a network's scores may be beside another.
+    own = [name for name in run.plan.networks if not run.seed or name in run.plan.seeded]
     networks = {name: frozen(states[name]) for name in run.plan.networks}
-    last, chosen, rows = _scored(run, networks)
+    last, chosen, rows = _scored(run, networks, own)
     found = {
         name: {
             "parameters": sum(
@@ -207,7 +206,7 @@ def _evaluated(run: Run, ready: Networks, results: Mapping[str, Result]) -> dict
             "phase": None,
         }
         for name, state in networks.items()
-        if name in names
+        if name in own
     }
     score = run.plan.task.score
     latest = {name: phase for phase in run.plan.phases for name in phase.learners}
@@ -215,7 +214,8 @@ def _evaluated(run: Run, ready: Networks, results: Mapping[str, Result]) -> dict
         result, scores, summary = results[phase.name], last, chosen
         learned = {n: x for n, x in result.last.items() if latest[n] is phase and n in found}
         if learned and result.best is not result.last:
-            scores, summary, _ = _scored(run, {name: result.best[name] for name in learned})
+            best = {name: result.best[name] for name in learned}
+            scores, summary, _ = _scored(run, best, list(best))
         for name, state in learned.items():
             best = {"score": float(score(summary[name])), "scores": scores[name]}
             found[name]["best"] = {"step": result.best_step} | best
@@ -250,18 +250,19 @@ def _header(run: Run) -> dict[str, Any]:
     }
 
 
-def _scored(run: Run, networks: Networks) -> tuple[dict[str, Any], dict[str, Any], Rows]:
-    """Scores on the test set by network, the summary on the data that select, the test's rows."""
+def _scored(
+    run: Run, networks: Networks, names: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any], Rows]:
+    """Scores of some networks, beside all of these, on the test set; the summary on the data that
+    select; the test's rows."""
     networks, task = sharded(networks, run.mesh), run.plan.task
     how = {"size": run.plan.config["batch_size"], "preprocess": run.data.preprocess}
-    how |= {"mesh": run.mesh, "gather": True, "chunk": run.plan.config["chunk"]}
+    how |= {"mesh": run.mesh, "names": names, "gather": True, "chunk": run.plan.config["chunk"]}
     summary, rows = evaluate(networks, run.data.test, task, **how)
     chosen, chosen_rows = summary, {}
     if run.data.validation is not None:
         chosen, chosen_rows = evaluate(networks, run.data.validation, task, **how)
-    scores = {
-        name: task.scores(summary[name], rows[name], chosen_rows.get(name)) for name in networks
-    }
+    scores = {name: task.scores(summary[name], rows[name], chosen_rows.get(name)) for name in names}
     return scores, chosen, rows
 
 

@@ -20,7 +20,7 @@ from jax import numpy as jnp
 from jax.sharding import Mesh
 
 from abkd_jax import data as datasets
-from abkd_jax import parallel
+from abkd_jax import models, parallel
 from abkd_jax.checks import require
 from abkd_jax.config.dry_run import with_statistics
 from abkd_jax.config.plan import Phase, Plan
@@ -32,7 +32,7 @@ from abkd_jax.run.interruption import Interruption
 from abkd_jax.sources import dataset
 from abkd_jax.train import Networks, Objectives, TrainState, adopt, create, eval_outputs
 from abkd_jax.train.sharding import sharded
-from abkd_jax.types import Batch, Outputs
+from abkd_jax.types import Batch, Outputs, dotted, named_leaves
 
 _CACHED_PARTS = frozenset(("logits", "hidden"))  # of Outputs
 _MOST_BYTES = 2**30  # of the outputs of frozen networks for all examples
@@ -81,6 +81,7 @@ def opened(plan: Plan, workdir: str | os.PathLike, *, profile: bool = False) -> 
     mesh = parallel.mesh(devices, **{key: plan.config[key] for key in options})
     with folders.locked(folder), Interruption() as interruption, _told_of_disks(folder):
         plan = plan._replace(config=plan.config | {"chunk": _chunk(plan, folder)})
+        _tell_of_padding(plan)
         run = Run(plan, folder, _with_known(plan, plan.data()), mesh, interruption, profile)
         for phase in plan.phases:  # all of them before the first trains
             examples(run, phase)
@@ -98,6 +99,19 @@ def _chunk(plan: Plan, workdir: pathlib.Path) -> int:
     if (workdir / "config.json").exists():
         return read_about(workdir)["config"].get("chunk", 0)
     return default_chunk(plan.description.num_classes)
+
+
+def _tell_of_padding(plan: Plan) -> None:
+    """A line for each network whose table has rows that stand for no token."""
+    tokens = plan.description.num_classes
+    for name, network in plan.networks.items():
+        rows = models.num_embeddings(network.module)
+        if rows > tokens:
+            print(
+                f"{name}: {rows:,} rows for {tokens:,} tokens: the others are padding and take no "
+                "part",
+                file=sys.stderr,
+            )
 
 
 def _with_known(plan: Plan, data: datasets.DataSet) -> datasets.DataSet:
@@ -179,11 +193,12 @@ def ready(run: Run) -> Networks:
 
 
 def _fitting(run: Run, name: str, weights: Weights) -> Mapping[str, Any]:
-    """The variables, if they are those of the network that the config describes."""
+    """The variables, if they are those of the network that the config describes, in its dtypes."""
     module = run.plan.networks[name].module
     init = functools.partial(module.init, train=False)
     own = jax.eval_shape(init, jax.random.key(0), _sample(run))
-    pairs, here = folders.unlike(weights.variables, own), _plain(run.data.preprocess)
+    leaves, here = named_leaves(own), _plain(run.data.preprocess)
+    pairs = folders.unlike(weights.variables, own)
     if weights.model is not None:
         own = run.plan.config[name]["model"]
         pairs.insert(0, ("the model", weights.model["fn"], own["fn"]))
@@ -192,7 +207,9 @@ def _fitting(run: Run, name: str, weights: Weights) -> Mapping[str, Any]:
     for what, there, here in pairs:
         if there != here:
             raise ValueError(f"{weights.origin} has {what} {there}, but this run has {here}.")
-    return weights.variables
+    dtypes = {path: x.dtype for path, x in leaves.items()}
+    in_its = lambda path, x: x.astype(dtypes[dotted(path)], copy=False)  # noqa: E731
+    return jax.tree.map_with_path(in_its, dict(weights.variables))
 
 
 def learners_of(run: Run, phase: Phase, states: Networks) -> Networks:

@@ -15,7 +15,7 @@ def by_position(report: Any, pairs: Iterable[tuple[str, str]]) -> Figure:
 
     Args:
         report: what is known of the run, an `abkd_jax.report.Report`.
-        pairs: (network, one that it learned from).
+        pairs: (network, another).
     """
     last = {name: network["last"] for name, network in report.networks.items()}
     panels = {"NLL": {name: (scores, "nll") for name, scores in last.items()}}

@@ -16,7 +16,7 @@ _MOST_SHOWN = 8
 
 
 def sections(report: Any) -> list[str]:
-    """How networks agree with those that they learned from, and where they differ most.
+    """How networks agree with those that they saw as they learned, and where they differ most.
 
     Args:
         report: what is known of the run, an `abkd_jax.report.Report`.
@@ -40,19 +40,19 @@ def figures(report: Any) -> dict[str, tuple[Any, str]]:
 
     caption = (
         f"By the token's place in its segment, on the {report.result['evaluated_on']} data: the "
-        "mean NLL of each network, and its KL divergence at temperature 1 from a network that it "
-        "learned from. Each bin is twice as wide as the one before."
+        "mean NLL of each network, and its KL divergence at temperature 1 from those that it saw "
+        "as it learned. Each bin is twice as wide as the one before."
     )
-    return {"by_position": (drawn.by_position(report, learned_from(report)), caption)}
+    return {"by_position": (drawn.by_position(report, compared(report)), caption)}
 
 
-def learned_from(report: Any) -> list[tuple[str, str]]:
-    """(learner, a network that it saw) in the order of the phases."""
+def compared(report: Any) -> list[tuple[str, str]]:
+    """(network, another): each learner with those that its phase sees, or else with its peers."""
     found = [
         (name, other)
         for phase in report.phases
         for name in phase["learn"]
-        for other in (*phase["see"], *phase["learn"])
+        for other in phase["see"] or phase["learn"]
         if other != name
     ]
     return list(dict.fromkeys(found))
@@ -60,12 +60,12 @@ def learned_from(report: Any) -> list[tuple[str, str]]:
 
 def _agreement(report: Any) -> list[str]:
     rows = []
-    for name, other in learned_from(report):
+    for name, other in compared(report):
         seeds = [seed["last"]["pairs"][other] for seed in report.seeds(name)]
         rows.append([name, other, *markdown.cells(_PAIR, *seeds)])
     if not rows:
         return []
-    header = ["network", "learned from", *(column.title for column in _PAIR)]
+    header = ["network", "and", *(column.title for column in _PAIR)]
     said = "The most likely token is the same (agreement), and how far the distributions lie apart:"
     return ["## Agreement", said, markdown.table(header, rows)]
 

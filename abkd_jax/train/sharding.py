@@ -3,40 +3,10 @@
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
+from abkd_jax.parallel import partition
 from abkd_jax.types import dotted
-
-_STACKED = "layers"  # the module that `nn.scan` makes of a decoder's layers
-_SMALLEST = 2**16  # numbers of an array, or of one layer of a stack, that are worth splitting
-
-
-def partition(path: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
-    """How an array of a network is split over the axis `fsdp` of a mesh.
-
-    Along its largest axis that divides evenly, of equal ones the last; never along the one that
-    stacks layers (the first, below a module named "layers"), from which each step of the
-    scan takes a slice. Arrays of fewer than 65,536 numbers, in each layer, stay whole.
-
-    Args:
-        path: dotted, such as "params.layers.attention.query.kernel".
-        shape: of the array.
-        fsdp: the size of that axis.
-
-    Returns:
-        The partition.
-
-    Source: Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter
-    models", 2020, stage 3.
-    """
-    stacked = len(shape) > 1 and _STACKED in path.split(".")
-    axes = [axis for axis in range(stacked, len(shape)) if shape[axis] % fsdp == 0]
-    small = np.prod(shape[stacked:], dtype=float) < _SMALLEST
-    if fsdp == 1 or small or not axes:
-        return PartitionSpec()
-    largest = max(axes, key=lambda axis: (shape[axis], axis))
-    return PartitionSpec(*[None] * largest, "fsdp")
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:

@@ -61,7 +61,7 @@ def train_step(
         ValueError: if a network, a mask or an entry of the batch is missing, the batch does not
             split evenly, or a loss that couples the batch would see only a part of it.
     """
-    _check(networks, batch, objectives, micro_batches)
+    _check(networks, batch, objectives, micro_batches, chunk)
     if "where" not in batch:
         batch = {**batch, "where": _every_row(batch)}
     terms = {name: at_step(dict(objectives[name]), networks[name].step) for name in objectives}
@@ -180,7 +180,8 @@ def _input_gradient(state: TrainState, params: Any, batch: Batch) -> Array:
 
     def loss(inputs):
         outputs, _ = state.forward(params, inputs, train=False)
-        return jnp.sum(jnp.where(known, cross_entropy(outputs, outputs, labels), 0.0))
+        values = cross_entropy(outputs.formed(), Outputs(), labels)
+        return jnp.sum(jnp.where(known, values, 0.0))
 
     return jax.grad(loss)(batch["inputs"])
 
@@ -224,11 +225,12 @@ def _accumulated(learn, networks, terms, batch, micro_batches, mesh):
     return grads, (stats, metrics)
 
 
-def _check(networks, batch, objectives, micro_batches):
+def _check(networks, batch, objectives, micro_batches, chunk):
     """Refuses what the step would only trip over."""
     by_name = objectives and all(isinstance(terms, Mapping) for terms in objectives.values())
     require(by_name, "objectives", "{learner: {name: Term}}", objectives)
     require(micro_batches >= 1, "micro_batches", "at least 1", micro_batches)
+    require(chunk >= 0, "chunk", "at least 0", chunk)
     known, given = ", ".join(networks), batch.get("outputs", {})
     wanted, masks = _of_input_gradient(objectives), set()
     for learner, terms in objectives.items():
