@@ -1,16 +1,19 @@
 """The probe against a linear model by hand, over all its batches at once."""
 
 import functools
+import itertools
+import math
 
 import jax
 import numpy as np
 import pytest
 import scipy.special
 from jax import numpy as jnp
+from jax.extend.core import jaxprs_in_params
 
-from abkd_jax.analysis import PROBES, effective_temperature, probe
+from abkd_jax.analysis import PROBES, effective_temperature, over_grid, probe, rank_summary
 from abkd_jax.binding import bind
-from abkd_jax.divergences import forward_kl
+from abkd_jax.divergences import alpha_beta, forward_kl
 from abkd_jax.losses import cross_entropy, dist, on_logits
 from abkd_jax.types import Head, Outputs, Term
 
@@ -178,6 +181,34 @@ def test_tokens_whose_logits_are_unformed():
     assert set(found) == set(measured())
     for key, value in measured().items():
         np.testing.assert_allclose(found[key], value, rtol=2e-4, atol=1e-6, err_msg=key)
+
+
+def largest(jaxpr):
+    """The most elements of an array that a program makes, inner programs included."""
+    sizes = [math.prod(x.aval.shape) for equation in jaxpr.eqns for x in equation.outvars]
+    inner = (jaxprs_in_params(equation.params) for equation in jaxpr.eqns)
+    return max([*sizes, *map(largest, itertools.chain(*inner))], default=0)
+
+
+def test_the_logits_of_all_tokens_never_exist():
+    """No array has more than those of a chunk, or at two points of a grid."""
+    vocabulary, chunk, tokens = 4099, 4, (2, 2, 16)
+    hidden, matrix = jnp.zeros((*tokens, D)), jnp.zeros((D, vocabulary))
+    batches = {"inputs": hidden, "where": jnp.ones(tokens, bool), "labels": jnp.zeros(tokens, int)}
+    terms = {"task": Term(bind(cross_entropy), 1.0), "kd": Term(KD, 1.0, other="teacher")}
+    forward = lambda matrix, batch: Outputs(hidden=batch["inputs"], head=Head(matrix))  # noqa: E731
+    shown = forward(matrix, batches)
+
+    def probed(matrix, chunk):
+        return probe(matrix, forward, {"teacher": shown}, batches, terms, chunk=chunk)
+
+    divergence = bind(alpha_beta, alpha=[0.0, 1.0], beta=0.5)
+    summary = bind(rank_summary, divergence=divergence, learning_rate=0.1)
+    over = lambda matrix: over_grid(summary, forward(matrix, batches), shown, chunk=chunk)  # noqa: E731
+    size = lambda f, *args: largest(jax.make_jaxpr(f)(matrix, *args).jaxpr)  # noqa: E731
+    assert size(lambda x: probed(x, 0)) == math.prod(tokens[1:]) * vocabulary
+    assert size(lambda x: probed(x, chunk)) <= 2 * chunk * vocabulary
+    assert size(over) <= 2 * chunk * vocabulary
 
 
 def test_terms_that_couple_the_batch_and_heads_that_batches_share():

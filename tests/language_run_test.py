@@ -129,6 +129,7 @@ def test_a_seed_is_the_run_with_it_alone(whole, alone, tmp_path):
     assert load(tmp_path, seed=1).module == load(tmp_path).module
 
 
+@pytest.mark.slow
 def test_a_sweep_of_alpha_and_beta_is_single_runs(whole, alone, tmp_path):
     at = "student.terms.distill.divergence."
     over = {at + "alpha": [0.2, 1.0], at + "beta": [0.7, 0.0]}
