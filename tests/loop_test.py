@@ -292,7 +292,8 @@ def test_who_sees_the_withheld_labels_and_the_unlabelled_examples(tmp_path):
 
 
 def test_twins_need_seeds_of_their_own(tmp_path):
-    made = config(online=True, teacher=network(), student=network())
+    learns = network(terms=dict(task=TASK, distill=DISTILL))
+    made = config(online=True, teacher=network(), student=learns)
     assert refusal(tmp_path, made, data=dataset()) == (
         "student and teacher are the same model with the same init_seed, 0, so that they would "
         "start as one; give one of them its own: student.init_seed=1."
