@@ -1,6 +1,7 @@
 """Large sets of logits over a grid of numbers: one program, a few rows at a time."""
 
 import functools
+from typing import Any
 
 import jax
 from flax import struct
@@ -175,10 +176,8 @@ def reassignment_summary(
         flows from classes with q >= p to those with q < p; "largest", the largest |LogR|;
         "normaliser", N.
     """
-    step = log_mass_ratio(
-        student_logits, teacher_logits, divergence=divergence, learning_rate=learning_rate
-    )
-    change = mass_change(student_logits, step.log_ratio)
+    options = {"divergence": divergence, "learning_rate": learning_rate}
+    step, change = _one_step(student_logits, teacher_logits, **options)
     flows = mass_flow(change, over_and_underestimated(student_logits, teacher_logits))
     return {
         "moved": moved_mass(change),
@@ -206,12 +205,16 @@ def rank_summary(
     Returns:
         `[...]` each, net, of sum 0: "to_head", "to_middle", "to_tail"; see `head_middle_and_tail`.
     """
-    step = log_mass_ratio(
-        student_logits, teacher_logits, divergence=divergence, learning_rate=learning_rate
-    )
-    change = mass_change(student_logits, step.log_ratio)
+    options = {"divergence": divergence, "learning_rate": learning_rate}
+    _, change = _one_step(student_logits, teacher_logits, **options)
     flows = mass_flow(change, head_middle_and_tail(teacher_logits))
     return {f"to_{name}": flow for name, flow in flows.items()}
+
+
+def _one_step(student_logits: Array, teacher_logits: Array, **options: Any) -> tuple[Any, Array]:
+    """The log mass ratio of a step on the logits, and the change of each class's mass."""
+    step = log_mass_ratio(student_logits, teacher_logits, **options)
+    return step, mass_change(student_logits, step.log_ratio)
 
 
 def bound_summary(

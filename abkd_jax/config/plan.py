@@ -109,10 +109,15 @@ class Plan(NamedTuple):
     unformed: bool = False
 
     @property
-    def row_wise(self) -> bool:
-        """Whether no loss couples the rows of a batch, so that logits may be formed in chunks."""
+    def leaves_chunk_open(self) -> bool:
+        """Whether logits are formed in chunks of a size that the config leaves open.
+
+        A loss that couples the rows of a batch has to see all of them, not chunks.
+        """
         objectives = [terms for phase in self.phases for terms in phase.objectives.values()]
-        return not any(term.loss.couples_batch for terms in objectives for term in terms.values())
+        terms = [term for terms in objectives for term in terms.values()]
+        row_wise = not any(term.loss.couples_batch for term in terms)
+        return self.unformed and row_wise and not self.config["chunk"]
 
     @property
     def seeded(self) -> frozenset[str]:

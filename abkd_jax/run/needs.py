@@ -108,7 +108,7 @@ def tables(config: ml_collections.ConfigDict | Mapping[str, Any], where: str) ->
         devices, memory = [*costs.tpu_mesh(where).devices.flat], _MEMORY[chip]
     options = {key: plan.config[key] for key in ("batch_size", "fsdp")}
     mesh = parallel.mesh(plan.config["devices"], devices=devices, **options)
-    if plan.unformed and plan.row_wise and not plan.config["chunk"]:
+    if plan.leaves_chunk_open:
         chunk = default_chunk(plan.description.num_classes, accelerator=memory)
         plan = plan._replace(config=plan.config | {"chunk": chunk})
     parts = [(phase, *one_step(plan, phase)[1:]) for phase in plan.phases]

@@ -89,13 +89,9 @@ def opened(plan: Plan, workdir: str | os.PathLike, *, profile: bool = False) -> 
 
 
 def _chunk(plan: Plan, workdir: pathlib.Path) -> int:
-    """The config's `chunk`, with a number for 0 where there are chunks: the one the run began with.
-
-    A loss that couples the rows of a batch has to see all of them.
-    """
-    chunk = plan.config["chunk"]
-    if chunk or not (plan.unformed and plan.row_wise):
-        return chunk
+    """The config's `chunk`, or where it leaves that open the one that the run began with."""
+    if not plan.leaves_chunk_open:
+        return plan.config["chunk"]
     if (workdir / "config.json").exists():
         return read_about(workdir)["config"].get("chunk", 0)
     return default_chunk(plan.description.num_classes)

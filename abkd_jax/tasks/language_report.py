@@ -78,9 +78,7 @@ def _differences(report: Any) -> list[str]:
         context = "".join(text(token) for token in arrays["contexts"][index] if token >= 0)
         row = [f"…{_shown(context)} → **{_shown(text(arrays['labels'][index]))}**"]
         for name in names:
-            first, chance = (
-                arrays[f"{x}/{name}"][index][0] for x in ("likeliest", "probabilities")
-            )
+            first, chance = (arrays[f"{part}/{name}"][index][0] for part in _EXPECTED)
             true = 100 * np.exp(-arrays[f"nll/{name}"][index])
             row.append(f"{true:.1f} ({_shown(text(first))} {100 * chance:.1f})")
         rows.append(row)
