@@ -29,6 +29,7 @@ _LAYERS = flags.DEFINE_list("layers", "0,4,8,12,16,20,25,29".split(","), "Which 
 _STEPS = flags.DEFINE_integer("steps", 300, "Of training.", lower_bound=1)
 _ROWS = flags.DEFINE_integer("rows", 8, "Of a batch, of --length tokens each.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 256, "Tokens of a row.", lower_bound=2)
+_PROMPT = flags.DEFINE_integer("prompt", 64, "The last tokens of a prompt, so many.", lower_bound=1)
 _HELD_OUT = flags.DEFINE_integer("held_out", 100, "Lines to validate, and to test.", lower_bound=1)
 _TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 _DIVERGENCES = {
@@ -84,6 +85,7 @@ def _config(pairs: pathlib.Path) -> ml_collections.ConfigDict:
             test=_HELD_OUT.value,
             tokenizer=_FOLDER.value,
             length=_LENGTH.value,
+            max_prompt=_PROMPT.value,
             template=_TEMPLATE,
             pack=True,
         ),

@@ -5,10 +5,10 @@
         --over student.terms.distill.divergence.beta=0:1.25:0.125
 
 A range is start:end:step, its end included, or a list, 0.5,1,2. The best point is that of the
-highest mean validation accuracy over the seeds; the test scores shown are those of that point
-alone. The workdir has sweep.csv (a row for each student), history.csv (scores on the way), and for
-two numbers heat_map.png, for one curve.png. A stopped sweep goes on by the same command. The
-student of a single run with the same numbers, seeds and teacher
+highest mean score on the validation data over the seeds; the test scores shown are those of that
+point alone. The workdir has sweep.csv (a row for each student), history.csv (scores on the way),
+and for two numbers heat_map.png, for one curve.png. A stopped sweep goes on by the same command.
+The student of a single run with the same numbers, seeds and teacher
 (--config="configs/digits.py:teacher='WORKDIR/teacher'") is that of the sweep.
 """
 
@@ -21,8 +21,9 @@ import numpy as np
 from absl import flags
 
 from abkd_jax import figures
-from abkd_jax.config import command
+from abkd_jax.config import command, resolve
 from abkd_jax.sweep import averaged, best, spread, sweep
+from abkd_jax.tasks import Column
 
 _CONFIG = command.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the sweep, which is made.")
@@ -30,12 +31,6 @@ _OVER = flags.DEFINE_multi_string("over", [], "PATH=START:END:STEP, or PATH=A,B,
 _SEEDS = flags.DEFINE_integer("init_seeds", None, "How many init seeds; None: as the config has.")
 _CHUNK = flags.DEFINE_integer("chunk", 0, "Students at once; 0: as many as memory holds.")
 _PLANE = ("divergence.alpha", "divergence.beta")
-_SCORES = (
-    ("accuracy", 100, 2, " %"),
-    ("nll", 1, 3, ""),
-    ("ece", 100, 1, " %"),
-    ("entropy", 1, 3, ""),
-)
 _MOST = 100_000  # values of one number
 
 
@@ -51,20 +46,23 @@ def main() -> None:
     rows = sweep(_CONFIG.value, folder, over=over, init_seeds=_SEEDS.value, chunk=_CHUNK.value)
     winner = best(rows)
     score = next(key for key in winner if key not in over)  # that which selects
-    selects = score.removesuffix("accuracy")
+    task = resolve(_CONFIG.value).task
+    selects = score.removesuffix(task.score_column.key)
     unfinished = sum(row["bad_step"] >= 0 for row in rows)
     print(f"{len(rows)} students in {time.monotonic() - started:.0f} s; not finite: {unfinished}")
     seeds = len({row["init_seed"] for row in rows})
     print(f"best by {_words(score)}, mean over {seeds} init seeds:")
     for path in over:
         print(f"  {path} {winner[path]:g}")
+    columns = {column.title: column for column in (task.score_column, *task.columns)}
     for scores in dict.fromkeys((selects, selects.replace("validation", "test"))):
         cells = (
-            f"{name} {spread(winner, f'{scores}{name}', factor, digits)}{unit}"
-            for name, factor, digits, unit in _SCORES
+            f"{x.title} {spread(winner, f'{scores}{x.key}', x.factor, x.digits)}"
+            for x in columns.values()
+            if f"{scores}{x.key}" in winner
         )
         print(f"  {_words(scores)}: {', '.join(cells)}")
-    _draw(folder, averaged(rows), winner, tuple(over), score)
+    _draw(folder, averaged(rows), winner, tuple(over), score, task.score_column)
 
 
 def parsed(text: str) -> tuple[str, list[float]]:
@@ -92,22 +90,25 @@ def _words(name: str) -> str:
     return name.strip("_").replace("_", " ")
 
 
-def _draw(folder: pathlib.Path, table: list, best: dict, paths: tuple, score: str) -> None:
+def _draw(
+    folder: pathlib.Path, table: list, best: dict, paths: tuple, score: str, column: Column
+) -> None:
     """A map over two numbers, or a curve over one; further ones are left to the table."""
     counts = [len({row[path] for row in table}) for path in paths]
+    label = f"{_words(score)}{' (%)' if column.factor == 100 else ''}"
     if len(paths) > 2 or min(counts) < 2:
         return
     if len(paths) == 2:
         plane = [next((p for p in paths if p.endswith(name)), None) for name in _PLANE]
         special = None not in plane
-        how = {"score_label": f"{_words(score)} (%)", "title": _words(score).capitalize()}
-        how |= {"special": special, "factor": 100.0, "best": best}
+        how = {"score_label": label, "title": _words(score).capitalize()}
+        how |= {"special": special, "factor": float(column.factor), "best": best}
         figure = figures.heat_map(table, *(plane if special else paths), score, **how)
     else:
         rows = sorted(table, key=lambda row: row[paths[0]])
-        keys = ((paths[0], 1), (score, 100), (f"{score}_std", 100))
+        keys = ((paths[0], 1), (score, column.factor), (f"{score}_std", column.factor))
         xs, ys, spreads = (np.asarray([factor * row[key] for row in rows]) for key, factor in keys)
-        panel = {"title": paths[0], "x": paths[0].rpartition(".")[2], "y": f"{_words(score)} (%)"}
+        panel = {"title": paths[0], "x": paths[0].rpartition(".")[2], "y": label}
         panel["curves"] = {score: (xs, ys, np.nan_to_num(spreads))}
         panel["log_x"] = figures.scale_of(xs)["value"] == "log"
         figure = figures.lines([panel], columns=1)

@@ -27,7 +27,6 @@ from abkd_jax.train import (
     create,
     frozen,
 )
-from abkd_jax.train.sharding import shardings
 from abkd_jax.types import Batch, Outputs, Term
 
 _ROWS = 2  # of the batch on which networks are tried
@@ -122,10 +121,7 @@ def _step(
     def step(learners, seen, batch):
         objectives = with_statistics(phase.objectives, width)
         carry = begin(learners, objectives, source)
-        carry = advance(carry, seen, objectives, source, batch, 0, 0, count=1, static=static)
-        if mesh is None:
-            return carry
-        return jax.lax.with_sharding_constraint(carry, shardings(carry, mesh))
+        return advance(carry, seen, objectives, source, batch, 0, 0, count=1, static=static)
 
     return step
 

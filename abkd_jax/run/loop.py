@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 import numpy as np
+from jax import numpy as jnp
 
 from abkd_jax import data as datasets
 from abkd_jax import models
@@ -20,7 +21,7 @@ from abkd_jax.run import workdir as folders
 from abkd_jax.run.evaluation import Rows, evaluate
 from abkd_jax.run.phases import Run
 from abkd_jax.run.recorder import selecting, train_phase
-from abkd_jax.train import Networks, begin, frozen
+from abkd_jax.train import Carry, Networks, begin, frozen
 from abkd_jax.train.checkpoint import FOLDER, Checkpoints, digest
 from abkd_jax.train.sharding import sharded
 from abkd_jax.types import Batch
@@ -150,10 +151,8 @@ def run_phase(
     folder = folders.of_seed(run.workdir / phase.folder, run.seed)
     folder.mkdir(exist_ok=True)
     folders.claim(folder, phases.identity(run, phase), longer=trains)
-    learners = phases.learners_of(run, phase, states)
-    carry = begin(learners, phase.objectives, phase.source)
     with Checkpoints(folder / FOLDER) as checkpoints:
-        step, carry = checkpoints.restore(carry) or (0, carry)
+        step, carry = _newest(run, phase, states, checkpoints)
         if not trains and step == 0:
             raise ValueError(f"{folder} has no checkpoint to evaluate; train first.")
         if trains and step < phase.num_steps:
@@ -163,6 +162,18 @@ def run_phase(
         best_step, _ = checkpoints.best() or (step, None)
         best = checkpoints.restore_at(best_step, carry) if best_step != step else carry
         return Result(carry.learners, best.learners, best_step)
+
+
+def _newest(
+    run: Run, phase: Phase, states: Networks, checkpoints: Checkpoints
+) -> tuple[int, Carry]:
+    """How many steps of a phase are done, and the carry then, on the devices.
+
+    Each leaf is a buffer of its own, which training takes; all that it was copied from is let go.
+    """
+    carry = begin(phases.learners_of(run, phase, states), phase.objectives, phase.source)
+    step, carry = checkpoints.restore(carry) or (0, carry)
+    return step, jax.tree.map(jnp.copy, sharded(carry, run.mesh))
 
 
 def _conclude(run: Run, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

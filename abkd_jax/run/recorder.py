@@ -46,7 +46,7 @@ def train_phase(
         folder: of the phase.
         checkpoints: of the phase.
         step: how many steps are done.
-        carry: at this step.
+        carry: at this step; its buffers are taken.
 
     Returns:
         The carry after the last step, which is saved.
@@ -83,8 +83,7 @@ def train_phase(
             interruption=run.interruption,
             recorder=recorder,
         )
-        owned = jax.tree.map(jax.numpy.copy, sharded(carry, run.mesh))  # each buffer is donated
-        return fit(training, owned, step, progress)
+        return fit(training, carry, step, progress)
 
 
 @dataclasses.dataclass

@@ -132,31 +132,36 @@ def advance(
         )
 
     if count == 1:  # on a CPU convolutions in a scan are an order of magnitude slower
-        return one(carry, step)
-    return jax.lax.scan(lambda c, i: (one(c, i), None), carry, step + jnp.arange(count))[0]
+        carry = one(carry, step)
+    else:
+        steps = step + jnp.arange(count)
+        carry, _ = jax.lax.scan(lambda c, i: (one(c, i), None), carry, steps)
+    if static.mesh is None:
+        return carry
+    # Else XLA chooses where the arrays lie, and the next call is another program.
+    return jax.lax.with_sharding_constraint(carry, shardings(carry, static.mesh))
 
 
-def confirmed(carry: Carry, step: Array) -> Carry:
-    """The carry with a `bad_step` if the last update, which no later step has seen, overflowed."""
+def first_bad(carry: Carry, step: Array) -> Array:
+    """The carry's `bad_step`, or the last step if its update, which none saw since, overflowed."""
     params = {name: state.params for name, state in carry.learners.items()}
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)]))
     overflowed = ~finite & (carry.bad_step < 0)
-    return carry.replace(bad_step=jnp.where(overflowed, step - 1, carry.bad_step).astype(jnp.int32))
+    return jnp.where(overflowed, step - 1, carry.bad_step).astype(jnp.int32)
 
 
 def refilled(
     carry: Carry, frozen: Networks, examples: Any, data_seed: Array, step: Array, *, source: Source
-) -> Carry:
-    """The carry with its source refilled, before the step; not after a bad one, to be shown."""
+) -> Any:
+    """The source's state, refilled before the step; not after a bad one, to be shown."""
     networks = carry.learners | frozen
     state = source.refill(carry.source, networks, examples, data_seed, step)
-    return carry.replace(source=_where(carry.bad_step < 0, state, carry.source))
+    return _where(carry.bad_step < 0, state, carry.source)
 
 
-def evaluated(carry_and_summary: tuple[Carry, Any], *, source: Source) -> Carry:
-    """The carry whose source has seen an evaluation."""
-    carry, summary = carry_and_summary
-    return carry.replace(source=source.evaluated(carry.source, summary))
+def evaluated(state_and_summary: tuple[Any, Any], *, source: Source) -> Any:
+    """The source's state after it has seen an evaluation."""
+    return source.evaluated(*state_and_summary)
 
 
 class Programs(NamedTuple):
@@ -199,17 +204,19 @@ class Programs(NamedTuple):
     ) -> Carry:
         """See `refilled`."""
         shared = frozen, examples, jnp.asarray(data_seed), jnp.asarray(step)
-        return self._call(_partial(refilled, source=self.source), carry, *shared)
+        state = self._call(_partial(refilled, source=self.source), carry, *shared)
+        return carry.replace(source=state)
 
     def evaluated(self, carry: Carry, summary: Any) -> Carry:
         """See `evaluated`."""
-        return self._call(_partial(evaluated, source=self.source), (carry, summary))
+        state = self._call(_partial(evaluated, source=self.source), (carry.source, summary))
+        return carry.replace(source=state)
 
     def confirmed(self, carry: Carry, step: int) -> Carry:
-        """See `confirmed`."""
-        return self._call(confirmed, carry, jnp.asarray(step))
+        """The carry with the `first_bad` step."""
+        return carry.replace(bad_step=self._call(first_bad, carry, jnp.asarray(step)))
 
-    def _call(self, fn: Callable, *args: Any) -> Carry:
+    def _call(self, fn: Callable, *args: Any) -> Any:
         return parallel.spread(fn, *args) if self.members else _jitted(fn)(*args)
 
 
@@ -226,8 +233,6 @@ def _member(carry_and_objectives, frozen, examples, data_seed, step, *, source, 
 def _advance(carry, frozen, objectives, source, examples, data_seed, step, *, count, static):
     args = (carry, frozen, objectives, source, examples, data_seed, step)
     carry = advance(*args, count=count, static=static)
-    if static.mesh is not None:  # else XLA chooses, and the next call is another program
-        carry = jax.lax.with_sharding_constraint(carry, shardings(carry, static.mesh))
     return carry, carry.bad_step + 0  # a buffer of its own, for the next call takes the carry's
 
 
