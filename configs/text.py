@@ -34,12 +34,12 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
         baseline=dict(model=small, optimizer=_adamw(3e-3), terms=task),
         student=dict(model=small, optimizer=_adamw(3e-3), terms=dict(distill=distill)),
         phases=dict(
-            teacher=dict(learn=("teacher",), num_steps=400),
+            teacher=dict(learn=("teacher",), num_steps=280),
             baseline=dict(learn=("baseline",)),
             distill=dict(learn=("student",), see=("teacher",)),
         ),
         batch_size=16,
-        num_steps=600,
+        num_steps=300,
         checkpoint_every=100,
         log_every=50,
     )

@@ -17,7 +17,7 @@ from abkd_jax import train_and_evaluate
 from abkd_jax.config import command
 from abkd_jax.sweep import best, sweep
 
-_CONFIG = command.define_config()
+_CONFIG = command.define_config("configs/text.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the runs.", required=True)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "How many init seeds.", lower_bound=1)
 _VALUES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of alpha and of beta

@@ -130,9 +130,9 @@ def test_a_feed_in_order_starts_reading_once(monkeypatch):
     starts = []
     batches = data.Stream.batches
 
-    def counted(self, data_seed, size, start):
+    def counted(self, data_seed, size, start, order_of):
         starts.append(start)
-        return batches(self, data_seed, size, start)
+        return batches(self, data_seed, size, start, order_of)
 
     monkeypatch.setattr(data.Stream, "batches", counted)
     feed = data.Feed(new(), data.Preprocess(), data_seed=0, size=4)

@@ -416,6 +416,50 @@ def test_a_step_is_a_function_of_the_seed(read):
     assert len({row.tobytes() for row in ids}) == len(PAIRS)  # each once in an epoch
 
 
+@pytest.mark.parametrize("stream", ["never", "always"])
+@pytest.mark.parametrize("corpus", ["", "corpus.jsonl"])
+def test_batches_are_cut_to_few_lengths(read, tmp_path, stream, corpus):
+    """To the least that holds their rows, in a random order; nothing but padding is cut off."""
+    size, epochs, lengths = 4, 2, (16, 32, 64)
+    corpus = corpus and write_lines(tmp_path / corpus, PAIRS)
+    pairs = [{"prompt": "?" * (i * 5 % 43), "response": f"{i}"} for i in range(29)]
+    fields = dict(max_prompt=50, length=64, lengths=lengths[:-1], stream=stream, corpus=corpus)
+    dataset = read(pairs, **fields)
+    whole = next(data.evaluation_batches(dataset.train, len(dataset.train)))
+    ids, segments = (np.asarray(getattr(whole["inputs"], x)) for x in ("ids", "segments"))
+    used = {row.tobytes(): int(n) for row, n in zip(ids, (segments > 0).sum(1), strict=True)}
+    new = lambda: data.Feed(dataset.train, dataset.preprocess, data_seed=3, size=size)  # noqa: E731
+    feed, steps, until, seen, widths = new(), len(dataset.train) // size, 0, [], []
+    for step in range(epochs * steps):
+        examples, later = feed(step)
+        assert later > step and (stream == "never" or later == step + 1)
+        batch = examples.batch(3, step)
+        width = batch["labels"].shape[1]
+        assert step >= until or width == widths[-1]  # of one shape as long as it is served
+        rows = [row.tobytes() for row in np.pad(batch["inputs"].ids, ((0, 0), (0, 64 - width)))]
+        assert width == min(x for x in lengths if x >= max(used[row] for row in rows))
+        assert batch["where"].shape == batch["inputs"].segments.shape == (size, width)
+        until, seen, widths = later, [*seen, rows], [*widths, width]
+        if step in (5, steps + 1):
+            again = new()(step)[0].batch(3, step)
+            assert equal(again["inputs"], batch["inputs"])
+    assert seen[:steps] != seen[steps:] and set(widths) == set(lengths)
+    if not corpus:  # which repeats rows
+        for epoch in (seen[:steps], seen[steps:]):
+            assert len(set(itertools.chain(*epoch))) == steps * size
+    assert any(np.diff(widths[:steps]) < 0)  # not from short to long
+    assert widths.count(64) < 0.7 * len(widths)  # rows of like lengths stand together
+
+
+def test_streams_are_cut_as_what_is_in_memory(read):
+    fields = dict(length=64, lengths=(16, 40))
+    pair = [read(PAIRS * 3, **fields, stream=stream) for stream in ("never", "always")]
+    feeds = [data.Feed(x.train, x.preprocess, data_seed=5, size=3) for x in pair]
+    for step in range(9):
+        ours, theirs = (feed(step)[0].batch(5, step) for feed in feeds)
+        assert all(equal(ours.pop(x), theirs.pop(x)) for x in [*ours.keys() - {"key"}])
+
+
 def test_processes_read_parts_of_one_batch(read):
     stream = read(PAIRS, stream="always", length=32).train
     whole = next(stream.batches(7, 4))
@@ -573,6 +617,14 @@ FIELDS = [
     (dict(loss_on="prompt"), "data.loss_on must be one of response, all; found 'prompt'."),
     (dict(template="{promt}"),
      "data.template must be a text with {prompt} in it; found '{promt}'."),
+    (dict(lengths=(8, 64)),
+     "data.lengths must be whole numbers that rise, from 2 to less than data.length, 64; "
+     "found (8, 64)."),
+    (dict(lengths=(16, 8)),
+     "data.lengths must be whole numbers that rise, from 2 to less than data.length, 64; "
+     "found (16, 8)."),
+    (dict(lengths=(8,), pack=True),
+     "data.lengths must be () where rows are packed (data.pack); found (8,)."),
     (dict(corpus_rows=0), "data.corpus_rows must be at least 1; found 0."),
     (dict(vocab_size=-1), "data.vocab_size must be at least 0; found -1."),
     (dict(stream="sometimes"),

@@ -19,12 +19,15 @@ class Preprocess:
         std: `[C]`, likewise.
         pad: how many zero pixels a random crop may take on each side of an image; 0 for no crops.
         flip: whether an image is mirrored, left to right, with probability 1/2.
+        lengths: to which a training batch of `Tokens` may be cut, in rising order, the last one T:
+            the least that holds its rows, which are then of like lengths; () for T alone.
     """
 
     mean: Array | None = None
     std: Array | None = None
     pad: int = struct.field(pytree_node=False, default=0)
     flip: bool = struct.field(pytree_node=False, default=False)
+    lengths: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
 
 def step_key(data_seed: int | Array, step: int | Array) -> Array:

@@ -18,8 +18,33 @@ from abkd_jax.types import Batch
 
 def epoch_order(data_seed: int | Array, epoch: int | Array, size: int) -> Array:
     """The order in which an epoch visits the examples: `[size]`, a function of its arguments."""
+    return jax.random.permutation(_key_of_order(data_seed, epoch), size)
+
+
+def order_by_length(
+    order: Array, groups: Array, size: int, data_seed: int | Array, epoch: int | Array
+) -> Array:
+    """An epoch's order with like lengths together: the same examples, by batches in random order.
+
+    Args:
+        order: `[N]`, of `epoch_order`.
+        groups: `[N]` int32, of each example: examples of one group are of like lengths.
+        size: B.
+        data_seed: of the order.
+        epoch: likewise.
+
+    Returns:
+        `[N // B * B]`.
+    """
+    kept = order[: len(order) // size * size]
+    batches = kept[jnp.argsort(groups[kept], stable=True)].reshape(-1, size)
+    key, _ = jax.random.split(_key_of_order(data_seed, epoch))
+    return jax.random.permutation(key, batches).reshape(-1)
+
+
+def _key_of_order(data_seed: int | Array, epoch: int | Array) -> Array:
     of_order, _ = jax.random.split(jax.random.key(data_seed))  # not a key that a step uses
-    return jax.random.permutation(jax.random.fold_in(of_order, epoch), size)
+    return jax.random.fold_in(of_order, epoch)
 
 
 @struct.dataclass
@@ -31,12 +56,14 @@ class Resident:
         order: `[N]`, from `epoch_order` for the epoch step // (N // size).
         preprocess: of the inputs, augmentation included.
         size: B.
+        length: to which rows of tokens are cut; None for all that is stored.
     """
 
     split: Split
     order: Array
     preprocess: Preprocess
     size: int = struct.field(pytree_node=False)
+    length: int | None = struct.field(pytree_node=False, default=None)
 
     def batch(self, data_seed: int | Array, step: int | Array) -> Batch:
         """The batch of a step: the next B examples of the epoch's order.
@@ -54,6 +81,7 @@ class Resident:
         key = step_key(data_seed, step)
         inputs = augmented(self.split.inputs, chosen, augmentation_key(key), self.preprocess)
         rows = self.split.replace(inputs=None).take(chosen).replace(inputs=inputs)
+        rows = rows if self.length is None else rows.cut(self.length)
         return _batch(rows, jnp.ones(self.size, bool)) | {"key": key}
 
 
@@ -99,24 +127,59 @@ class Feed:
         require(0 < size <= len(split), "batch_size", expected, size)
         self._split, self._preprocess = split, preprocess
         self._data_seed, self._size = data_seed, size
-        self._position = None  # the epoch of _order, or the step of the next of _batches
-        self._order = self._batches = None
+        self._steps_per_epoch = len(split) // size
+        self._groups = _groups(split, preprocess.lengths) if preprocess.lengths else None
+        self._epoch = None  # that of _order and, by step, of _lengths
+        self._order = self._lengths = None
+        self._position = None  # the step of the next of _batches
+        self._batches = None
 
     def __call__(self, step: int) -> tuple[Resident | Streamed, int]:
         """A pytree with the method `batch`, and the first later step that it does not serve."""
+        epoch, place = divmod(step, self._steps_per_epoch)
         if isinstance(self._split, Stream):
             if step != self._position:
-                self._batches = self._split.batches(self._data_seed, self._size, start=step)
+                order = None if self._groups is None else self._order_of
+                self._batches = self._split.batches(self._data_seed, self._size, step, order)
             rows = next(self._batches)
             self._position = step + 1
+            if self._groups is not None:
+                self._begin(epoch)
+                rows = jax.tree.map(lambda x: x[:, : self._lengths[place]], rows)
             return Streamed(rows, self._preprocess), step + 1
-        steps_per_epoch = len(self._split) // self._size
-        epoch = step // steps_per_epoch
-        if epoch != self._position:
-            self._order = _epoch_order(self._data_seed, epoch, len(self._split))
-            self._position = epoch
+        self._begin(epoch)
         examples = Resident(self._split, self._order, self._preprocess, self._size)
-        return examples, (epoch + 1) * steps_per_epoch
+        until = self._steps_per_epoch
+        if self._groups is not None:
+            length = int(self._lengths[place])
+            others = np.flatnonzero(self._lengths[place:] != length)
+            until = place + int(others[0]) if len(others) else until
+            examples = examples.replace(length=length)
+        return examples, epoch * self._steps_per_epoch + until
+
+    def _begin(self, epoch: int) -> None:
+        """Has the order of an epoch, and the lengths of its batches."""
+        if epoch == self._epoch:
+            return
+        self._epoch, self._order = epoch, self._order_of(epoch)
+        if self._groups is not None:
+            groups = np.asarray(self._groups[self._order]).reshape(-1, self._size)
+            self._lengths = np.asarray(self._preprocess.lengths)[groups.max(axis=1)]
+
+    def _order_of(self, epoch: int) -> Array:
+        order = _epoch_order(self._data_seed, epoch, len(self._split))
+        if self._groups is None:
+            return order
+        return _order_by_length(order, self._groups, self._size, self._data_seed, epoch)
+
+
+def _groups(split: Split | Stream, lengths: tuple[int, ...]) -> Array:
+    """`[N]`: the position of the least of some lengths that holds an example."""
+    if isinstance(split, Stream):
+        used = np.asarray(split.lengths)
+    else:
+        used = np.asarray(jnp.sum(split.inputs.segments > 0, axis=-1))
+    return jnp.asarray(np.searchsorted(lengths, used), jnp.int32)
 
 
 def evaluation_batches(
@@ -154,6 +217,7 @@ def evaluation_batches(
 
 
 _epoch_order = jax.jit(epoch_order, static_argnums=2)
+_order_by_length = jax.jit(order_by_length, static_argnums=2)
 _normalized = jax.jit(normalized)
 
 

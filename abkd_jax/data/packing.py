@@ -12,7 +12,11 @@ from abkd_jax.types import Tokens
 
 
 class Rows:
-    """Rows of tokens, which a `Stream` reads, or all of which are a split in memory."""
+    """Rows of tokens, which a `Stream` reads, or all of which are a split in memory.
+
+    Attributes:
+        lengths: `[N]`, how many tokens of each row are no padding.
+    """
 
     def __init__(
         self,
@@ -35,8 +39,9 @@ class Rows:
         self._corpus, self._examples, self._length = corpus, examples, length
         self._starts = np.concatenate([[0], corpus.ends[:-1]])
         self._masks = masks or {}
-        lengths = (corpus.ends - self._starts)[examples]
-        self._borders = _packed(lengths, length) if pack else np.arange(len(examples) + 1)
+        sizes = (corpus.ends - self._starts)[examples]
+        self._borders = _packed(sizes, length) if pack else np.arange(len(examples) + 1)
+        self.lengths = np.add.reduceat(sizes, self._borders[:-1]) if len(examples) else sizes
 
     def __len__(self) -> int:
         return len(self._borders) - 1
@@ -67,6 +72,7 @@ class Joined:
 
     def __init__(self, first: Rows, second: Rows):
         self._first, self._second = first, second
+        self.lengths = np.concatenate([first.lengths, second.lengths])
 
     def __len__(self) -> int:
         return len(self._first) + len(self._second)

@@ -45,6 +45,14 @@ class Split:
         shown = {name: x.map_rows(lambda rows: rows[chosen]) for name, x in self.outputs.items()}
         return Split(*arrays, outputs=shown)
 
+    def cut(self, length: int) -> "Split":
+        """The examples without what lies beyond `length` along their first axis."""
+        arrays = jax.tree.map(lambda x: x[:, :length], (self.inputs, self.labels, self.masks))
+        shown = {
+            name: x.map_rows(lambda rows: rows[:, :length]) for name, x in self.outputs.items()
+        }
+        return Split(*arrays, outputs=shown)
+
     def with_all_labels(self) -> "Split":
         """The same examples with no known label withheld."""
         return self.replace(masks={**self.masks, "labelled": self.labels >= 0})

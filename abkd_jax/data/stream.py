@@ -1,6 +1,7 @@
 """Sets too large for the device: decoded on the host while the device trains, by grain."""
 
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -33,6 +34,7 @@ class Stream:
             image, or the centre of an evaluated one, is resized to.
         flip: whether such a random crop is mirrored with probability 1/2. Images as they are, are
             augmented on the device.
+        lengths: `[N]`, how many tokens of each example are no padding; None for anything else.
         process_index: of this process, by default JAX's.
         process_count: of all processes, by default JAX's.
     """
@@ -42,19 +44,28 @@ class Stream:
     _: dataclasses.KW_ONLY
     image_size: int = 0
     flip: bool = False
+    lengths: np.ndarray | None = None
     process_index: int = dataclasses.field(default_factory=jax.process_index)
     process_count: int = dataclasses.field(default_factory=jax.process_count)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batches(self, data_seed: int, size: int, start: int = 0) -> Iterator[dict[str, np.ndarray]]:
+    def batches(
+        self,
+        data_seed: int,
+        size: int,
+        start: int = 0,
+        order_of: Callable[[int], Any] | None = None,
+    ) -> Iterator[dict[str, np.ndarray]]:
         """The training batches of steps start, start + 1, ...; each a function of (seed, step).
 
         Args:
             data_seed: of each epoch's order, and of the crops and flips.
             size: B of the global batch; examples beyond a multiple of it wait for the next epoch.
             start: the first step; nothing before it is read.
+            order_of: epoch -> the order of the examples in it, at least of those that are visited;
+                None for a random one. With it, examples are taken as they are.
 
         Yields:
             inputs, labels and any masks of the records, each `[B / process_count, ...]`.
@@ -65,6 +76,10 @@ class Stream:
         import grain  # not at the top: a program without streams has no need of it
 
         kept = len(self) // size * size
+        if order_of is not None:
+            order = functools.lru_cache(2)(lambda epoch: self.rows[np.asarray(order_of(epoch))])
+            at = lambda i: self.records[order(i // kept)[i % kept]]  # noqa: E731
+            return self._read(at, sys.maxsize, size, start)
         examples = (
             grain.MapDataset.source(self.rows)
             .seed(data_seed % 2**32)

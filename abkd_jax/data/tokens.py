@@ -39,6 +39,7 @@ def text(
     max_prompt: int = 0,
     template: str = "{prompt}",
     pack: bool = False,
+    lengths: tuple[int, ...] = (),
     corpus: str = "",
     corpus_rows: int = 1,
     vocab_size: int = 0,
@@ -65,8 +66,9 @@ def text(
         loss_on: "response", or "all" to count the prompt's tokens, too.
         max_prompt: the most tokens of a prompt, which loses its beginning; 0 for half of `length`.
         template: of a prompt, with {prompt} in its place: "### Instruction:\\n{prompt}\\n".
-        pack: whether a row has several examples, as segments; else it is padded to `length`. There
-            is one length, so that a step is compiled once: pack short examples.
+        pack: whether a row has several examples, as segments; else it is padded to `length`.
+        lengths: shorter ones, to which a training batch is cut where its rows are: a step is then
+            compiled once for each, and batches have rows of like lengths. Packing wastes less.
         corpus: a file whose rows come with those of `train`, mixed at random in proportion. Then
             batches have the masks "instructions" and "corpus", for the terms' `where`; the smaller
             of the two is repeated.
@@ -92,6 +94,8 @@ def text(
     masks = (CORPUS, INSTRUCTIONS) if corpus else ()
     description = _described(form, masks)
     options.preprocess(description)
+    _check_lengths(lengths, length, pack)
+    lengths = (*lengths, length) if lengths else ()
 
     def read() -> DataSet:
         found = {name: tokenised(path, form, cache_dir) for name, path in files.items()}
@@ -109,7 +113,8 @@ def text(
         count = sum(len(chosen) for _, chosen in splits.values())
         large = count * length * _TOKEN_BYTES > _RESIDENT_BYTES
         streamed = stream == "always" or (stream == "auto" and large)
-        return (_streamed if streamed else _resident)(splits, description, options)
+        found = (_streamed if streamed else _resident)(splits, description, options)
+        return found.replace(preprocess=found.preprocess.replace(lengths=lengths))
 
     return description, read
 
@@ -176,6 +181,15 @@ def _check(
     require(vocab_size >= 0, "data.vocab_size", "at least 0", vocab_size)
 
 
+def _check_lengths(lengths: tuple[int, ...], length: int, pack: bool) -> None:
+    """Refuses lengths that no row of `length` can be cut to."""
+    rising = list(lengths) == sorted({int(x) for x in lengths})
+    fits = rising and all(2 <= x < length for x in lengths)
+    expected = f"whole numbers that rise, from 2 to less than data.length, {length}"
+    require(fits, "data.lengths", expected, lengths)
+    require(not (lengths and pack), "data.lengths", "() where rows are packed (data.pack)", lengths)
+
+
 def _format(
     tokenizer: Tokenizer,
     length: int,
@@ -238,7 +252,10 @@ def _resident(splits: Mapping[str, _Chosen], description: Description, options: 
 
 def _streamed(splits: Mapping[str, _Chosen], description: Description, options: Options) -> DataSet:
     """The set as streams of rows that stay on disk."""
-    streams = {name: Stream(*chosen) for name, chosen in splits.items()}
+    streams = {
+        name: Stream(records, rows, lengths=records.lengths[rows])
+        for name, (records, rows) in splits.items()
+    }
     return DataSet(
         **{"validation": None} | streams,
         full=streams["train"],
