@@ -81,14 +81,16 @@ class Format:
             prefix, eos = prefix[:0], eos[:0]
         elif np.array_equal(found.ids[-1:], eos):
             eos = eos[:0]
-        first = 0 if written.kind == "text" else int(np.argmax(written_counts))
+        # Where none counts, after the last one; that is refused below.
+        first = 0 if written.kind == "text" else int(np.argmax(np.append(written_counts, True)))
         cut = max(0, len(prefix) + first - self.max_prompt)
         ids = np.concatenate([prefix, found.ids[cut:], eos])
         counts = np.concatenate([prefix < 0, written_counts[cut:], eos >= 0])
         largest = int(ids.max(initial=0))
         require(largest < self.vocab_size, "ids", f"below {self.vocab_size}", largest)
-        left = written_counts.any() and counts[1:].any()
-        require(left, f"the {written.kind}", _LEAVING, written.text[-80:])
+        if not (written_counts.any() and counts[1:].any()):
+            counted = "".join(written.text[start:end] for start, end in written.spans)
+            require(False, f"the {written.kind}", _LEAVING, counted)
         if not self.response_alone or written.kind == "text":
             counts[:] = True
         size = self.length
