@@ -39,12 +39,14 @@ class Corpus(NamedTuple):
         ends: `[N]` int64, where each example ends.
         sources: `[N]` int64, the line of the file that it comes from, counted from 0 among those
             that are not blank; of a plain file, which row of it this is.
+        identity: of the file's bytes, the tokenizer's and the format; "" for text in memory.
     """
 
     ids: np.ndarray
     counts: np.ndarray
     ends: np.ndarray
     sources: np.ndarray
+    identity: str = ""
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def _identity(path: pathlib.Path, form: Format) -> str:
 def _mapped(folder: pathlib.Path) -> Corpus:
     """What a folder keeps, if all of it is there."""
     parts = (np.memmap(folder / name, dtype, "r") for name, dtype in _PARTS.items())
-    corpus = Corpus(*parts)
+    corpus = Corpus(*parts, identity=folder.name)
     whole = len(corpus.ids) == len(corpus.counts) == corpus.ends[-1]
     require(whole and len(corpus.ends) == len(corpus.sources), f"{folder}", "whole", corpus)
     return corpus

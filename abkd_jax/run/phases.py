@@ -160,7 +160,8 @@ def identity(run: Run, phase: Phase) -> dict[str, Any]:
         seeds = {name: run.plan.networks[name].init_seed for name in run.plan.seeded}
         own = {name: config[name] | {"init_seed": seed} for name, seed in seeds.items()}
         config = config | own | {"init_seeds": 1}
-    return {
+    contents = {"contents": dict(run.data.contents)} if run.data.contents else {}
+    return contents | {
         "config": config,
         "learners": tuple(phase.learners),
         "select": phase.select,
