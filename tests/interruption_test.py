@@ -9,6 +9,8 @@ import threading
 
 import pytest
 
+from abkd_jax.config import resolve
+from abkd_jax.run import phases
 from abkd_jax.run.interruption import Interruption
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -51,6 +53,21 @@ def test_the_second_interrupt_from_the_keyboard_stops_the_program():
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_data_are_read_before_signals_are_taken_over(received, tmp_path):
+    student = dict(model=dict(fn="mlp", widths=()), optimizer=dict(fn="sgd", learning_rate=0.1))
+    student["terms"] = dict(task=dict(fn="cross_entropy", weight=1.0))
+    only = dict(only=dict(learn=("student",)))
+    digits = dict(fn="digits", validation=0)
+    plan = resolve(dict(data=digits, student=student, phases=only, devices=1))
+
+    def reading():
+        send(signal.SIGTERM)
+        return plan.data()
+
+    with phases.opened(plan._replace(data=reading), tmp_path) as run:
+        assert received == [signal.SIGTERM] and run.interruption.requested is None
 
 
 def test_a_signal_of_each_kind_is_noted(received):

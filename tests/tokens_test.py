@@ -659,7 +659,9 @@ LINES = [
      "line 2: its fields must be prompt and response, or text, all of them strings, or messages; "
      "found {'prompt': 'a', 'response': 7}."),
     ("no response", b'{"prompt": "ab", "response": ""}', {},
-     "line 2: the response must be text of which a token is left to predict; found 'ab'."),
+     "line 2: the response must be text of which a token is left to predict; found ''."),
+    ("neither prompt nor response", b'{"prompt": "", "response": ""}', {},
+     "line 2: the response must be text of which a token is left to predict; found ''."),
     ("no text", b'{"text": ""}', {},
      "line 2: the text must be text of which a token is left to predict; found ''."),
     ("half a character", b'{"text": "\\ud800"}', {},

@@ -10,6 +10,8 @@ import pytest
 from flax import nnx
 
 from abkd_jax import adopt, data, from_nnx
+from abkd_jax.config import resolve
+from abkd_jax.run import phases
 from abkd_jax.run import workdir as folders
 from abkd_jax.run.log.writer import read
 from abkd_jax.run.loop import train_and_evaluate
@@ -402,13 +404,36 @@ def test_a_folder_may_become_that_of_more_steps_alone(tmp_path, capsys):
 
 def test_the_place_of_the_data_and_the_versions_may_differ(tmp_path):
     folders.claim(tmp_path, about())
-    there = dict(fn="digits", data_dir="/there", download=True)
+    there = dict(fn="digits", data_dir="/there", download=True, cache_dir="/there/too")
     folders.claim(tmp_path, about(data=there))
     path = tmp_path / "config.json"
     found = json.loads(path.read_text())
     assert {"versions", "commit", "device"} <= set(found)
     path.write_text(json.dumps(found | dict(versions={"jax": "0.0"}, commit="x", device="y")))
     folders.claim(tmp_path, about())
+
+
+def test_text_that_has_changed_is_another_run(tmp_path):
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    lines = [f'{{"prompt": "{n}", "response": "{n + 1}"}}\n' for n in range(4)]
+    text = dict(fn="text", train=str(train), validation=0, test=str(test), tokenizer="bytes")
+    text |= dict(length=8, cache_dir=str(tmp_path / "cache"))
+    student = network(model=dict(fn="decoder", width=2, layers=1, heads=1))
+    made = config(task=dict(fn="language"), data=text, student=student, batch_size=2)
+    made["phases"] = dict(only=dict(learn=("student",)))
+    del made["teacher"]
+
+    def claim(lines):
+        train.write_text("".join(lines))
+        plan = resolve(made)
+        with phases.opened(plan, tmp_path / "run") as run:
+            folders.claim(run.workdir, phases.identity(run, *plan.phases))
+
+    test.write_text(lines[0])
+    claim(lines)
+    claim(lines)
+    differs = r"these differ: contents\.data\.train \('\w{12}' there, '\w{12}' here\)\."
+    assert re.search(differs, refusal(claim, lines[::-1]))
 
 
 def test_a_second_process_is_kept_out(tmp_path):

@@ -39,12 +39,14 @@ class Corpus(NamedTuple):
         ends: `[N]` int64, where each example ends.
         sources: `[N]` int64, the line of the file that it comes from, counted from 0 among those
             that are not blank; of a plain file, which row of it this is.
+        identity: of the file's bytes, the tokenizer's and the format; "" for text in memory.
     """
 
     ids: np.ndarray
     counts: np.ndarray
     ends: np.ndarray
     sources: np.ndarray
+    identity: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,14 +83,16 @@ class Format:
             prefix, eos = prefix[:0], eos[:0]
         elif np.array_equal(found.ids[-1:], eos):
             eos = eos[:0]
-        first = 0 if written.kind == "text" else int(np.argmax(written_counts))
+        # Where none counts, after the last one; that is refused below.
+        first = 0 if written.kind == "text" else int(np.argmax(np.append(written_counts, True)))
         cut = max(0, len(prefix) + first - self.max_prompt)
         ids = np.concatenate([prefix, found.ids[cut:], eos])
         counts = np.concatenate([prefix < 0, written_counts[cut:], eos >= 0])
         largest = int(ids.max(initial=0))
         require(largest < self.vocab_size, "ids", f"below {self.vocab_size}", largest)
-        left = written_counts.any() and counts[1:].any()
-        require(left, f"the {written.kind}", _LEAVING, written.text[-80:])
+        if not (written_counts.any() and counts[1:].any()):
+            counted = "".join(written.text[start:end] for start, end in written.spans)
+            require(False, f"the {written.kind}", _LEAVING, counted)
         if not self.response_alone or written.kind == "text":
             counts[:] = True
         size = self.length
@@ -167,7 +171,7 @@ def _identity(path: pathlib.Path, form: Format) -> str:
 def _mapped(folder: pathlib.Path) -> Corpus:
     """What a folder keeps, if all of it is there."""
     parts = (np.memmap(folder / name, dtype, "r") for name, dtype in _PARTS.items())
-    corpus = Corpus(*parts)
+    corpus = Corpus(*parts, identity=folder.name)
     whole = len(corpus.ids) == len(corpus.counts) == corpus.ends[-1]
     require(whole and len(corpus.ends) == len(corpus.sources), f"{folder}", "whole", corpus)
     return corpus

@@ -76,6 +76,7 @@ class DataSet:
         preprocess: how the splits' examples become a network's inputs.
         num_classes: K.
         class_names: K names, or none.
+        contents: (name, checksum) of each file whose content belongs to what a run is.
     """
 
     train: Split | Stream
@@ -85,6 +86,7 @@ class DataSet:
     preprocess: Preprocess
     num_classes: int = struct.field(pytree_node=False)
     class_names: tuple[str, ...] = struct.field(pytree_node=False, default=())
+    contents: tuple[tuple[str, str], ...] = struct.field(pytree_node=False, default=())
 
 
 def stored_dtype(dtype: Any) -> np.dtype:

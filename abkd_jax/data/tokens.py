@@ -22,6 +22,7 @@ _LOSS_ON = ("response", "all")
 _STREAM = ("auto", "always", "never")
 _RESIDENT_BYTES = 4 * 2**30  # of the rows; larger sets are streamed
 _TOKEN_BYTES = 20  # of a token of a row: four integers and up to four masks
+_SHOWN = 12  # characters of a checksum
 _TEST_TOPICS = 10
 _Chosen = tuple[Any, np.ndarray]  # records, and which of their rows
 
@@ -113,8 +114,10 @@ def text(
         count = sum(len(chosen) for _, chosen in splits.values())
         large = count * length * _TOKEN_BYTES > _RESIDENT_BYTES
         streamed = stream == "always" or (stream == "auto" and large)
-        found = (_streamed if streamed else _resident)(splits, description, options)
-        return found.replace(preprocess=found.preprocess.replace(lengths=lengths))
+        made = (_streamed if streamed else _resident)(splits, description, options)
+        contents = ((f"data.{name}", x.identity[-_SHOWN:]) for name, x in found.items())
+        preprocess = made.preprocess.replace(lengths=lengths)
+        return made.replace(preprocess=preprocess, contents=tuple(contents))
 
     return description, read
 

@@ -79,13 +79,15 @@ def opened(plan: Plan, workdir: str | os.PathLike, *, profile: bool = False) -> 
     folder = folders.path_of(workdir)
     devices, options = plan.config["devices"], ("batch_size", "fsdp")
     mesh = parallel.mesh(devices, **{key: plan.config[key] for key in options})
-    with folders.locked(folder), Interruption() as interruption, _told_of_disks(folder):
+    with folders.locked(folder), _told_of_disks(folder):
         plan = plan._replace(config=plan.config | {"chunk": _chunk(plan, folder)})
         _tell_of_padding(plan)
-        run = Run(plan, folder, _with_known(plan, plan.data()), mesh, interruption, profile)
-        for phase in plan.phases:  # all of them before the first trains
-            examples(run, phase)
-        yield run
+        data = _with_known(plan, plan.data())  # to read it may take long, and loses no step
+        with Interruption() as interruption:
+            run = Run(plan, folder, data, mesh, interruption, profile)
+            for phase in plan.phases:  # all of them before the first trains
+                examples(run, phase)
+            yield run
 
 
 def _chunk(plan: Plan, workdir: pathlib.Path) -> int:
@@ -160,7 +162,8 @@ def identity(run: Run, phase: Phase) -> dict[str, Any]:
         seeds = {name: run.plan.networks[name].init_seed for name in run.plan.seeded}
         own = {name: config[name] | {"init_seed": seed} for name, seed in seeds.items()}
         config = config | own | {"init_seeds": 1}
-    return {
+    contents = {"contents": dict(run.data.contents)} if run.data.contents else {}
+    return contents | {
         "config": config,
         "learners": tuple(phase.learners),
         "select": phase.select,

@@ -27,7 +27,8 @@ from abkd_jax.types import Outputs, dotted, named_leaves
 
 _ABSENT = "absent"
 _LEFT_OPEN = ("config.chunk", 0)  # which a run fills in as it begins
-_PLACES = ("data.data_dir", "data.download")  # may differ when a run moves to another machine
+# Which may differ when a run moves to another machine.
+_PLACES = ("data.data_dir", "data.download", "data.cache_dir")
 
 
 class Loaded(NamedTuple):
