@@ -1,10 +1,13 @@
 """The plan of a run: what a config becomes once it was checked, see `schema.resolve`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from jax import Array
+from jax.sharding import Mesh
 
+from abkd_jax import parallel
 from abkd_jax.binding import Bound, Schedule
 from abkd_jax.config.build import Builder
 from abkd_jax.data import DataSet, Description, Split
@@ -118,6 +121,18 @@ class Plan(NamedTuple):
         terms = [term for terms in objectives for term in terms.values()]
         row_wise = not any(term.loss.couples_batch for term in terms)
         return self.unformed and row_wise and not self.config["chunk"]
+
+    def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """The mesh of the run, as the config wants it.
+
+        Args:
+            devices: all that there are; None for those of this machine.
+
+        Raises:
+            ValueError: as `parallel.mesh` does.
+        """
+        options = {key: self.config[key] for key in ("batch_size", "fsdp")}
+        return parallel.mesh(self.config["devices"], devices=devices, **options)
 
     @property
     def seeded(self) -> frozenset[str]:

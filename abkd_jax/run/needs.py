@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from abkd_jax import costs, markdown, parallel
+from abkd_jax import costs, markdown
 from abkd_jax.checks import require
 from abkd_jax.config.dry_run import one_step
 from abkd_jax.config.plan import Phase, Plan
@@ -106,8 +106,7 @@ def tables(config: ml_collections.ConfigDict | Mapping[str, Any], where: str) ->
     plan = resolve(config)
     if where != HERE:
         devices, memory = [*costs.tpu_mesh(where).devices.flat], _MEMORY[chip]
-    options = {key: plan.config[key] for key in ("batch_size", "fsdp")}
-    mesh = parallel.mesh(plan.config["devices"], devices=devices, **options)
+    mesh = plan.mesh(devices)
     if plan.leaves_chunk_open:
         chunk = default_chunk(plan.description.num_classes, accelerator=memory)
         plan = plan._replace(config=plan.config | {"chunk": chunk})

@@ -76,9 +76,7 @@ def opened(plan: Plan, workdir: str | os.PathLike, *, profile: bool = False) -> 
         ValueError: one sentence, if the workdir or the data cannot be used.
         OSError: one sentence for what the operating system refuses, also later in the context.
     """
-    folder = folders.path_of(workdir)
-    devices, options = plan.config["devices"], ("batch_size", "fsdp")
-    mesh = parallel.mesh(devices, **{key: plan.config[key] for key in options})
+    folder, mesh = folders.path_of(workdir), plan.mesh()
     with folders.locked(folder), _told_of_disks(folder):
         plan = plan._replace(config=plan.config | {"chunk": _chunk(plan, folder)})
         _tell_of_padding(plan)
