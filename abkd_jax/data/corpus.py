@@ -26,7 +26,7 @@ from abkd_jax.data.tokenizers import Encoded, Tokenizer
 SUFFIXES = (".jsonl", ".jsonl.gz", ".txt")
 _LEAVING = "text of which a token is left to predict"
 _TOGETHER = 512  # texts that are tokenised at a time
-_VERSION = 1  # of what is kept
+_VERSION = 2  # of what is kept
 _PARTS = {"ids": np.int32, "counts": np.bool_, "ends": np.int64, "sources": np.int64}
 
 
