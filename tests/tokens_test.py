@@ -606,6 +606,9 @@ LINES = [
     ("other fields", b'{"prompt": "a", "answer": "b"}', {},
      "line 2: its fields must be prompt and response, or text, all of them strings, or messages; "
      "found {'prompt': 'a', 'answer': 'b'}."),
+    ("a response to a text", b'{"text": "a", "response": "b"}', {},
+     "line 2: its fields must be prompt and response, or text, all of them strings, or messages; "
+     "found {'text': 'a', 'response': 'b'}."),
     ("no string", b'{"prompt": "a", "response": 7}', {},
      "line 2: its fields must be prompt and response, or text, all of them strings, or messages; "
      "found {'prompt': 'a', 'response': 7}."),

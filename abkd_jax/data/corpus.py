@@ -255,7 +255,7 @@ def _written(line: bytes, template: str, render: Callable[[Any], tuple[str, Span
         text, spans = render(fields["messages"])
         written = Written(text, spans, "conversation")
     else:
-        documents = "text" in fields and "prompt" not in fields
+        documents = "text" in fields and fields.keys().isdisjoint(("prompt", "response"))
         keys = ("text",) if documents else ("prompt", "response")
         expected = "prompt and response, or text, all of them strings, or messages"
         fits = all(isinstance(fields.get(key), str) for key in keys)
