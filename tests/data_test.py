@@ -375,6 +375,8 @@ WRONG_ARRAYS = [
      "a mask of data.train must be named other than inputs, labels, key, outputs; found ['key']."),
     (dict(train=(*GOOD, {"where": np.ones(4)})),
      "data.train's mask 'where' must be bool of the labels' shape, (4,); found 'float64 (4,)'."),
+    (dict(test=(*GOOD, {"where": np.zeros(4, bool)})),
+     "data.test's mask 'where' must be True where a row counts; found 'nothing but False'."),
     (dict(train=(*GOOD, {"where": np.ones((4, 2), bool)})),
      "data.train's mask 'where' must be bool of the labels' shape, (4,); found 'bool (4, 2)'."),
     (dict(num_classes=3.0), "data.num_classes must be a positive integer; found 3.0."),

@@ -273,7 +273,10 @@ def test_a_saved_folder_has_its_tokenizer_and_appears_whole(tmp_path):
 
 
 def test_older_files_say_the_same(tmp_path):
-    """GPT-2's own file has names without a prefix, and masks; Llama's has frequencies."""
+    """GPT-2's own file has names without a prefix, and masks; Llama's has frequencies.
+
+    Others have the embeddings of a tied network twice.
+    """
     for name, prefix, buffer in [
         ("gpt2", "transformer.", "h.0.attn.bias"),
         ("llama", "", "model.layers.0.self_attn.rotary_emb.inv_freq"),
@@ -282,7 +285,9 @@ def test_older_files_say_the_same(tmp_path):
         save_decoder(tmp_path / name, module, variables)
         path = tmp_path / name / "model.safetensors"
         named = {key.removeprefix(prefix): x for key, x in tensors.load_file(path).items()}
-        tensors.save_file(named | {buffer: np.ones((1, 2), np.float32)}, path)
+        table = next(x for key, x in named.items() if key.endswith(("wte.weight", "tokens.weight")))
+        again = {buffer: np.ones((1, 2), np.float32), "lm_head.weight": table}
+        tensors.save_file(again | named, path)
         same(load_decoder(tmp_path / name)[1], variables)
 
 
@@ -310,6 +315,7 @@ def with_tensors(change):
     return edit
 
 
+TABLE = "model.embed_tokens.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
 BROKEN = [
     (
@@ -398,6 +404,22 @@ BROKEN = [
         "FOLDER/model-1.safetensors cannot be read: No such file or directory",
     ),
     (
+        "an index of numbers",
+        lambda folder: (
+            (folder / "model.safetensors")
+            .rename(folder / "model.safetensors.index.json")
+            .write_text('{"weight_map": {"a": 1}}')
+        ),
+        "weight_map of FOLDER/model.safetensors.index.json must be an object with the file of each "
+        "tensor; found {'a': 1}.",
+    ),
+    (
+        "a tied network with a last map of its own",
+        with_tensors(lambda named: named.update({"lm_head.weight": 2 * named[TABLE]})),
+        "FOLDER has a tensor 'lm_head.weight' other than 'embed_tokens.weight', where its "
+        "config.json says that they are one; if they are not, it needs tie_word_embeddings=false.",
+    ),
+    (
         "a cut file",
         lambda folder: (folder / "model.safetensors").write_bytes(
             (folder / "model.safetensors").read_bytes()[:-1]
@@ -468,9 +490,10 @@ def test_decoders_that_cannot_be_saved(tmp_path):
         save_decoder(tmp_path / "f", models.mlp(num_classes=K, widths=(3,)), variables)
     module, variables = ours()
     del variables["params"]["embedding"]
-    with pytest.raises(ValueError) as error:
-        save_decoder(tmp_path / "f", module, variables)
-    assert str(error.value) == "the parameter embedding must be (37, 16); found 'nothing'."
+    for params in (variables, {}):
+        with pytest.raises(ValueError) as error:
+            save_decoder(tmp_path / "f", module, params)
+        assert str(error.value) == "the parameter embedding must be (37, 16); found 'nothing'."
     assert list(tmp_path.iterdir()) == []
 
 

@@ -117,7 +117,8 @@ def test_the_labels_alone_need_no_teacher(given, tmp_path):
 
 @pytest.mark.parametrize("method", ["abkd", "sft"])
 def test_it_is_a_plan(given, method):
-    plan = configs.resolve(config(given, f"method={method}"))
+    keys = ("student", "train") if method == "sft" else ("teacher", "student", "train")
+    plan = configs.resolve(config(given, f"method={method}", keys=keys))
     warm, distill = (phase.objectives["student"] for phase in plan.phases)
     assert set(warm) == {"task"}
     assert set(distill) == ({"distill"} if method == "abkd" else {"task"})
@@ -143,12 +144,15 @@ def test_every_method_is_a_loss_of_no_less_than_0(given):
     "argument,message",
     [
         ("", r"^configs/instructions.py needs teacher, student, train: see its head\.$"),
+        ("student='{student}',train='{train}'", r"needs teacher: see its head\.$"),
+        ("student=gpt2", r"^student must be a path in quotation marks, student='\.\.\.'\.$"),
         ("teacher='{teacher}',train='{train}'", r"needs student: see its head\.$"),
         ("{all},method=distillm", r"^method must be one of sft, kd, .*; found 'distillm'\.$"),
         ("{all},method=3", r"^method must be one of sft, .*; found 3\.$"),
         ("{all},layers=(0,3)", r"layers must be of the folder's 0 to 2, ascending; found \(0, 3\)"),
         ("{all},layers=(2,0)", r"layers must be of the folder's 0 to 2, ascending; found \(2, 0\)"),
         ("{all},layers=2", r"layers must be numbers in brackets, \(0, 2, 4\); found 2\.$"),
+        ("teacher=3", r"^teacher must be a path in quotation marks, teacher='\.\.\.'\.$"),
         ("{all},teacher=3", "gives 'teacher' twice"),
         (
             "teacher='none',student='{student}',train='{train}'",

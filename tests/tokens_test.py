@@ -331,6 +331,9 @@ def test_the_assistants_turns_count(read, folder, tmp_path):
             "".join(text + mark for role, text in chat if role == "assistant") for chat in CHATS
         ]
         assert [*map(decode, predicted(dataset.train))] == said
+    dated = write_tokenizer(tmp_path / "dated", "{{ strftime_now('%d %b %Y') }}" + CHATML)
+    ids, _, segments, *_ = rows_of(read(lines, tokenizer=dated, length=128).train)[0]
+    assert data.read_tokenizer(dated).decode(ids[segments > 0]).startswith("26 Jul 2024")
     ids, _, segments, *_ = rows_of(dataset.train)[1]
     whole = '<s>system: "Be short."\nuser: "3 > é"\nA: Ho<|im_end|>user: "?"\nA: !<|im_end|>end'
     assert decode(ids[segments > 0]) == whole
@@ -655,6 +658,9 @@ LINES = [
     ("other fields", b'{"prompt": "a", "answer": "b"}', {},
      "line 2: its fields must be prompt and response, or text, all of them strings, or messages; "
      "found {'prompt': 'a', 'answer': 'b'}."),
+    ("a response to a text", b'{"text": "a", "response": "b"}', {},
+     "line 2: its fields must be prompt and response, or text, all of them strings, or messages; "
+     "found {'text': 'a', 'response': 'b'}."),
     ("no string", b'{"prompt": "a", "response": 7}', {},
      "line 2: its fields must be prompt and response, or text, all of them strings, or messages; "
      "found {'prompt': 'a', 'response': 7}."),

@@ -119,6 +119,8 @@ def _masks(field: str, masks: Mapping[str, Any], shape: tuple[int, ...]) -> dict
         fits = mask.dtype == bool and mask.shape == shape
         found = f"{mask.dtype} {mask.shape}"
         require(fits, f"{field}'s mask {name!r}", f"bool of the labels' shape, {shape}", found)
+    fits = np.any(masks.get("where", True))
+    require(fits, f"{field}'s mask 'where'", "True where a row counts", "nothing but False")
     return {name: jnp.asarray(mask) for name, mask in masks.items()}
 
 

@@ -12,6 +12,7 @@ from abkd_jax.data.tokenizers import needed
 Spans = tuple[tuple[int, int], ...]
 """The first character of each part of a text, and the first after it."""
 
+_TODAY = datetime.datetime(2024, 7, 26)  # for a text to be the same on every day: Llama 3's
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # characters that no text may have
 _MARKS = {
     rf"\{{%([-+]?)\s*{tag}\s*([-+]?)%\}}": rf"{{%\1 if true %}}{mark}{{% endif \2%}}"
@@ -26,7 +27,8 @@ def conversations(
 
     These are what the template has between {% generation %} and {% endgeneration %}, if it has
     these tags, as `transformers` takes them. Otherwise they are what each of the assistant's
-    messages adds to the text that asks for it, the mark of its end included.
+    messages adds to the text that asks for it, the mark of its end included. A template that asks
+    for the date is told 26 July 2024, as Llama 3's without one: a file is the same text every day.
 
     Args:
         template: of jinja, which runs in a sandbox.
@@ -114,7 +116,7 @@ def _environment() -> Any:
     def tojson(x: Any, ensure_ascii: bool = False, **how: Any) -> str:
         return json.dumps(x, ensure_ascii=ensure_ascii, **how)
 
-    now = lambda form: datetime.datetime.now().strftime(form)  # noqa: E731
+    today = lambda form: _TODAY.strftime(form)  # noqa: E731
     environment.filters["tojson"] = tojson
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": now}
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": today}
     return environment

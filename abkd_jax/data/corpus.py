@@ -26,7 +26,7 @@ from abkd_jax.data.tokenizers import Encoded, Tokenizer
 SUFFIXES = (".jsonl", ".jsonl.gz", ".txt")
 _LEAVING = "text of which a token is left to predict"
 _TOGETHER = 512  # texts that are tokenised at a time
-_VERSION = 1  # of what is kept
+_VERSION = 2  # of what is kept
 _PARTS = {"ids": np.int32, "counts": np.bool_, "ends": np.int64, "sources": np.int64}
 
 
@@ -255,7 +255,7 @@ def _written(line: bytes, template: str, render: Callable[[Any], tuple[str, Span
         text, spans = render(fields["messages"])
         written = Written(text, spans, "conversation")
     else:
-        documents = "text" in fields and "prompt" not in fields
+        documents = "text" in fields and fields.keys().isdisjoint(("prompt", "response"))
         keys = ("text",) if documents else ("prompt", "response")
         expected = "prompt and response, or text, all of them strings, or messages"
         fits = all(isinstance(fields.get(key), str) for key in keys)

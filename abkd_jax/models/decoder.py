@@ -248,4 +248,4 @@ class Decoder(nn.Module):
         length, most = tokens.ids.shape[-1], a.max_length
         fits = a.positions != "learned" or length <= most
         expected = f"at most the {most} learned positions"
-        require(fits, "the length of the inputs", expected, length)
+        require(fits, "the length of the inputs (data.length)", expected, length)

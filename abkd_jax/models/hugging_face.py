@@ -154,7 +154,7 @@ def save_decoder(
         require(hasattr(module, "module"), "the module to save", expected, type(module).__name__)
         module = module.module
     config = config_of(module.architecture)
-    params = named_leaves(without_projections(variables["params"]))
+    params = named_leaves(without_projections(variables.get("params", {})))
     leaves, _ = _shapes(module)
     for path in {**leaves, **params}:
         shapes = [np.shape(x[path]) if path in x else "nothing" for x in (leaves, params)]

@@ -14,6 +14,7 @@ from abkd_jax.models.families import Family
 
 _DTYPES = ("F32", "BF16", "F16")
 _AT_ONCE = 2**22  # entries of a tensor that are read
+_LAST = "lm_head.weight"  # which has no prefix
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -102,7 +103,9 @@ def stored_in(folder: pathlib.Path, family: Family) -> dict[str, Stored]:
             raise ValueError(found)
         weight_map = read_json(folder / _INDEX).get("weight_map")
         expected = "an object with the file of each tensor"
-        require(isinstance(weight_map, Mapping), f"weight_map of {_INDEX}", expected, weight_map)
+        fits = isinstance(weight_map, Mapping)
+        fits = fits and all(isinstance(name, str) for name in weight_map.values())
+        require(fits, f"weight_map of {folder / _INDEX}", expected, weight_map)
         files = [folder / name for name in {*weight_map.values()}]
     stored = {}
     for file in sorted(files):
@@ -128,11 +131,30 @@ def check_stored(folder: pathlib.Path, stored: dict[str, Stored], known: dict[st
         require(found.shape == tensor.shape, at, f"of shape {tensor.shape}", found.shape)
         require(found.dtype in _DTYPES, at, f"one of {', '.join(_DTYPES)}", found.dtype)
     for name in stored:
-        # A file of a tied network may have the last linear map a second time.
-        if name not in known and name != "lm_head.weight":
+        if name not in known and name != _LAST:
             raise ValueError(
                 f"{folder} has the tensor {name!r}, for which its config.json has no place."
             )
+    # A file of a tied network may have the last linear map a second time.
+    if _LAST in stored and _LAST not in known:
+        (first,) = (name for name, tensor in known.items() if "embedding" in tensor.paths)
+        if not _same(stored[_LAST], stored[first]):
+            raise ValueError(
+                f"{folder} has a tensor {_LAST!r} other than {first!r}, where its config.json says "
+                "that they are one; if they are not, it needs tie_word_embeddings=false."
+            )
+
+
+def _same(one: Stored, other: Stored) -> bool:
+    """Whether two tables have the same entries."""
+    if one.shape != other.shape:
+        return False
+    rows, width = one.shape
+    step = max(1, _AT_ONCE // width)
+    with _opened(one.file) as first, _opened(other.file) as second:
+        pair = first.get_slice(one.name), second.get_slice(other.name)
+        spans = (slice(at, min(at + step, rows)) for at in range(0, rows, step))
+        return all(np.array_equal(*(x[span] for x in pair)) for span in spans)
 
 
 def read_into(arrays: Mapping[str, np.ndarray], stored: Stored, tensor: Tensor) -> None:
@@ -176,7 +198,7 @@ def write(
     weight_map, library = {}, _safetensors()
     for index, names in enumerate(shards, start=1):
         file = _SINGLE if len(shards) == 1 else f"model-{index:05}-of-{len(shards):05}.safetensors"
-        full = [name if name == "lm_head.weight" else family.prefix + name for name in names]
+        full = [name if name == _LAST else family.prefix + name for name in names]
         arrays = (_written(leaves, tensors[name]) for name in names)
         named = dict(zip(full, arrays, strict=True))
         library.numpy.save_file(named, folder / file, metadata={"format": "pt"})
