@@ -150,3 +150,4 @@ def _shrink(config: ml_collections.ConfigDict) -> None:
         )
     config.phases.warm.num_steps = 8
     config.update(batch_size=8, num_steps=10, checkpoint_every=5, log_every=5)
+    config.data_seed = 776  # whose ten topics to test are short

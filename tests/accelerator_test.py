@@ -1,13 +1,13 @@
 """The rows of `experiments.accelerator`: kept, resumed, refused; and the command, shrunken."""
 
 import json
-import os
 import pathlib
 import runpy
 import subprocess
 import sys
 
 import pytest
+from own_process import environment
 
 _ROOT = pathlib.Path(__file__).parents[1]
 rows = runpy.run_path(str(_ROOT / "experiments" / "accelerator" / "rows.py"))
@@ -84,10 +84,8 @@ def test_a_row_that_ends_the_process_twice_is_not_begun_again(tmp_path):
 
 def command(folder, *arguments):
     argv = [sys.executable, "-m", "experiments.accelerator", f"--out={folder}", "--runlocal"]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(_ROOT / ".jax_cache")}
-    environment = os.environ | cache | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     argv += arguments
-    done = subprocess.run(argv, cwd=_ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(argv, cwd=_ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stderr
 

@@ -1,11 +1,10 @@
 """The notebooks run from top to bottom, show their figures, and are stored without outputs."""
 
 import json
-import os
 import pathlib
 import re
 
-import jax
+import own_process
 import pytest
 
 _FOLDER = pathlib.Path(__file__).parent.parent / "colabs"
@@ -32,16 +31,10 @@ def read(name):
 
 def environment(folder):
     """A user's, not the tests': one device, and nothing of the home directory."""
-    kept = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     places = ("TMPDIR", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR")
     for place in places:
         (folder / place).mkdir()
-    return kept | {
-        "FAST": "1",
-        "JAX_PLATFORMS": "cpu",
-        # The notebooks share programs with each other.
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    return own_process.environment(FAST="1") | {
         **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), _NOWHERE),
         **{place: str(folder / place) for place in places},
     }

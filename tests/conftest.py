@@ -1,4 +1,7 @@
-"""Eight host devices and a compilation cache that outlives the run, set before jax starts."""
+"""Eight host devices and a compilation cache that outlives the run, set before jax starts.
+
+Both by the environment, so that the processes which tests start have the cache, too.
+"""
 
 import itertools
 import os
@@ -8,13 +11,11 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parents[1] / ".jax_cache")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
 import pytest
-
-_CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
-jax.config.update("jax_compilation_cache_dir", str(_CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,11 +27,20 @@ def own_cache(tmp_path_factory):
 _LONG = set((pathlib.Path(__file__).parent / "long.txt").read_text().splitlines())
 
 
+# The files that take longest begin first, so that no worker is left with one at the end.
+_FIRST = (
+    "survival language_run configs colabs divergences loop decouple sweep experiments accelerator "
+    "recomputed combinators chunk_run main feature_run relation step losses probing"
+).split()
+
+
 def pytest_collection_modifyitems(items):
-    """Marks the tests of long.txt."""
+    """Marks the tests of long.txt, and puts the longest files first."""
     for item in items:
         if item.nodeid in _LONG:
             item.add_marker(pytest.mark.long)
+    place = {f"{name}_test": number for number, name in enumerate(_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(_FIRST)))
 
 
 _MOST_MAPS = 20_000  # of the 65,530 that Linux allows a process: past them XLA's compiler crashes

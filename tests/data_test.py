@@ -48,6 +48,11 @@ def test_the_splits_are_disjoint_and_complete(digits):
     assert sorted(itertools.chain(*parts)) == sorted(everything)
 
 
+def test_their_file_is_read_without_scikit_learn(monkeypatch):
+    monkeypatch.setattr(datasets, "load_digits", None)
+    assert len(data.digits(data_seed=0, validation=297).train) == 1000
+
+
 def test_types_and_ranges(digits):
     assert digits.num_classes == 10
     for split in splits_of(digits).values():

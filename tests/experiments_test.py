@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from own_process import environment
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _THE_CALLER = "abkd_jax/train/advance.py"
@@ -16,8 +17,8 @@ _DIVERGENCE = "student.terms.distill.divergence"
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", *arguments]
-    return subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=300)
+    command, kept = [sys.executable, "-m", *arguments], dict(capture_output=True, text=True)
+    return subprocess.run(command, cwd=_ROOT, env=environment(), timeout=300, **kept)
 
 
 @pytest.mark.slow

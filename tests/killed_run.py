@@ -50,6 +50,7 @@ def audit_steps() -> None:
 if __name__ == "__main__":
     name, event, pattern, count = sys.argv[1:5]
     del sys.argv[1:5]
+    sys.modules["torch"] = None  # which tensorboardX would import, for a second or two
     audit_steps()
     signal_at(name, event, pattern, int(count))
     runpy.run_module("abkd_jax.main", run_name="__main__", alter_sys=True)

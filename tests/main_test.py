@@ -1,11 +1,11 @@
 """The command line: a run, the same again, and one sentence for each thing that it cannot do."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
 
+import own_process
 import pytest
 from absl.testing import flagsaver
 
@@ -51,13 +51,9 @@ def refusal(monkeypatch, *argv):
 
 def run(*argv, **environment):
     """The command in a process of its own."""
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(_ROOT / ".jax_cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
-    environment = os.environ | cache | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | environment
     command = [sys.executable, "-m", "abkd_jax.main", *argv]
-    return subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True)
+    how = dict(cwd=_ROOT, env=own_process.environment(**environment))
+    return subprocess.run(command, **how, capture_output=True, text=True)
 
 
 # --- flags --------------------------------------------------------------------------------------

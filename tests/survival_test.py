@@ -11,10 +11,10 @@ import signal
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
+from own_process import environment
 
 from abkd_jax import data
 from abkd_jax.run import loop
@@ -98,20 +98,9 @@ def get_config():
 
 
 @pytest.fixture(scope="module")
-def environment():
-    """Of every process: one device, and the compilation cache of conftest.py."""
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),  # for a plugin
-    }
-
-
-@pytest.fixture(scope="module")
-def start(environment):
+def start():
     """Starts a run; with a moment (see killed_run.py) one that signals itself then."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # the latter for a plugin
 
     def started(flags, workdir, moment=None):
         script = ["-m", "abkd_jax.main"]
@@ -120,7 +109,7 @@ def start(environment):
         return subprocess.Popen(
             [sys.executable, *script, *flags, f"--workdir={workdir}"],
             cwd=ROOT,
-            env=environment,
+            env=environment(PYTHONPATH=path),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -476,6 +465,26 @@ def train(monkeypatch, capfd):
     return trained
 
 
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A folder of workdirs, by the number of steps."""
+    return tmp_path_factory.mktemp("done")
+
+
+@pytest.fixture
+def copy_run(train, done):
+    """Copies a run that is done, trained once for all tests; returns what result.json holds."""
+
+    def copied(workdir, num_steps=12):
+        trained = done / str(num_steps)
+        if not trained.exists():
+            train(trained, num_steps=num_steps)
+        shutil.copytree(trained, workdir, dirs_exist_ok=True)
+        return json.loads((workdir / "result.json").read_text())
+
+    return copied
+
+
 LABELS = np.arange(44) % 3
 
 
@@ -563,8 +572,10 @@ def apply_damage(kind, step):
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_ends_the_same(train, tmp_path, kind):
-    expected, _ = train(tmp_path)
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_ends_the_same(
+    train, copy_run, tmp_path, kind
+):
+    expected = copy_run(tmp_path)
     before, step = rows(tmp_path), tmp_path / "checkpoints" / "12"
     apply_damage(kind, step)
     found, [line] = train(tmp_path)
@@ -575,8 +586,8 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_ends_the_same(trai
     assert (tmp_path / "checkpoints_damaged" / "12").is_dir()
 
 
-def test_no_file_of_the_newest_checkpoint_can_be_damaged_unnoticed(train, tmp_path):
-    expected, _ = train(tmp_path / "run")
+def test_no_file_of_the_newest_checkpoint_can_be_damaged_unnoticed(train, copy_run, tmp_path):
+    expected = copy_run(tmp_path / "run")
     before = rows(tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints" / "12"
     names = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
@@ -593,16 +604,18 @@ def test_no_file_of_the_newest_checkpoint_can_be_damaged_unnoticed(train, tmp_pa
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_older_checkpoint_does_no_harm(train, tmp_path, kind):
-    train(tmp_path / "expected", num_steps=16)
-    train(tmp_path / "run", num_steps=16)
+def test_a_damaged_older_checkpoint_does_no_harm(train, copy_run, tmp_path, kind):
+    for name in ("expected", "run"):
+        copy_run(tmp_path / name, num_steps=16)
     apply_damage(kind, tmp_path / "run" / "checkpoints" / "12")
     train(tmp_path / "run", num_steps=16)
     assert_equal_runs(tmp_path / "run", tmp_path / "expected", [""])
 
 
-def test_without_a_readable_checkpoint_the_run_is_refused_and_nothing_deleted(train, tmp_path):
-    train(tmp_path)
+def test_without_a_readable_checkpoint_the_run_is_refused_and_nothing_deleted(
+    train, copy_run, tmp_path
+):
+    copy_run(tmp_path)
     for step in (tmp_path / "checkpoints").iterdir():
         for path in step.glob("state/d/*"):
             flip(path)
