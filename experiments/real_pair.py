@@ -27,10 +27,12 @@ _PAIRS = flags.DEFINE_string("pairs", None, "Prompts and responses.", required=T
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
 _LAYERS = flags.DEFINE_list("layers", "0,4,8,12,16,20,25,29".split(","), "Which the students keep.")
 _STEPS = flags.DEFINE_integer("steps", 300, "Of training.", lower_bound=1)
-_ROWS = flags.DEFINE_integer("rows", 8, "Of a batch, of --length tokens each.", lower_bound=1)
+_ROWS = flags.DEFINE_integer("rows", 7, "Of a batch, of --length tokens each.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 256, "Tokens of a row.", lower_bound=2)
-_PROMPT = flags.DEFINE_integer("prompt", 64, "The last tokens of a prompt, so many.", lower_bound=1)
-_HELD_OUT = flags.DEFINE_integer("held_out", 100, "Lines to validate, and to test.", lower_bound=1)
+_PROMPT = flags.DEFINE_integer("prompt", 48, "Tokens of a prompt, its last.", lower_bound=1)
+_HELD_OUT = flags.DEFINE_integer(
+    "held_out", 100, "Lines to test; half as many validate.", lower_bound=2
+)
 _TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 _DIVERGENCES = {
     "forward_kl": dict(fn="forward_kl"),
@@ -81,7 +83,7 @@ def _config(pairs: pathlib.Path) -> ml_collections.ConfigDict:
         data=dict(
             fn="text",
             train=f"{pairs}",
-            validation=_HELD_OUT.value,
+            validation=_HELD_OUT.value // 2,
             test=_HELD_OUT.value,
             tokenizer=_FOLDER.value,
             length=_LENGTH.value,
@@ -94,7 +96,7 @@ def _config(pairs: pathlib.Path) -> ml_collections.ConfigDict:
         phases=dict(distill=dict(learn=("labels", *_DIVERGENCES), see=("teacher",))),
         batch_size=_ROWS.value,
         num_steps=_STEPS.value,
-        checkpoint_every=max(1, _STEPS.value // 6),
+        checkpoint_every=max(1, _STEPS.value // 12),
         log_every=max(1, _STEPS.value // 30),
     )
     for name, divergence in _DIVERGENCES.items():
