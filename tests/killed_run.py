@@ -50,6 +50,8 @@ def audit_steps() -> None:
 if __name__ == "__main__":
     name, event, pattern, count = sys.argv[1:5]
     del sys.argv[1:5]
+    # As in a shell: one in the background has its processes ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.modules["torch"] = None  # which tensorboardX would import, for a second or two
     audit_steps()
     signal_at(name, event, pattern, int(count))

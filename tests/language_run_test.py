@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from abkd_jax import load, train_and_evaluate
+from abkd_jax import data, load, train_and_evaluate
 from abkd_jax.models import load_decoder, save_decoder
 from abkd_jax.sweep import sweep
 from abkd_jax.types import Tokens
@@ -130,10 +130,18 @@ def test_a_seed_is_the_run_with_it_alone(whole, alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_of_alpha_and_beta_is_single_runs(whole, alone, tmp_path):
+def test_a_sweep_of_alpha_and_beta_is_single_runs(whole, alone, tmp_path, monkeypatch):
+    sizes, batches = [], data.evaluation_batches
+
+    def seen(split, size, *args):  # of the networks of all members
+        sizes.append(size)
+        return batches(split, size, *args)
+
+    monkeypatch.setattr(data, "evaluation_batches", seen)
     at = "student.terms.distill.divergence."
     over = {at + "alpha": [0.2, 1.0], at + "beta": [0.7, 0.0]}
     found = sweep(student(whole), tmp_path / "sweep", over=over)
+    assert max(sizes) == 1000 // 32  # a thousand tokens
     assert [(row[at + "alpha"], row[at + "beta"]) for row in found] == [
         (0.2, 0.7), (0.2, 0.0), (1.0, 0.7), (1.0, 0.0),
     ]  # fmt: skip

@@ -7,6 +7,7 @@ Students are stacked and advanced by one compiled step, by vmap and over the loc
 import contextlib
 import functools
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -38,7 +39,7 @@ from abkd_jax.train.checkpoint import FOLDER, Checkpoints
 
 TABLE = "sweep.csv"
 HISTORY = "history.csv"
-_EVALUATED = 1000  # examples of a batch of an evaluation, at the most
+_EVALUATED = 1000  # rows of a batch of an evaluation: examples, or tokens
 
 
 def sweep(
@@ -305,8 +306,11 @@ class _Recorder:
         """The task's summary of every member on a split, stacked."""
         frozen = self._program.frozen
         sums_of = functools.partial(parallel.spread, self._sums, carry.learners, frozen)
-        size, preprocess = min(_EVALUATED, len(split)), self._run.data.preprocess
-        batches = datasets.evaluation_batches(split, size, preprocess)
+        of_example = math.prod(self._run.plan.description.labels.shape)
+        size = max(_EVALUATED // of_example, self._run.plan.config["batch_size"])
+        batches = datasets.evaluation_batches(
+            split, min(size, len(split)), self._run.data.preprocess
+        )
         found = summarized(sums_of, self._task, batches)
         return {name: dict(values) for name, values in found.items()}
 
