@@ -3,7 +3,8 @@
 Paper: Wang et al., "ABKD", ICML 2025, https://arxiv.org/abs/2505.04560 (the loss, not the data).
 Command: python -m abkd_jax.main --config=configs/text.py --workdir=runs/text
 Time: not measured.
-Number: not measured.
+Number: experiments/README.md, of three init seeds and several divergences; those of this file alone
+are not in it.
 """
 
 import ml_collections
