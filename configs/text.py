@@ -2,9 +2,9 @@
 
 Paper: Wang et al., "ABKD", ICML 2025, https://arxiv.org/abs/2505.04560 (the loss, not the data).
 Command: python -m abkd_jax.main --config=configs/text.py --workdir=runs/text
-Time: not measured.
-Number: experiments/README.md, of three init seeds and several divergences; those of this file alone
-are not in it.
+Time: 5 minutes on two cores, of which the teacher 3.
+Number: NLL on the test tokens, one init seed: teacher 1.753, baseline 1.966, student 2.216. In so
+few steps forward KL is better; experiments/README.md compares divergences.
 """
 
 import ml_collections
