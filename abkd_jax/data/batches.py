@@ -1,5 +1,6 @@
 """Batches: of training steps, as functions of (seed, step), and of an evaluation."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -81,8 +82,7 @@ class Resident:
         key = step_key(data_seed, step)
         inputs = augmented(self.split.inputs, chosen, augmentation_key(key), self.preprocess)
         rows = self.split.replace(inputs=None).take(chosen).replace(inputs=inputs)
-        rows = rows if self.length is None else rows.cut(self.length)
-        return _batch(rows, jnp.ones(self.size, bool)) | {"key": key}
+        return _batch(rows.cut(self.length), jnp.ones(self.size, bool)) | {"key": key}
 
 
 @struct.dataclass
@@ -92,14 +92,16 @@ class Streamed:
     Attributes:
         rows: inputs `[B, ...]`, labels `[B, ...]` and any masks.
         preprocess: of the inputs, augmentation included.
+        length: see `Resident`.
     """
 
     rows: Mapping[str, Any]
     preprocess: Preprocess
+    length: int | None = struct.field(pytree_node=False, default=None)
 
     def batch(self, data_seed: int | Array, step: int | Array) -> Batch:
         """The batch of the step, as that of `Resident`."""
-        rows, key = _split_of(self.rows), step_key(data_seed, step)
+        rows, key = _split_of(self.rows).cut(self.length), step_key(data_seed, step)
         everything = jnp.arange(len(rows))
         inputs = augmented(rows.inputs, everything, augmentation_key(key), self.preprocess)
         return _batch(rows.replace(inputs=inputs), jnp.ones(len(rows), bool)) | {"key": key}
@@ -129,48 +131,39 @@ class Feed:
         self._data_seed, self._size = data_seed, size
         self._steps_per_epoch = len(split) // size
         self._groups = _groups(split, preprocess.lengths) if preprocess.lengths else None
-        self._epoch = None  # that of _order and, by step, of _lengths
-        self._order = self._lengths = None
-        self._position = None  # the step of the next of _batches
-        self._batches = None
+        self._epoch = functools.lru_cache(2)(self._epoch_of)
+        self._position = self._batches = None  # of a stream; the position is the next one's step
 
     def __call__(self, step: int) -> tuple[Resident | Streamed, int]:
         """A pytree with the method `batch`, and the first later step that it does not serve."""
         epoch, place = divmod(step, self._steps_per_epoch)
+        length, served = None, self._steps_per_epoch - place
+        if self._groups is not None:
+            lengths = self._epoch(epoch)[1][place:]
+            length, others = int(lengths[0]), np.flatnonzero(lengths != lengths[0])
+            served = int(others[0]) if len(others) else served
         if isinstance(self._split, Stream):
-            if step != self._position:
-                order = None if self._groups is None else self._order_of
-                self._batches = self._split.batches(self._data_seed, self._size, step, order)
-            rows = next(self._batches)
-            self._position = step + 1
-            if self._groups is not None:
-                self._begin(epoch)
-                rows = jax.tree.map(lambda x: x[:, : self._lengths[place]], rows)
-            return Streamed(rows, self._preprocess), step + 1
-        self._begin(epoch)
-        examples = Resident(self._split, self._order, self._preprocess, self._size)
-        until = self._steps_per_epoch
-        if self._groups is not None:
-            length = int(self._lengths[place])
-            others = np.flatnonzero(self._lengths[place:] != length)
-            until = place + int(others[0]) if len(others) else until
-            examples = examples.replace(length=length)
-        return examples, epoch * self._steps_per_epoch + until
+            return Streamed(self._read(step), self._preprocess, length), step + 1
+        order, _ = self._epoch(epoch)
+        examples = Resident(self._split, order, self._preprocess, self._size, length)
+        return examples, step + served
 
-    def _begin(self, epoch: int) -> None:
-        """Has the order of an epoch, and the lengths of its batches."""
-        if epoch == self._epoch:
-            return
-        self._epoch, self._order = epoch, self._order_of(epoch)
-        if self._groups is not None:
-            groups = np.asarray(self._groups[self._order]).reshape(-1, self._size)
-            self._lengths = np.asarray(self._preprocess.lengths)[groups.max(axis=1)]
+    def _read(self, step: int) -> Mapping[str, Any]:
+        """The rows of a step of a stream."""
+        if step != self._position:
+            by_length = None if self._groups is None else lambda epoch: self._epoch(epoch)[0]
+            self._batches = self._split.batches(self._data_seed, self._size, step, by_length)
+        self._position = step + 1
+        return next(self._batches)
 
-    def _order_of(self, epoch: int) -> Array:
+    def _epoch_of(self, epoch: int) -> tuple[Array, np.ndarray | None]:
+        """The order of an epoch, and the lengths of its batches, if there are several."""
         order = _epoch_order(self._data_seed, epoch, len(self._split))
         if self._groups is None:
-            return order
-        return _order_by_length(order, self._groups, self._size, self._data_seed, epoch)
+            return order, None
+        order = _order_by_length(order, self._groups, self._size, self._data_seed, epoch)
+        groups = np.asarray(self._groups[order]).reshape(-1, self._size)
+        return order, np.asarray(self._preprocess.lengths)[groups.max(axis=1)]
 
 
 def _groups(split: Split | Stream, lengths: tuple[int, ...]) -> Array:

@@ -45,8 +45,10 @@ class Split:
         shown = {name: x.map_rows(lambda rows: rows[chosen]) for name, x in self.outputs.items()}
         return Split(*arrays, outputs=shown)
 
-    def cut(self, length: int) -> "Split":
-        """The examples without what lies beyond `length` along their first axis."""
+    def cut(self, length: int | None) -> "Split":
+        """The examples without what lies beyond `length` along their first axis; None: whole."""
+        if length is None:
+            return self
         arrays = jax.tree.map(lambda x: x[:, :length], (self.inputs, self.labels, self.masks))
         shown = {
             name: x.map_rows(lambda rows: rows[:, :length]) for name, x in self.outputs.items()

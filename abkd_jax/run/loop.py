@@ -172,7 +172,10 @@ def _newest(
     Each leaf is a buffer of its own, which training takes; all that it was copied from is let go.
     """
     carry = begin(phases.learners_of(run, phase, states), phase.objectives, phase.source)
-    step, carry = checkpoints.restore(carry) or (0, carry)
+    found = checkpoints.restore(carry)
+    if found is None:
+        return 0, sharded(carry, run.mesh)
+    step, carry = found  # on the host, whose arrays a CPU may take as they are
     return step, jax.tree.map(jnp.copy, sharded(carry, run.mesh))
 
 
