@@ -11,19 +11,22 @@ FLAGS = --xla_backend_optimization_level=0 \
 RUN = XLA_FLAGS="$$XLA_FLAGS $(FLAGS)" \
     $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-long test-all lint clean
+.PHONY: demo test test-long test-all test-zoo lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m abkd_jax.main --config=configs/digits.py --workdir=runs/digits
 
 test: $(VENV)/.test lint
-	$(RUN) -m "not slow and not long" $(PYTEST)
+	$(RUN) -m "not slow and not long and not zoo" $(PYTEST)
 
 test-long: $(VENV)/.test lint
-	$(RUN) -m "not slow" $(PYTEST)
+	$(RUN) -m "not slow and not zoo" $(PYTEST)
 
 test-all: $(VENV)/.test lint
-	$(RUN) $(PYTEST)
+	$(RUN) -m "not zoo" $(PYTEST)
+
+test-zoo: $(VENV)/.test lint
+	$(RUN) -m zoo $(PYTEST)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

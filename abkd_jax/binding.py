@@ -75,7 +75,7 @@ Unit = Annotated[float | Array, Domain(0, 1)]
 
 @dataclass(frozen=True)
 class Statistic:
-    """A leaf that a run computes, such as "class_means" of the term's other network."""
+    """A leaf that a run computes, such as "class_prior"; see `config.build.STATISTICS`."""
 
     name: str
 

@@ -44,8 +44,11 @@ def main() -> None:
         if "seeds" in network:
             found = f"{network['mean'][score]:.4f} +- {network['deviation'][score]:.4f}"
             found += f" ({len(network['seeds'])} init seeds)"
-        print(f"{name}: {score} {found} on the test set")
-    print(f"report: {pathlib.Path(_WORKDIR.value) / 'report.md'}")
+        published = network.get("published")
+        said = "" if published is None else f" (published: {published:.4f})"
+        print(f"{name}: {score} {found} on the test set{said}")
+    report = pathlib.Path(_WORKDIR.value) / "report.md"
+    print(f"report: {report}" if report.exists() else "Nothing was trained, and nothing written.")
 
 
 if __name__ == "__main__":

@@ -1,31 +1,55 @@
-"""CIFAR-100, ResNet-56 to ResNet-20: ABKD's published protocol in full.
+"""CIFAR-100 by CRD's benchmark: any of ABKD's 13 pairs, by any published method, in full.
 
-Paper: Wang et al., "ABKD", ICML 2025, https://arxiv.org/abs/2505.04560; the numbers are those of
-its code for this pair (alpha 0.8, beta 0.3, temperature 4 without the factor T^2, weight 32).
+Paper: Wang et al., "ABKD", ICML 2025, https://arxiv.org/abs/2505.04560; without a method the loss
+is ABKD's, with the numbers of its code for ResNet-56 to ResNet-20 (alpha 0.8, beta 0.3, temperature
+4 without the factor T^2, weight 32), which for the other pairs are our reading.
 Protocol: 240 epochs of 781 batches of 64; SGD with momentum 0.9, weight decay 5e-4 on everything,
-rate 0.05, a tenth of it after epochs 150, 180 and 210; crops after padding by 4, flips. There is no
-validation split: the figure that papers quote is the best of 240 evaluations of the test set.
-Differs: the teacher is trained here, by the same recipe, where the paper loads one.
+rate 0.05 (0.01 for MobileNetV2 and the ShuffleNets), a tenth of it after epochs 150, 180 and 210;
+crops after padding by 4, flips. There is no validation split: the figure that papers quote is the
+best of 240 evaluations of the test set. The networks and the published scores: configs/pairs.py.
+Differs: a teacher is trained here, by the same recipe; papers load one, as teacher='FILE' does.
 Command: python -m abkd_jax.main --config=configs/cifar100.py --workdir=runs/cifar100
-Time and number: not measured (the full protocol takes a GPU).
+Another pair and method: --config=configs/cifar100.py:pair=vgg13-mobilenet_v2,method=dkd
+A published teacher, tested alone: --config="configs/cifar100.py:teacher='FILE.pth'" --evaluate
+Several seeds in one program: python -m experiments.sweep --config=configs/cifar100.py
+--init_seeds=5 --workdir=DIR
+Time and number: not measured (the full protocol takes a GPU); see LEDGER.md.
 """
+
+import pathlib
+import runpy
 
 import ml_collections
 
 from abkd_jax import config as configs
 
+_PAIRS = runpy.run_path(str(pathlib.Path(__file__).with_name("pairs.py")))
+_SMALL = {  # of a network's kind, for runlocal
+    "resnet": dict(depth=8, widths=(4, 4, 8, 8)),
+    "wide_resnet": dict(depth=10, widening=1),
+    "vgg": dict(depth=8),
+    "imagenet_resnet": dict(depth=18),
+    "shufflenet_v2": dict(size=0.5),
+}
+
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
-    """The config; `abkd_jax.config.arguments` has the argument, to which runlocal belongs."""
+    """The config; see `abkd_jax.config.arguments` for the argument.
+
+    Of it, `runlocal` and `pair=TEACHER-STUDENT` belong to this config.
+    """
     options = configs.parse(argument)
+    pairs, name = _PAIRS["get_pairs"](), options.pop("pair", "resnet56-resnet20")
+    if name not in pairs:
+        raise ValueError(f"pair must be one of {', '.join(pairs)}; found {name!r}.")
+    pair, method = pairs[name], options.get("method")
+    method = method.get("fn") if isinstance(method, dict) else method
     epoch = 50_000 // 64
     drops = (150 * epoch, 180 * epoch, 210 * epoch)
-    optimizer = dict(
-        fn="sgd",
-        learning_rate=dict(fn="piecewise", start=5e-2, factor=0.1, boundaries=drops),
-        momentum=0.9,
-        weight_decay=5e-4,
+    falling = lambda rate: dict(  # noqa: E731
+        fn="piecewise", start=rate, factor=0.1, boundaries=drops
     )
+    sgd = dict(fn="sgd", momentum=0.9, weight_decay=5e-4)
     task = dict(fn="cross_entropy", weight=1.0)
     distill = dict(
         fn="on_logits",
@@ -50,13 +74,14 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
             download=False,
         ),
         teacher=dict(
-            model=dict(fn="resnet", depth=56, dtype="float32"),
-            optimizer=optimizer,
+            model=_PAIRS["NETWORKS"][pair.teacher] | dict(dtype="float32"),
+            optimizer=sgd | dict(learning_rate=falling(0.05)),
             terms=dict(task=task),
+            published=_PAIRS["ALONE"][pair.teacher] / 100,
         ),
         student=dict(
-            model=dict(fn="resnet", depth=20, dtype="float32"),
-            optimizer=optimizer,
+            model=_PAIRS["NETWORKS"][pair.student] | dict(dtype="float32"),
+            optimizer=sgd | dict(learning_rate=falling(pair.rate)),
             terms=dict(task=task, distill=distill),
         ),
         phases=dict(
@@ -67,8 +92,12 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
         num_steps=240 * epoch,
         checkpoint_every=epoch,
     )
+    if options.keys() <= {"method", "teacher"} and method in pair.scores:
+        config.student.published = pair.scores[method] / 100
     if options.pop("runlocal", False):
         config.data = dict(fn="digits", validation=0, shape=(32, 32, 3), pad=4, flip=True)
         config.update(batch_size=8, num_steps=4, checkpoint_every=2, log_every=2)
-        config.teacher.model.depth = config.student.model.depth = 8
+        for network in (config.teacher, config.student):
+            network.model.update(_SMALL.get(network.model.fn, {}))
+    options = _PAIRS["get_numbers"](name, method) | options
     return configs.apply(config, options, beside=__file__)

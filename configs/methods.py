@@ -143,14 +143,17 @@ def get_methods(*, batch_size: int, num_steps: int) -> dict[str, dict[str, Any]]
         ),
         "dist_pp": _terms(1.0, distill=(rising | dict(value=2.0), dist), features=(1.0, nd)),
         # Zhang et al., "Balanced knowledge distillation for long-tailed learning", 2023: the
-        # defaults of its code, for sets of another kind. Here classes have equal counts, so the
-        # log-prior is 0, and what is left is KD: our reading.
+        # defaults of its code. Where classes have equal counts, what is left of it is KD.
         "bkd": _terms(
             1.0,
             distill=(
                 1.0,
                 _on_logits(
-                    dict(fn="prior_shifted", log_prior=0.0, divergence=dict(fn="forward_kl")),
+                    dict(
+                        fn="prior_shifted",
+                        log_prior="class_weights",
+                        divergence=dict(fn="forward_kl"),
+                    ),
                     temperature=2.0,
                 ),
             ),

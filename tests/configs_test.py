@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import runpy
 import signal
 
 import jax
@@ -22,12 +23,14 @@ from abkd_jax.run.loop import train_and_evaluate
 _CONFIGS = {
     path.stem: path
     for path in sorted(pathlib.Path(__file__).parents[1].glob("configs/*.py"))
-    if path.stem != "methods"  # terms for the others
+    if path.stem not in ("methods", "pairs")  # tables for the others
 }
 _OF_FOLDERS = ("instructions",)  # which need files of the user's: see instructions_test.py
 # What else the arguments of single configs can be; all of them are also run without it.
 _MORE = {
+    "cifar100_short": ["transfer"],
     "fashion_mnist": ["omit=5"],
+    "imagenet": ["pair=resnet50-mobilenet_v1"],
     "online_fashion_mnist": ["method=bdkd", "method=dml", "method=independent"],
 }
 _ARGUMENTS = [(name, more) for name in _CONFIGS for more in ("", *_MORE.get(name, ()))]
@@ -41,6 +44,10 @@ def module(name):
     return loaded
 
 
+_TABLES = runpy.run_path(str(_CONFIGS["digits"].with_name("pairs.py")))
+PAIRS = _TABLES["get_pairs"]()
+
+
 def test_there_are_configs():
     assert "digits" in _CONFIGS and set(_MORE) <= set(_CONFIGS)
 
@@ -48,6 +55,7 @@ def test_there_are_configs():
 def stand_in(group):
     """A set like that of a config, or None where the config's own is embedded."""
     like = {"fashion_mnist": ((28, 28, 1), 10), "cifar100": ((32, 32, 3), 100)}
+    like["imagenet2012"] = ((64, 64, 3), 1000)
     if "name" not in group:
         return None
     shape, num_classes = like[group.name]
@@ -153,6 +161,55 @@ def test_cifar100_has_the_published_protocol():
                 rule.numbers["learning_rate"](x * epoch - y) for x, y in ((start, 0), (end, 1))
             ]
             np.testing.assert_allclose(of_steps, rate, rtol=1e-6)
+
+
+def test_the_13_pairs():
+    kinds = [(pair.teacher.split("_")[0], pair.student.split("_")[0]) for pair in PAIRS.values()]
+    families = [tuple(kind.rstrip("0123456789x")[:3] for kind in pair) for pair in kinds]
+    assert len(PAIRS) == 13 and sum(one == other for one, other in families) == 7
+    for name, pair in PAIRS.items():
+        config = module("cifar100").get_config(f"pair={name}")
+        assert config.teacher.published == _TABLES["ALONE"][pair.teacher] / 100
+        assert "published" not in config.student  # ABKD's own are plots
+        rate = config.student.optimizer.learning_rate.start
+        # HobbitLong/RepDistiller: train_student.py.
+        assert rate == (0.01 if families[[*PAIRS].index(name)][1] in ("mob", "shu") else 0.05)
+        assert config.teacher.optimizer.learning_rate.start == 0.05
+        for score in pair.scores.values():
+            assert 60 < score < 80
+
+
+def test_numbers_and_scores_of_a_method_and_pair():
+    get = module("cifar100").get_config
+    config = get("pair=vgg13-vgg8,method=dkd")
+    assert config.student.terms.distill.rest_weight == 6.0 and config.student.published == 0.7468
+    assert get("pair=resnet50-vgg8,method=dkd").student.terms.distill.rest_weight == 8.0
+    assert get("method=dkd").student.terms.distill.rest_weight == 2.0
+    assert get("pair=vgg13-vgg8,method=dkd,rest_weight=1.").student.get("published") is None
+    assert get("pair=wrn_40_2-wrn_40_1,method=ab_ttm").student.terms.distill.weight == 76.0
+    assert get("pair='vgg13-vgg8',method='kd'").student.published == 0.7298
+    teacher = get("teacher='a/resnet56.pth'")
+    assert teacher.teacher.weights.to_dict() == dict(fn="torch", path="a/resnet56.pth")
+    assert [*teacher.phases] == ["distill"]
+    with pytest.raises(ValueError, match=r"^pair must be one of wrn_40_2-wrn_16_2, .*; found 'a-b"):
+        get("pair=a-b")
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("pair", PAIRS)
+def test_every_pair_is_a_config(pair):
+    config = module("cifar100").get_config(f"pair={pair}")
+    configs.resolve(config, data=stand_in(config.data))
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("pair", PAIRS)
+def test_every_pair_runs(tmp_path, pair):
+    config = module("cifar100").get_config(f"pair={pair},runlocal")
+    with config.unlocked():
+        config.devices = 1
+    result = train_and_evaluate(config, tmp_path)["networks"]
+    assert {name: found["steps"] for name, found in result.items()} == dict(teacher=4, student=4)
 
 
 @pytest.mark.parametrize("name", ["cifar100", "fashion_mnist"])

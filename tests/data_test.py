@@ -391,8 +391,8 @@ WRONG_ARRAYS = [
      "data.omit must be fewer classes: they leave no training example; found (0,)."),
     (dict(labelled=3.0), "data.labelled must be a multiple of the 3 classes; found 3.0."),
     (dict(train=(TWO * 1.0, TWO), test=(TWO * 1.0, TWO), omit=(1,)),
-     "data.labelled and data.omit must be left out where an example has more than one label; found "
-     "(0, (1,))."),
+     "data.labelled, data.omit and data.imbalance must be left out where an example has more than "
+     "one label; found (0, (1,), 1)."),
     (dict(mean=0.5, std=0.5), "data.mean must be a list of finite numbers; found 0.5."),
     (dict(mean=(0.0, np.inf), std=(1.0, 1.0)),
      "data.mean must be a list of finite numbers; found (0.0, inf)."),
@@ -437,3 +437,45 @@ def test_arrays_that_are_refused(changes, message):
     with pytest.raises(ValueError) as error:
         data.from_arrays(**given)
     assert str(error.value) == message
+
+
+# --- long tails ---------------------------------------------------------------------------------
+
+
+def balanced(size=200, num_classes=10, **options):
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.arange(size) % num_classes)
+    train = rng.normal(size=(size, 2)).astype(np.float32), labels
+    return data.from_arrays(
+        train=train, validation=None, test=train, num_classes=num_classes, **options
+    )
+
+
+def test_a_long_tail_has_the_published_counts():
+    """Cao et al., LDAM-DRW: imbalance_cifar.py, n_max mu^(k / (K - 1)), truncated."""
+    found = balanced(5000, imbalance=100)
+    counts = np.bincount(np.asarray(found.full.labels))
+    published = [int(500 * 0.01 ** (k / 9)) for k in range(10)]
+    assert counts.tolist() == published == [500, 299, 179, 107, 64, 38, 23, 13, 8, 5]
+    assert len(found.train) == len(found.full) and len(found.test) == 5000
+    # The first ones of each class, in the order of the set.
+    whole = balanced(5000)
+    kept = np.isin(np.asarray(whole.full.inputs[:, 0]), np.asarray(found.full.inputs[:, 0]))
+    np.testing.assert_array_equal(whole.full.inputs[kept], found.full.inputs)
+    labels = np.asarray(whole.full.labels)
+    for k, count in enumerate(published):
+        assert kept[labels == k][:count].all() and kept[labels == k].sum() == count
+
+
+def test_a_long_tail_with_few_labels_and_without_a_class():
+    found = balanced(imbalance=10, labelled=10, omit=(3,))
+    counts = np.bincount(np.asarray(found.full.labels), minlength=10)
+    assert counts[0] == 20 and counts[-1] == 2 and counts[3] > 0
+    assert np.sum(np.asarray(found.train.labels) == 3) == 0
+    assert int(found.train.masks["labelled"].sum()) == 9
+
+
+@pytest.mark.parametrize("imbalance", [0, -3, 1.5, True, "10"])
+def test_an_imbalance_that_is_none(imbalance):
+    with pytest.raises(ValueError, match=r"^data\.imbalance must be an integer of at least 1; fou"):
+        balanced(imbalance=imbalance)

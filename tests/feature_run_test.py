@@ -253,7 +253,8 @@ def test_class_means_are_those_of_a_network_that_does_not_learn():
         "same time; found 'teacher'."
     )
     assert refused(config(ND | dict(centers="means"))) == (
-        "student.terms.it.centers must be an array or class_means; found 'means'."
+        "student.terms.it.centers must be an array or one of class_means, class_prior, "
+        "class_weights; found 'means'."
     )
 
 

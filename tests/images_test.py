@@ -357,11 +357,11 @@ REFUSED = [
      "data.mean and data.std must be given for a stream, a number for each channel; found "
      "((), ())."),
     (dict(stream="always", labelled=3),
-     "data.labelled and data.omit must be left out for a stream (or set data.stream='never' and "
-     "data.image_size=0); found (3, ())."),
+     "data.labelled, data.omit and data.imbalance must be left out for a stream (or set "
+     "data.stream='never' and data.image_size=0); found (3, (), 1)."),
     (dict(image_size=4, omit=(1,)),
-     "data.labelled and data.omit must be left out for a stream (or set data.stream='never' and "
-     "data.image_size=0); found (0, (1,))."),
+     "data.labelled, data.omit and data.imbalance must be left out for a stream (or set "
+     "data.stream='never' and data.image_size=0); found (0, (1,), 1)."),
     (dict(stream="never", image_size=4),
      "data.stream must be 'auto' with data.image_size, whose crops are made as images are read (or "
      "set it to 0); found 'never'."),

@@ -167,7 +167,8 @@ def test_evaluation_against_torch(torch, depth, widths, size):
         logits, features = forward(to_torch(torch, inputs))
     outputs, stats = apply(make(depth, widths=widths), variables, inputs)
     np.testing.assert_allclose(outputs.logits, logits, rtol=1e-4, atol=1e-4)
-    assert outputs.features.keys() == {f"stage{i}" for i in range(3)}
+    stages = {f"stage{i}{part}" for i in range(3) for part in ("", "_preactivation")}
+    assert outputs.features.keys() == stages | {"stem"}
     for stage, theirs in enumerate(features):
         mine = outputs.features[f"stage{stage}"]
         theirs = theirs.numpy().transpose(0, 2, 3, 1)
@@ -196,7 +197,8 @@ def test_features_are_the_three_stages():
     outputs = jax.eval_shape(functools.partial(module.apply, train=False), variables, inputs)
     found = {name: feature.shape for name, feature in outputs.features.items()}
     expected = {"stage0": (2, 32, 32, 16), "stage1": (2, 16, 16, 32), "stage2": (2, 8, 8, 64)}
-    assert found == expected
+    before = {f"{name}_preactivation": shape for name, shape in expected.items()}
+    assert found == {"stem": (2, 32, 32, 16)} | expected | before
     assert outputs.hidden.shape == (2, 64) and outputs.head.unembedding.shape == (64, K)
 
 

@@ -440,8 +440,8 @@ TAKES = (
     "networks, which have a model."
 )
 TERMS = "must be a group of at least one term by name, for"
-DIGITS = "digits takes validation, shape, labelled, omit, pad, flip, mean, std."
-NETWORK = "model, weights, init_seed, project, optimizer, terms, ema_decay."
+DIGITS = "digits takes validation, shape, labelled, omit, imbalance, pad, flip, mean, std."
+NETWORK = "model, weights, init_seed, project, published, optimizer, terms, ema_decay."
 PROJECT = (
     "student.project must be dict(hidden=WIDTH), with the width of the other network's features, "
     "or dict(hidden=NAME), with its name; found"
@@ -500,7 +500,7 @@ REFUSED = {
         "teacher__weights": 3
     },
     "teacher.weights.fn: there is no weights 'rum' (did you mean 'run'?); known are hugging_face, "
-    "run.": {"teacher__weights": {"fn": "rum"}},
+    "run, torch.": {"teacher__weights": {"fn": "rum"}},
     "teacher.weights.workdir is missing; run takes workdir, network, best.": {
         "teacher__weights": {"fn": "run"}
     },
@@ -525,7 +525,8 @@ REFUSED = {
         "student__model": "mlp"
     },
     "student.model.fn: there is no model 'mpl' (did you mean 'mlp'?); known are cached, cnn, "
-    "decoder, hugging_face, mlp, resnet.": {"student__model__fn": "mpl"},
+    "decoder, hugging_face, imagenet_resnet, mlp, mobilenet_v1, mobilenet_v2, resnet, "
+    "shufflenet_v1, shufflenet_v2, vgg, wide_resnet.": {"student__model__fn": "mpl"},
     "student.model.width is unknown (did you mean 'widths'?); mlp takes widths.": {
         "student__model__width": 3
     },
@@ -670,7 +671,8 @@ def test_statistics_are_those_of_a_network_that_does_not_learn():
     )
     terms["it"]["centers"] = "class_mean"
     assert refusal(made, data=dataset()) == (
-        "student.terms.it.centers must be an array or class_means; found 'class_mean'."
+        "student.terms.it.centers must be an array or one of class_means, class_prior, "
+        "class_weights; found 'class_mean'."
     )
 
 

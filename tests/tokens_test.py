@@ -633,8 +633,8 @@ FIELDS = [
     (dict(stream="sometimes"),
      "data.stream must be one of auto, always, never; found 'sometimes'."),
     (dict(omit=(1,)),
-     "data.labelled and data.omit must be left out where an example has more than one label; "
-     "found (0, (1,))."),
+     "data.labelled, data.omit and data.imbalance must be left out where an example has more than "
+     "one label; found (0, (1,), 1)."),
     (dict(vocab_size=100), "PATH, line 1: ids must be below 100; found 256."),
 ]  # fmt: skip
 

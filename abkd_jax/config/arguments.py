@@ -1,11 +1,12 @@
 """The argument of a config file: `--config=configs/digits.py:divergence=reverse_kl,weight=2.`
 
 It is a list of `key=value` and of flags, read as literals only: numbers, strings, tuples of them,
-names of functions, and functions with their numbers. `method=NAME` replaces the student's terms by
-those of a published method (configs/methods.py); `divergence=NAME(...)` replaces the divergence of
-the student's `distill` term; `NETWORK='WORKDIR'` takes a network from another run, and leaves out
-the phase in which it alone would learn; any other key is a number of that term, at whatever depth
-it stands.
+names of functions, functions with their numbers, and two names with a hyphen between them, which
+are a string. `method=NAME` replaces the student's terms by those of a published method
+(configs/methods.py); `divergence=NAME(...)` replaces the divergence of the student's `distill`
+term; `NETWORK='WORKDIR'` takes a network from another run, `NETWORK='FILE.pth'` from a file of
+PyTorch's, and leaves out the phase in which it alone would learn; any other key is a number of that
+term, at whatever depth it stands.
 """
 
 import ast
@@ -27,6 +28,7 @@ from abkd_jax.types import Divergence, Loss
 _LEARNER, _TERM = "student", "distill"
 _FIELD = f"{_LEARNER}.terms.{_TERM}"
 _LONGEST = 2000
+_OF_TORCH = (".pth", ".pt", ".safetensors", ".npz")  # what a file of tensors ends with
 _POSITIONAL = "*"  # the key of those values of a call whose keywords are not known yet
 
 
@@ -83,7 +85,7 @@ def apply(
     with config.unlocked(), config.ignore_type():
         for name, group in config.items():
             if name in values and isinstance(group, ConfigDict) and "model" in group:
-                _from_run(config, name, values.pop(name))
+                _from_elsewhere(config, name, values.pop(name))
         if by_method:
             name = values.pop("method")
             name = name.get("fn") if isinstance(name, Mapping) else name
@@ -102,11 +104,13 @@ def apply(
     return config.lock()
 
 
-def _from_run(config: ConfigDict, name: str, workdir: Any) -> None:
-    """Takes a network from a run, in place of the phase in which it alone learns."""
-    if not isinstance(workdir, str):
+def _from_elsewhere(config: ConfigDict, name: str, path: Any) -> None:
+    """Takes a network from a run or a file, in place of the phase in which it alone learns."""
+    if not isinstance(path, str):
         raise _refused(f"gives {name} no folder of a run; write {name}='runs/digits/{name}'")
-    config[name].weights = ConfigDict({"fn": "run", "workdir": workdir})
+    of_torch = path.endswith(_OF_TORCH)
+    weights = {"fn": "torch", "path": path} if of_torch else {"fn": "run", "workdir": path}
+    config[name].weights = ConfigDict(weights)
     for phase, group in list(config.phases.items()):
         if tuple(group.get("learn", ())) == (name,):
             del config.phases[phase]
@@ -279,6 +283,8 @@ def _value(node: ast.expr) -> Any:
             return tuple(_value(part) for part in parts)
         case ast.Name() | ast.Attribute():
             return {"fn": ast.unparse(node)}
+        case ast.BinOp(ast.Name(first), ast.Sub(), ast.Name(second)):
+            return f"{first}-{second}"
         case ast.Call():
             return _group(node)
     raise _refused(f"has {ast.unparse(node)!r}, which is no number, name, function or quoted text")

@@ -33,7 +33,9 @@ from abkd_jax.sources import Source
 from abkd_jax.tasks import Task
 from abkd_jax.types import Divergence, Loss, Term
 
-STATISTICS = ("class_means",)  # of the term's other network
+# Of the term's other network: its features' mean over each class. Of the training examples: the log
+# of each class's frequency, and the log of its weight in BKD.
+STATISTICS = ("class_means", "class_prior", "class_weights")
 # Of a term's group; the rest is its loss.
 TERM_FIELDS = ("weight", "allow_negative", "where", "other")
 
@@ -259,7 +261,9 @@ class Builder:
         if annotation in (Divergence, Loss):
             return self.bound(value, "divergence" if annotation == Divergence else "loss", field)
         if annotation is Array and isinstance(value, str):
-            require(value in STATISTICS, field, f"an array or {' or '.join(STATISTICS)}", value)
+            require(
+                value in STATISTICS, field, f"an array or one of {', '.join(STATISTICS)}", value
+            )
             return Statistic(value)
         domain = binding.domain_of(annotation)
         return value if domain is None else self.number(value, field, domain)

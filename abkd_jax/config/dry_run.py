@@ -112,14 +112,16 @@ def _networks(plan: Plan, phase: Phase) -> tuple[Networks, Networks, dict[str, O
 def _step(
     plan: Plan, phase: Phase, outputs: Mapping[str, Outputs], mesh: Mesh | None = None
 ) -> Callable[[Networks, Networks, Batch], Carry]:
-    def width(statistic: Statistic, term: Term) -> Any:
-        return jnp.zeros((plan.description.num_classes, outputs[term.other].hidden.shape[-1]))
+    def shaped(statistic: Statistic, term: Term) -> Any:
+        of_network = statistic.name == "class_means"
+        widths = outputs[term.other].hidden.shape[-1:] if of_network else ()
+        return jnp.zeros((plan.description.num_classes, *widths))
 
     source = Source(batch=lambda state, examples, data_seed, step: examples)
     static = Static(plan.config["micro_batches"], mesh=mesh, chunk=plan.config["chunk"])
 
     def step(learners, seen, batch):
-        objectives = with_statistics(phase.objectives, width)
+        objectives = with_statistics(phase.objectives, shaped)
         carry = begin(learners, objectives, source)
         return advance(carry, seen, objectives, source, batch, 0, 0, count=1, static=static)
 
@@ -198,13 +200,14 @@ def _check_needs(at: str, learner: str, phase: Phase, outputs: Mapping[str, Outp
                     raise ValueError(
                         f"{at}.{name} needs {part!r} of {network!r}, which its model does not give."
                     )
-        for leaf in jax.tree.leaves(term.loss):
-            if isinstance(leaf, Statistic) and term.other not in phase.see:
+        leaves = [leaf for leaf in jax.tree.leaves(term.loss) if isinstance(leaf, Statistic)]
+        for leaf in (leaf for leaf in leaves if leaf.name == "class_means"):
+            if term.other not in phase.see:
                 raise ValueError(
                     f"{at}.{name}: {leaf.name!r} are those of another network that does not learn "
                     f"at the same time; found {term.other!r}."
                 )
-            if isinstance(leaf, Statistic) and outputs[term.other].hidden is None:
+            if outputs[term.other].hidden is None:
                 raise ValueError(
                     f"{at}.{name} takes {leaf.name!r} of the 'hidden' of {term.other!r}, "
                     "which its model does not give."

@@ -5,6 +5,7 @@ A top-level group with a `model` is a network; `phases` say who learns what from
 checked, and is not checked again further on.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -42,7 +43,7 @@ DEFAULTS = {
 }
 GROUPS = ("data", "phases")  # which have no default
 _LEARNING = ("optimizer", "terms", "ema_decay")  # of a network, or of a phase in its place
-_NETWORK = ("model", "weights", "init_seed", "project", *_LEARNING)
+_NETWORK = ("model", "weights", "init_seed", "project", "published", *_LEARNING)
 _PHASE = ("learn", "see", "split", "num_steps", "source", "start", "select")
 _STARTS = ("last", "best")
 # Which a workdir has besides its phases', as regular expressions.
@@ -155,6 +156,9 @@ def _check(config: Mapping[str, Any]) -> None:
         require(name not in _PHASE, "a network's name", f"none of {', '.join(_PHASE)}", name)
         _check_keys(group, _NETWORK, name)
         check_integer(f"{name}.init_seed", group.get("init_seed", 0), least=0)
+        published, numbers = group.get("published"), (int, float)
+        fits = published is None or (type(published) in numbers and math.isfinite(published))
+        require(fits, f"{name}.published", "the score that its source gives, a number", published)
 
 
 def check_integer(key: str, value: Any, *, least: int) -> None:

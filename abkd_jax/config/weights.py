@@ -1,11 +1,12 @@
 """Where a network's parameters come from, if not from its `init_seed`: functions by name."""
 
+import functools
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from abkd_jax.models import load_decoder, without_projections
+from abkd_jax.models import from_torch, load_decoder, read_tensors, without_projections
 from abkd_jax.train.checkpoint import FOLDER, Checkpoints
 
 
@@ -13,14 +14,15 @@ class Weights(NamedTuple):
     """The variables of a network, and what is known of them.
 
     Attributes:
-        variables: "params" and "batch_stats".
+        variables: "params" and "batch_stats"; or a function that gives them, of the module and of
+            its variables' shapes.
         origin: where they are from, in words.
         model: the group of a config that built the network; None where that is not known.
         num_classes: K of the network; None likewise.
         preprocess: "mean" and "std" of its inputs; None likewise.
     """
 
-    variables: Mapping[str, Any]
+    variables: Mapping[str, Any] | Callable[[Any, Mapping[str, Any]], Mapping[str, Any]]
     origin: str
     model: Mapping[str, Any] | None = None
     num_classes: int | None = None
@@ -85,6 +87,23 @@ def hugging_face(
     """
     _, variables = load_decoder(folder, layers=layers, param_dtype=param_dtype)
     return Weights({**variables, "batch_stats": {}}, folder)
+
+
+def torch(*, path: str, key: str = "") -> Weights:
+    """Those of PyTorch's network of the same kind, such as the published teachers of CRD.
+
+    Args:
+        path: of a file of torch.save, read with `weights_only=True`, of safetensors, or of numpy.
+        key: see `models.read_tensors`.
+
+    Returns:
+        Its weights.
+
+    Raises:
+        ValueError: one sentence that names the file or its tensors, what was found and what was
+            expected.
+    """
+    return Weights(functools.partial(from_torch, read_tensors(path, key=key), origin=path), path)
 
 
 def read_about(folder: pathlib.Path) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def from_arrays(
         test: likewise, every label known where it counts.
         num_classes: K.
         class_names: K names, or none.
-        options: the keywords labelled, omit, pad, flip, mean and std; see `Options`.
+        options: the keywords labelled, omit, imbalance, pad, flip, mean and std; see `Options`.
 
     Returns:
         The set; floating inputs are float32, integers but uint8 int32, labels int32.
@@ -78,7 +78,9 @@ def from_arrays(
     )
     description = describe(dataset)
     preprocess = options.preprocess(description)
-    dataset = dataset.replace(preprocess=preprocess, train=options.shown(full, num_classes))
+    full = options.long_tailed(full, num_classes)
+    shown = options.shown(full, num_classes)
+    dataset = dataset.replace(preprocess=preprocess, train=shown, full=full)
     return description, lambda: dataset
 
 

@@ -27,7 +27,7 @@ def digits(
         validation: how many of the 1,297 others to hold out; 0 for no validation split.
         shape: (height, width, channels) to resize the images to, with the ink repeated in each
             channel, so that the digits can stand in for another set; () leaves them at (8, 8, 1).
-        options: the keywords labelled, omit, pad, flip, mean and std; see `Options`.
+        options: the keywords labelled, omit, imbalance, pad, flip, mean and std; see `Options`.
 
     Returns:
         The set, inputs `[N, 8, 8, 1]`, or `[N, *shape]`, in [0, 1].

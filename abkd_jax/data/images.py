@@ -55,8 +55,9 @@ def tfds(
         image_size: 0 for images as they are. Otherwise ImageNet's practice: training images are
             random crops, of 8 % to 100 % of the area, and test images the centre, resized to
             squares of this side.
-        options: the keywords labelled, omit, pad, flip, mean and std; see `Options`. Here mean and
-            std () stand for those of the training images. Streams show all labels of all classes.
+        options: the keywords labelled, omit, imbalance, pad, flip, mean and std; see `Options`.
+            Here mean and std () stand for those of the training images. Streams show all labels of
+            all classes.
 
     Returns:
         The set, inputs `[N, H, W, C]` uint8.
@@ -161,10 +162,10 @@ def _is_streamed(name: str, shape: tuple, count: int, stream: str, image_size: i
 
 def _check_streamed(options: Options, image_size: int) -> None:
     """Refuses what a stream cannot do."""
-    found = options.labelled, options.omit
+    found = options.labelled, options.omit, options.imbalance
     expected = "left out for a stream (or set data.stream='never' and data.image_size=0)"
-    everything = not (options.labelled or len(options.omit))
-    require(everything, "data.labelled and data.omit", expected, found)
+    everything = not (options.labelled or len(options.omit) or options.imbalance != 1)
+    require(everything, "data.labelled, data.omit and data.imbalance", expected, found)
     given = len(options.mean) and len(options.std)
     expected = "given for a stream, a number for each channel"
     require(given, "data.mean and data.std", expected, (options.mean, options.std))

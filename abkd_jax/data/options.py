@@ -25,6 +25,9 @@ class Options:
     Attributes:
         labelled: how many labels it sees, the same number of each class, the first ones; 0 for all.
         omit: classes of which it sees no example; labels kept of them go with them.
+        imbalance: how many times as many examples the first class has as the last one, of all
+            training examples, also those of a teacher; between them the counts fall by a constant
+            factor, from N / K on. 1 leaves the set as it is; long-tailed CIFAR has 10 to 200.
         pad: how many zero pixels a random crop may take on each side of an image; 0 for no crops.
         flip: whether training images are mirrored, left to right, with probability 1/2.
         mean: one number for each channel, of pixels in [0, 1]; () for no normalisation.
@@ -33,6 +36,7 @@ class Options:
 
     labelled: int = 0
     omit: tuple[int, ...] = ()
+    imbalance: int = 1
     pad: int = 0
     flip: bool = False
     mean: tuple[float, ...] = ()
@@ -71,9 +75,23 @@ class Options:
         require(whole, "data.labelled", f"a multiple of the {count} classes", labelled)
         classes = np.ndim(omit) == 1 and all(label in range(count) for label in omit)
         require(classes, "data.omit", f"a list of classes in 0..{count - 1}", omit)
-        one = description.labels.shape == () or not (labelled or len(omit))
+        whole = type(self.imbalance) is int and self.imbalance >= 1
+        require(whole, "data.imbalance", "an integer of at least 1", self.imbalance)
+        some = labelled or len(omit) or self.imbalance > 1
+        one = description.labels.shape == () or not some
         expected = "left out where an example has more than one label"
-        require(one, "data.labelled and data.omit", expected, (labelled, omit))
+        names = "data.labelled, data.omit and data.imbalance"
+        require(one, names, expected, (labelled, omit, self.imbalance))
+
+    def long_tailed(self, split: Split, num_classes: int) -> Split:
+        """The split with the first examples of each class, as many as `imbalance` leaves it."""
+        if self.imbalance == 1:
+            return split
+        labels = np.asarray(split.labels)
+        falling = self.imbalance ** -(np.arange(num_classes) / max(num_classes - 1, 1))
+        counts = np.maximum(len(split) / num_classes * falling + 1e-6, 1).astype(int)
+        kept = [np.flatnonzero(labels == k)[:count] for k, count in enumerate(counts)]
+        return split.take(np.sort(np.concatenate(kept)))
 
     def shown(self, split: Split, num_classes: int) -> Split:
         """The split with labels withheld and classes omitted.

@@ -1,4 +1,4 @@
-"""Evaluation metrics: additive sums per batch, and calibration of a gathered evaluation set.
+"""Evaluation metrics: additive sums per batch, calibration of a gathered set, and attacks.
 
 Conventions of the whole package:
 
@@ -18,3 +18,4 @@ from abkd_jax.metrics.classification import (
     per_example,
     summarize,
 )
+from abkd_jax.metrics.robustness import fgsm, pgd

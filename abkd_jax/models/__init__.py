@@ -6,7 +6,12 @@ from abkd_jax.models.adapters import as_outputs, check_learner, from_nnx, split_
 from abkd_jax.models.cached import Cached, cached
 from abkd_jax.models.decoder import Decoder, decoder, num_embeddings
 from abkd_jax.models.hugging_face import hugging_face, load_decoder, save_decoder
+from abkd_jax.models.mobilenet import mobilenet_v1, mobilenet_v2
 from abkd_jax.models.normalized import normalized, normalized_function
 from abkd_jax.models.projected import projected, without_projections
-from abkd_jax.models.resnet import resnet
+from abkd_jax.models.resnet import imagenet_resnet, resnet
+from abkd_jax.models.shufflenet import shufflenet_v1, shufflenet_v2
 from abkd_jax.models.small import cnn, mlp
+from abkd_jax.models.torch_checkpoint import from_torch, read_tensors, to_torch
+from abkd_jax.models.vgg import vgg
+from abkd_jax.models.wide_resnet import wide_resnet

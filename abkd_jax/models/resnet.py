@@ -1,18 +1,15 @@
-"""The residual networks for 32x32 images."""
+"""Residual networks: those for 32x32 images, and those of ImageNet."""
 
-import functools
-
-import jax
 from flax import linen as nn
 from jax import Array
-from jax import numpy as jnp
 
 from abkd_jax.checks import require
-from abkd_jax.models.batch_norm import BatchNorm
+from abkd_jax.models.convolution import ConvNorm, check_dtype, default_linear, named, pooled
 from abkd_jax.models.head import OutputLayer
 from abkd_jax.types import Outputs
 
-_DTYPES = ("float32", "bfloat16")
+_IMAGENET = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}  # blocks of each stage
+_EXPANSION = 4  # of a bottleneck
 
 
 def resnet(
@@ -44,8 +41,8 @@ def resnet(
             batch statistics, `hidden` and logits are float32 in either case.
 
     Returns:
-        A flax module; its features "stage0", "stage1" and "stage2" are the stages' outputs, after
-        their rectifiers.
+        A flax module; its features are "stem", the stages' outputs "stage0", "stage1" and "stage2",
+        and these before their rectifiers, "stage0_preactivation", ...
 
     Raises:
         ValueError: one sentence that names the keyword, what was found and what was expected.
@@ -57,95 +54,134 @@ def resnet(
     require(whole_stages, "resnet.depth", "6 n + 2, such as 8, 20 or 56", depth)
     four = len(widths) == 4 and all(width > 0 for width in widths)
     require(four, "resnet.widths", "four, at least 1 each", widths)
-    require(dtype in _DTYPES, "resnet.dtype", f"one of {', '.join(_DTYPES)}", dtype)
-    return ResNet(num_classes=num_classes, depth=depth, widths=tuple(widths), dtype=dtype)
+    blocks, dtype = ((depth - 2) // 6,) * 3, check_dtype("resnet", dtype)
+    return ResNet(num_classes=num_classes, blocks=blocks, widths=tuple(widths), dtype=dtype)
+
+
+def imagenet_resnet(
+    *, num_classes: int, depth: int, small_images: bool = False, dtype: str = "float32"
+) -> nn.Module:
+    """ResNet-18, 34 or 50 as torchvision has them, and for small images as CRD's benchmark does.
+
+    Four stages of basic blocks, or from depth 50 on of bottlenecks whose 3x3 convolution has the
+    stride, after a 7x7 convolution of stride 2 and a 3x3 maximum of stride 2; for small images
+    after a 3x3 convolution of stride 1. Parameters for 1,000 classes, 100 of small images:
+
+        18  11,689,512  11,220,132
+        34  21,797,672  21,328,292
+        50  25,557,032  23,705,252
+
+    Args:
+        num_classes: K.
+        depth: 18, 34 or 50.
+        small_images: whether they are as small as 32x32.
+        dtype: see `resnet`.
+
+    Returns:
+        A flax module; its features are those of `resnet`, of four stages.
+
+    Raises:
+        ValueError: one sentence that names the keyword, what was found and what was expected.
+
+    Source: He et al., "Deep residual learning for image recognition", CVPR 2016.
+    """
+    require(depth in _IMAGENET, "imagenet_resnet.depth", f"one of {[*_IMAGENET]}", depth)
+    return ResNet(
+        num_classes=num_classes,
+        blocks=_IMAGENET[depth],
+        widths=(64, 64, 128, 256, 512),
+        dtype=check_dtype("imagenet_resnet", dtype),
+        bottleneck=depth >= 50,
+        large_images=not small_images,
+    )
 
 
 class ResNet(nn.Module):
-    """See `resnet`."""
+    """See `resnet` and `imagenet_resnet`.
+
+    Attributes:
+        num_classes: K.
+        blocks: of each stage, how many.
+        widths: of the first convolution and of the stages.
+        dtype: of the computation.
+        bottleneck: whether blocks are bottlenecks, whose outputs are four times as wide.
+        large_images: whether the network begins by a quarter of their height and width.
+    """
 
     num_classes: int
-    depth: int
+    blocks: tuple[int, ...]
     widths: tuple[int, ...]
     dtype: str
+    bottleneck: bool = False
+    large_images: bool = False
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool) -> Outputs:
         """`[B, H, W, C]` to `Outputs`; in training, batch norm uses the batch's statistics."""
         stem, *stages = self.widths
-        x = nn.relu(ConvNorm(stem, 3, 1, self.dtype, name="stem")(inputs, train=train))
-        features = {}
-        for stage, width in enumerate(stages):
-            for index in range((self.depth - 2) // 6):
+        size, stride = (7, 2) if self.large_images else (3, 1)
+        x = nn.relu(ConvNorm(stem, size, stride, self.dtype, name="stem")(inputs, train=train))
+        features = {"stem": x}
+        if self.large_images:
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        for stage, (width, blocks) in enumerate(zip(stages, self.blocks, strict=True)):
+            for index in range(blocks):
                 stride = 2 if stage > 0 and index == 0 else 1
-                block = Block(width, stride, self.dtype, name=f"stage{stage}_block{index}")
-                x = block(x, train=train)
-            features[f"stage{stage}"] = x
-        hidden = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
-        init = functools.partial(_uniform, bound=stages[-1] ** -0.5)
-        head = OutputLayer(self.num_classes, kernel_init=init, bias_init=init, name="head")
+                name = f"stage{stage}_block{index}"
+                block = Block(width, stride, self.dtype, self.bottleneck, name=name)
+                preactivation = block(x, train=train)
+                x = nn.relu(preactivation)
+            features |= {f"stage{stage}": x, f"stage{stage}_preactivation": preactivation}
+        hidden = pooled(x)
+        head = OutputLayer(self.num_classes, **default_linear(hidden.shape[-1]), name="head")
         return head(hidden, features)
+
+    def torch_names(self) -> tuple[dict[str, str], ...]:
+        """PyTorch's names of the layers: in CRD and torchvision, and in CRD's ResNet-50."""
+        return self._names("downsample", "fc"), self._names("shortcut", "linear")
+
+    def _names(self, shortcut: str, head: str) -> dict[str, str]:
+        names = named("stem", "conv1", "bn1") | {"head": head}
+        for stage, blocks in enumerate(self.blocks):
+            for index in range(blocks):
+                ours, theirs = f"stage{stage}_block{index}", f"layer{stage + 1}.{index}"
+                for number, name in enumerate(("first", "second", "third"), start=1):
+                    names |= named(
+                        f"{ours}.{name}", f"{theirs}.conv{number}", f"{theirs}.bn{number}"
+                    )
+                parts = f"{theirs}.{shortcut}.0", f"{theirs}.{shortcut}.1"
+                names |= named(f"{ours}.shortcut", *parts)
+        return names
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut around them.
+    """Two 3x3 convolutions, or a bottleneck of three, and a shortcut around them.
 
     Attributes:
-        width: of its output.
-        stride: of its first convolution and of its shortcut.
+        width: of its 3x3 convolutions.
+        stride: of the first of these and of the shortcut.
         dtype: of the computation.
+        bottleneck: whether 1x1 convolutions stand around the only 3x3 one.
     """
 
     width: int
     stride: int
     dtype: str
+    bottleneck: bool
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        """`[B, H, W, C]` to `[B, ceil(H / stride), ceil(W / stride), width]`."""
-        y = ConvNorm(self.width, 3, self.stride, self.dtype, name="first")(x, train=train)
-        y = ConvNorm(self.width, 3, 1, self.dtype, name="second")(nn.relu(y), train=train)
+        """`[B, H, W, C]` to `[B, ceil(H / stride), ceil(W / stride), D]`, before its rectifier."""
+        width, stride = self.width, self.stride
+        layers = [("first", width, 3, stride), ("second", width, 3, 1)]
+        if self.bottleneck:
+            layers = [("first", width, 1, 1), ("second", width, 3, stride)]
+            layers += [("third", _EXPANSION * width, 1, 1)]
+        y = x
+        for index, (name, width, size, stride) in enumerate(layers):
+            y = nn.relu(y) if index else y
+            y = ConvNorm(width, size, stride, self.dtype, name=name)(y, train=train)
         if x.shape != y.shape:
-            shortcut = ConvNorm(self.width, 1, self.stride, self.dtype, name="shortcut")
+            shortcut = ConvNorm(y.shape[-1], 1, self.stride, self.dtype, name="shortcut")
             x = shortcut(x, train=train)
-        return nn.relu(x + y)
-
-
-class ConvNorm(nn.Module):
-    """A convolution without bias, and batch norm.
-
-    Attributes:
-        width: of its output.
-        size: of the kernel, odd.
-        stride: of the kernel.
-        dtype: of the computation.
-    """
-
-    width: int
-    size: int
-    stride: int
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> Array:
-        """`[B, H, W, C]` to `[B, ceil(H / stride), ceil(W / stride), width]`."""
-        dtype = jnp.dtype(self.dtype)
-        x = nn.Conv(
-            self.width,
-            (self.size, self.size),
-            strides=self.stride,
-            padding=self.size // 2,  # both sides alike; "SAME" pads only the far one at stride 2
-            use_bias=False,
-            dtype=dtype,
-            kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-            name="conv",
-        )(x)
-        norm = BatchNorm(
-            use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name="norm"
-        )
-        return norm(x)
-
-
-def _uniform(key: Array, shape: tuple[int, ...], dtype=jnp.float32, *, bound: float) -> Array:
-    """The initialisation of PyTorch's linear layer, kernel and bias, for bound = D^-1/2."""
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
+        return x + y

@@ -149,12 +149,14 @@ def _origin(origin: Mapping[str, Any]) -> str:
 
 def _results(report: Report, task: Task) -> str:
     rows, columns = [], task.columns
+    compares = any(x.get("published") is not None for x in report.networks.values())
     for name, network in report.networks.items():
         seeds, size, steps = report.seeds(name), network["parameters"], network["steps"]
         scores = markdown.cells(columns, *(seed["last"] for seed in seeds))
         histories = [report.history(name, seed)[0] for seed in range(len(seeds))]
         time = _time(itertools.chain(*histories))
         count = [f"{len(seeds)}"] * report.has_seeds
+        scores += [task.score_column.cell(network.get("published"))] * compares
         rows.append([name, *scores, *count, f"{size:,}", f"{steps:,}", time])
     count = network["last"].get("count")  # the same for all; none if a task counts no examples
     counted = "" if count is None else f"{int(count):,} "
@@ -163,7 +165,8 @@ def _results(report: Report, task: Task) -> str:
         said += "; mean +- standard deviation over init seeds, and the time of all of them"
     if any(len(phase["learn"]) > 1 for phase in report.phases):
         said += "; the networks of a phase are trained at once, so the time is that of all"
-    titles = [*(column.title for column in columns), *["seeds"] * report.has_seeds]
+    titles = [column.title for column in columns] + ["published"] * compares
+    titles += ["seeds"] * report.has_seeds
     header = ["network", *titles, "parameters", "steps", "time"]
     return f"{said}:\n\n{markdown.table(header, rows)}"
 

@@ -69,7 +69,8 @@ def train_and_evaluate(
             model=dict(fn="given"): any function from variables and inputs to logits, see
             `models.as_outputs`.
         data: a data set of your own (`data.from_arrays`), in place of the config's.
-        evaluate_only: evaluates the newest checkpoints, and trains nothing.
+        evaluate_only: evaluates the newest checkpoints, and trains nothing; where nothing was
+            trained, the networks that are given or have weights, and writes nothing.
         profile: writes a trace of a few steps of the last phase to workdir/profile.
 
     Returns:
@@ -96,7 +97,7 @@ def train_and_evaluate(
     with phases.opened(plan, workdir, profile=profile) as run:
         ready, first, found = phases.ready(run), {}, []
         if evaluate_only and not (run.workdir / "config.json").exists():
-            raise ValueError(f"{run.workdir} has no checkpoint to evaluate; train first.")
+            return _of_ready(run, ready)
         about = phases.identity(run, plan.phases[-1])
         folders.claim(run.workdir, about, longer=not evaluate_only)
         for seed in range(plan.config["init_seeds"]):
@@ -105,6 +106,20 @@ def train_and_evaluate(
             found.append(_evaluated(member, ready, results))
             first = first or results
         return _conclude(run, found)
+
+
+def _of_ready(run: Run, ready: Networks) -> dict[str, Any]:
+    """The scores of the networks that are there before any training."""
+    if not ready:
+        raise ValueError(f"{run.workdir} has no checkpoint to evaluate; train first.")
+    last, _, _ = _scored(run, {name: frozen(state) for name, state in ready.items()}, list(ready))
+    networks = {name: {"last": last[name], "published": _published(run, name)} for name in ready}
+    return {"networks": networks, "score": run.plan.task.score_column.key}
+
+
+def _published(run: Run, name: str) -> float | None:
+    """The score of a network that its source gives, as the config has it."""
+    return run.plan.config[name].get("published")
 
 
 def _run_phases(
@@ -215,6 +230,7 @@ def _evaluated(run: Run, ready: Networks, results: Mapping[str, Result]) -> dict
             ),
             "steps": int(state.step),
             "last": last[name],
+            "published": _published(run, name),
             "best": None,
             "sha256": None,
             "phase": None,

@@ -10,7 +10,7 @@ import functools
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from abkd_jax import data as datasets
 from abkd_jax import models, parallel
+from abkd_jax.binding import Statistic
 from abkd_jax.checks import require
 from abkd_jax.config.dry_run import with_statistics
 from abkd_jax.config.plan import Phase, Plan
@@ -32,7 +33,7 @@ from abkd_jax.run.interruption import Interruption
 from abkd_jax.sources import dataset
 from abkd_jax.train import Networks, Objectives, TrainState, adopt, create, eval_outputs
 from abkd_jax.train.sharding import sharded
-from abkd_jax.types import Batch, Outputs, dotted, named_leaves
+from abkd_jax.types import Batch, Outputs, Term, dotted, named_leaves
 
 _CACHED_PARTS = frozenset(("logits", "hidden"))  # of Outputs
 _MOST_BYTES = 2**30  # of the outputs of frozen networks for all examples
@@ -195,7 +196,9 @@ def _fitting(run: Run, name: str, weights: Weights) -> Mapping[str, Any]:
     init = functools.partial(module.init, train=False)
     own = jax.eval_shape(init, jax.random.key(0), _sample(run))
     leaves, here = named_leaves(own), _plain(run.data.preprocess)
-    pairs = folders.unlike(weights.variables, own)
+    variables = weights.variables
+    variables = variables(module, own) if callable(variables) else variables
+    pairs = folders.unlike(variables, own)
     if weights.model is not None:
         own = run.plan.config[name]["model"]
         pairs.insert(0, ("the model", weights.model["fn"], own["fn"]))
@@ -206,7 +209,7 @@ def _fitting(run: Run, name: str, weights: Weights) -> Mapping[str, Any]:
             raise ValueError(f"{weights.origin} has {what} {there}, but this run has {here}.")
     dtypes = {path: x.dtype for path, x in leaves.items()}
     in_its = lambda path, x: x.astype(dtypes[dotted(path)], copy=False)  # noqa: E731
-    return jax.tree.map_with_path(in_its, dict(weights.variables))
+    return jax.tree.map_with_path(in_its, dict(variables))
 
 
 def learners_of(run: Run, phase: Phase, states: Networks) -> Networks:
@@ -235,8 +238,46 @@ def learners_of(run: Run, phase: Phase, states: Networks) -> Networks:
 
 def objectives_of(run: Run, phase: Phase, networks: Networks) -> Objectives:
     """The objectives of a phase, their statistics computed from the frozen networks."""
-    of_network = functools.cache(lambda name: class_means(run, name, networks[name]))
-    return with_statistics(phase.objectives, lambda _, term: of_network(term.other))
+    return with_statistics(phase.objectives, statistics(run, networks))
+
+
+def statistics(run: Run, networks: Networks) -> Callable[[Statistic, Term], Array]:
+    """What a run computes for its terms, each once; see `config.build.STATISTICS`."""
+    means = functools.cache(lambda name: class_means(run, name, networks[name]))
+    counts = functools.cache(lambda: class_counts(run))
+
+    def found(statistic: Statistic, term: Term) -> Array:
+        if statistic.name == "class_means":
+            return means(term.other)
+        of_counts = log_prior if statistic.name == "class_prior" else log_weights
+        return parallel.replicated(jnp.asarray(of_counts(counts()), jnp.float32), run.mesh)
+
+    return found
+
+
+def class_counts(run: Run) -> np.ndarray:
+    """How many training examples each class has, `[K]`: all labels, and what counts of them."""
+    size, count = run.plan.config["batch_size"], run.data.num_classes
+    found = np.zeros(count, np.int64)
+    for batch in datasets.evaluation_batches(run.data.full, size, run.data.preprocess):
+        labels = np.asarray(batch["labels"])[np.asarray(batch["where"])]
+        found += np.bincount(labels[labels >= 0], minlength=count)
+    return found
+
+
+def log_prior(counts: np.ndarray) -> np.ndarray:
+    """The log of each class's frequency; -inf for one without examples."""
+    with np.errstate(divide="ignore"):
+        return np.log(counts) - np.log(counts.sum())
+
+
+def log_weights(counts: np.ndarray, share: float = 0.9999) -> np.ndarray:
+    """The log of each class's weight, (1 - b) / (1 - b^n) for n examples, at least 1, b = `share`.
+
+    Source: Cui et al., "Class-balanced loss based on effective number of samples", CVPR 2019, as
+    BKD takes it (Zhang et al., https://arxiv.org/abs/2104.10510).
+    """
+    return np.log1p(-share) - np.log(-np.expm1(np.maximum(counts, 1) * np.log(share)))
 
 
 def class_means(run: Run, name: str, state: TrainState) -> Array:

@@ -145,7 +145,7 @@ class Program:
         self.run, self.phase, self.members = run, phase, members
         self._states, self._chunk, config = states, chunk, run.plan.config
         self.frozen = parallel.everywhere({name: train.frozen(states[name]) for name in phase.see})
-        self._means = functools.cache(lambda name: phases.class_means(run, name, self.frozen[name]))
+        self._statistics = phases.statistics(run, self.frozen)
         split, size = phases.seen_examples(run, phase, self.frozen)
         split = parallel.everywhere(split) if isinstance(split, datasets.Split) else split
         seed = config["data_seed"]
@@ -216,8 +216,8 @@ class Program:
         count = len(part)
         stack = lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x)))  # noqa: E731
         phase = self.phase._replace(learners=map_numbers(lambda x: x[part], self.members.learners))
-        means = lambda _, term: stack(self._means(term.other))  # noqa: E731
-        objectives = with_statistics(phase.objectives, means)
+        stacked = lambda found, term: stack(self._statistics(found, term))  # noqa: E731
+        objectives = with_statistics(phase.objectives, stacked)
         carry = jax.tree.map(stack, train.begin({}, objectives, phase.source))
         return carry.replace(learners=self._new(phase, part)), objectives
 
