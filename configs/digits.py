@@ -4,7 +4,7 @@ Paper: Wang et al., "ABKD", ICML 2025, https://arxiv.org/abs/2505.04560 (the los
 Command: make demo, or python -m abkd_jax.main --config=configs/digits.py --workdir=runs/digits
 Time: 25 s on two CPU cores once installed.
 Number: 95.3 +- 0.6 % of the test set, against 89.4 +- 1.7 % on the labels alone (3 init seeds, jax
-0.10.2); tables in experiments/README.md.
+0.10.2; `digits_demo` in LEDGER.md); tables in experiments/README.md.
 """
 
 import ml_collections

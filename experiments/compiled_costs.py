@@ -34,7 +34,7 @@ from abkd_jax.run.needs import compiled_step
 from abkd_jax.train.sharding import shardings
 from abkd_jax.types import Term
 
-_TABLES = ("divergences", "methods", "vocabulary", "steps")
+_TABLES = ("divergences", "methods", "vocabulary", "steps", "networks")
 _ONLY = flags.DEFINE_list("only", [*_TABLES], f"Of {', '.join(_TABLES)}.")
 _NAMES = flags.DEFINE_list("names", [], "Some rows alone.")
 _TOPOLOGIES = flags.DEFINE_list("topologies", ["v5e:2x4"], "Of libtpu: v5e:2x4, v6e:2x4, ...")
@@ -62,12 +62,15 @@ _ROWS, _CLASSES, _WIDTH = 4096, 1000, 512  # of the methods
 _FEWER = {"sinkd": 1024}  # whose loss is of all pairs of rows
 _TOKENS, _VOCABULARY, _WIDTHS = 8192, 128_256, (2048, 4096)  # of student and teacher
 _CHUNK = 1024  # the default on accelerators
+_IMAGES = 64  # of a network's step
 _CONFIGS = ("digits", "fashion_mnist", "online_fashion_mnist", "cifar100")
 _SETS = {"fashion_mnist": ((28, 28, 1), 10), "cifar100": ((32, 32, 3), 100)}  # not read, but known
 
 
+_OF_STEPS = ["MB / image", "MFLOP / image", "temporaries, MB"]
 _HEADERS = dict(
-    steps=["MB / image", "MFLOP / image", "temporaries, MB"],
+    steps=_OF_STEPS,
+    networks=_OF_STEPS,
     vocabulary=["traffic, GB", "TFLOP", "temporaries, MB"],
 )
 
@@ -93,7 +96,7 @@ class Program(NamedTuple):
 def main() -> None:
     """Prints the tables."""
     tables = {"divergences": _divergences, "methods": _methods}
-    tables |= {"vocabulary": _vocabulary, "steps": _steps}
+    tables |= {"vocabulary": _vocabulary, "steps": _steps, "networks": _networks}
     for table in _ONLY.value:
         if table not in tables:
             raise ValueError(f"--only takes {', '.join(tables)}; found {table!r}.")
@@ -148,13 +151,16 @@ def _divergences(mesh: Mesh) -> Iterator[Program]:
 def _methods(mesh: Mesh) -> Iterator[Program]:
     """Value and gradient of each method's terms in what the student shows."""
     length = ml_collections.ConfigDict(dict(batch_size=_ROWS, num_steps=1200))
-    centers = lambda statistic, term: jnp.ones((_CLASSES, _WIDTH))  # noqa: E731
+    shapes = dict(
+        class_means=(_CLASSES, _WIDTH), class_prior=(_CLASSES,), class_weights=(_CLASSES,)
+    )
+    found = lambda statistic, term: jnp.ones(shapes[statistic.name])  # noqa: E731
     networks, mesh = dict(learner="student", networks=("student", "teacher")), costs.part(mesh, 1)
     for name, terms in arguments.methods(length, "configs/digits.py").items():
         if not _wanted(name):
             continue
         objective = Builder().objective(terms, field=name, **networks)
-        objective = at_step(with_statistics({"": objective}, centers)[""], 0)
+        objective = at_step(with_statistics({"": objective}, found)[""], 0)
 
         def total(student, teacher, batch, objective=objective):
             return losses.total(objective, student, {"teacher": teacher}, batch)[0]
@@ -225,6 +231,30 @@ def _steps(mesh: Mesh) -> Iterator[Program]:
         compiled = functools.partial(compiled_step, plan, plan.phases[-1], some)
         images = 1e6 * config.batch_size / chips
         yield Program(name, f"{config.batch_size}", chips, compiled, (images, images, 1e6))
+
+
+def _networks(mesh: Mesh) -> Iterator[Program]:
+    """A step of each network of the benchmark, and of ImageNet, on labels alone, on one chip."""
+    of_cifar = runpy.run_path("configs/pairs.py")["NETWORKS"]
+    models = {name: (model, 32, 100) for name, model in of_cifar.items()}
+    for depth in (18, 34, 50):
+        models[f"ImageNet's resnet{depth}"] = dict(fn="imagenet_resnet", depth=depth), 224, 1000
+    models["mobilenet_v1"] = dict(fn="mobilenet_v1"), 224, 1000
+    optimizer = dict(fn="sgd", learning_rate=0.05, momentum=0.9, weight_decay=5e-4)
+    terms = dict(task=dict(fn="cross_entropy", weight=1.0))
+    for name, (model, side, num_classes) in models.items():
+        if not _wanted(name):
+            continue
+        config = configs.defaults()
+        student = dict(model=model | dict(dtype="bfloat16"), optimizer=optimizer, terms=terms)
+        learn = dict(learn=("student",))
+        config.update(student=student, phases=dict(learn=learn), batch_size=_IMAGES)
+        examples = np.zeros((_IMAGES, side, side, 3), np.uint8), np.arange(_IMAGES) % num_classes
+        splits = dict(train=examples, validation=None, test=examples)
+        plan = configs.resolve(config, data=data.from_arrays(**splits, num_classes=num_classes))
+        compiled = functools.partial(compiled_step, plan, plan.phases[-1], costs.part(mesh, 1))
+        images = 1e6 * _IMAGES
+        yield Program(name, f"{_IMAGES} x {side} x {side}", 1, compiled, (images, images, 1e6))
 
 
 def _stand_in(config: ml_collections.ConfigDict) -> data.DataSet | None:

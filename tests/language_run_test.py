@@ -139,11 +139,11 @@ def test_a_sweep_of_alpha_and_beta_is_single_runs(whole, alone, tmp_path, monkey
 
     monkeypatch.setattr(data, "evaluation_batches", seen)
     at = "student.terms.distill.divergence."
-    over = {at + "alpha": [0.2, 1.0], at + "beta": [0.7, 0.0]}
+    over = {at + "alpha": [0.75, 1.0], at + "beta": [0.25, 0.0]}
     found = sweep(student(whole), tmp_path / "sweep", over=over)
     assert max(sizes) == 1000 // 32  # a thousand tokens
     assert [(row[at + "alpha"], row[at + "beta"]) for row in found] == [
-        (0.2, 0.7), (0.2, 0.0), (1.0, 0.7), (1.0, 0.0),
+        (0.75, 0.25), (0.75, 0.0), (1.0, 0.25), (1.0, 0.0),
     ]  # fmt: skip
     values = student(whole)
     with values.unlocked():
@@ -153,6 +153,9 @@ def test_a_sweep_of_alpha_and_beta_is_single_runs(whole, alone, tmp_path, monkey
         last = single["networks"]["student"]["last"]
         for name in ("nll", "entropy"):
             np.testing.assert_allclose(row[f"test_{name}"], last[name], rtol=1e-4, err_msg=name)
+        for name in ("agreement", "kl_at_1"):
+            other = last["pairs"]["teacher"][name]
+            np.testing.assert_allclose(row[f"test_{name}"], other, rtol=1e-3, err_msg=name)
 
 
 def tokens(ids):

@@ -565,7 +565,7 @@ def test_what_is_damaged_is_made_anew(read, tmp_path, name):
     assert predicted(read(PAIRS).train) == first
 
 
-def test_several_may_tokenise_a_file_at_once(tmp_path):
+def test_several_may_tokenise_a_file_at_once(tmp_path, capsys):
     path = write_lines(tmp_path / "train.jsonl", PAIRS)
     fields = dict(train=path, validation=0, test=path, tokenizer="bytes", length=64)
     fields |= dict(data_seed=0, stream="always", cache_dir=str(tmp_path / "cache"))
@@ -573,6 +573,16 @@ def test_several_may_tokenise_a_file_at_once(tmp_path):
         found = [*pool.map(lambda _: predicted(data.text(**fields).train), range(8))]
     assert all(rows == found[0] for rows in found)
     assert len([*(tmp_path / "cache").iterdir()]) == 1
+    assert capsys.readouterr().err.count("tokenising") == 1  # the others waited for it
+
+
+def test_what_a_killed_process_left_is_removed(read, tmp_path):
+    left = tmp_path / "cache" / "unfinished-abc" / "made"
+    left.mkdir(parents=True)
+    (left / "ids").write_bytes(b"xxxx")
+    read(PAIRS)
+    (kept,) = (tmp_path / "cache").iterdir()
+    assert kept.name.startswith("text-")
 
 
 def test_what_fails_leaves_nothing(read, tmp_path):

@@ -5,10 +5,10 @@ import functools
 import jax
 import numpy as np
 import pytest
+import torch_networks
 from jax import numpy as jnp
 
 from abkd_jax import models
-from tests import torch_networks
 
 K = 7
 RES = dict(widths=(64, 64, 128, 256, 512))
@@ -160,6 +160,17 @@ def trained(module, variables, inputs, weights):
 def test_parameter_counts(model, hypers, parameters, classes, size):
     params = shapes(getattr(models, model)(num_classes=classes, **hypers), size)["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
+
+
+@pytest.mark.zoo
+@every_network
+def test_every_network_lowers(model, hypers, kind, options, parameters, classes, size):
+    module = getattr(models, model)(num_classes=classes, **hypers)
+    inputs = jax.ShapeDtypeStruct((8, size, size, 3), jnp.float32)
+    weights = jax.ShapeDtypeStruct((8, classes), jnp.float32)
+    step = jax.jit(functools.partial(trained.__wrapped__, module))
+    lowered = jax.export.export(step, platforms=["tpu", "cuda"])
+    assert lowered(shapes(module, size), inputs, weights).platforms == ("tpu", "cuda")
 
 
 @every_network

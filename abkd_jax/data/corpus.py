@@ -1,6 +1,7 @@
 """Files of text as examples of ids: tokenised once, then mapped from disk."""
 
 import contextlib
+import fcntl
 import gzip
 import hashlib
 import itertools
@@ -27,6 +28,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".txt")
 _LEAVING = "text of which a token is left to predict"
 _TOGETHER = 512  # texts that are tokenised at a time
 _VERSION = 2  # of what is kept
+_UNFINISHED = "unfinished-"  # before the names of folders that are being written
 _PARTS = {"ids": np.int32, "counts": np.bool_, "ends": np.int64, "sources": np.int64}
 
 
@@ -135,17 +137,37 @@ def tokenised(path: pathlib.Path, form: Format, cache_dir: str) -> Corpus:
     kept = cache / _identity(path, form)
     with contextlib.suppress(OSError, ValueError):
         return _mapped(kept)
-    if jax.process_index() == 0:
-        print(f"tokenising {path}, kept in {kept}", file=sys.stderr)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            made = pathlib.Path(folder, "made")
+        with _alone(cache), contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError, ValueError):
+                return _mapped(kept)  # which another process has just made
+            if jax.process_index() == 0:
+                print(f"tokenising {path}, kept in {kept}", file=sys.stderr)
+            folder = tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=cache)
+            made = pathlib.Path(stack.enter_context(folder), "made")
             made.mkdir()
             _write(path, form, made)
             return _kept(made, kept)
     except OSError as error:
         raise ValueError(f"data.cache_dir {cache} cannot be written ({error}).") from error
+
+
+@contextlib.contextmanager
+def _alone(cache: pathlib.Path) -> Iterator[None]:
+    """Waits until no other process writes to a folder, and removes what a killed one left there.
+
+    On a file system without locks neither.
+    """
+    handle = os.open(cache, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            for left in cache.glob(f"{_UNFINISHED}*"):
+                shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        os.close(handle)
 
 
 def of_documents(texts: list[str], form: Format) -> Corpus:

@@ -329,9 +329,14 @@ def _by_key(summary: Mapping[str, Mapping[str, Any]], task: Task) -> dict[str, n
 
     Of each network, the score that selects comes first.
     """
+    pairs = {
+        f"{name}|{other}": metrics
+        for name, found in summary.items()
+        for other, metrics in found.get("pairs", {}).items()
+    }
     return {
         f"{name}/{metric}": np.asarray(values)
-        for name, metrics in summary.items()
+        for name, metrics in (summary | pairs).items()
         for metric, values in sorted(metrics.items(), key=lambda x: x[0] != task.score_column.key)
         if np.ndim(values) == 1
     }

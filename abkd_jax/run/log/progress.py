@@ -116,7 +116,9 @@ class Progress:
             return []
         rate = (self._step - self._clock[0]) / (self._latest - self._clock[1])
         left = max(self._total - self._step, 0) / rate
-        return [f"{rate * self._examples_per_step:,.0f} examples/s", f"ETA {_duration(left)}"]
+        examples = rate * self._examples_per_step
+        examples = f"{examples:,.0f}" if examples >= 10 else f"{examples:.2g}"
+        return [f"{examples} examples/s", f"ETA {_duration(left)}"]
 
     def _values(self) -> list[str]:
         return [f"{name} {self._text(name, float(value))}" for name, value in self._shown.items()]
