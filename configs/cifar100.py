@@ -12,7 +12,7 @@ Command: python -m abkd_jax.main --config=configs/cifar100.py --workdir=runs/cif
 Another pair and method: --config=configs/cifar100.py:pair=vgg13-mobilenet_v2,method=dkd
 A published teacher, tested alone: --config="configs/cifar100.py:teacher='FILE.pth'" --evaluate
 Several seeds in one program: python -m experiments.sweep --config=configs/cifar100.py
---init_seeds=5 --workdir=DIR
+--over=student.terms.distill.divergence.alpha=0.8 --init_seeds=5 --workdir=DIR
 Time and number: not measured (the full protocol takes a GPU); see LEDGER.md.
 """
 

@@ -43,6 +43,8 @@ _RUNS = {  # the configs that are measured as they are; {} stands for the folder
     ),
     "cifar100_lt": "configs/cifar100_lt.py",
     "digits": "configs/digits.py",
+    "imagenet/resnet34-resnet18": "configs/imagenet.py:pair=resnet34-resnet18",
+    "imagenet/resnet50-mobilenet_v1": "configs/imagenet.py:pair=resnet50-mobilenet_v1",
     "text": "configs/text.py",
 }
 _OF_SCORES = re.compile(r"accuracy|NLL|\bECE\b|agreement %|next token", re.IGNORECASE)
@@ -138,6 +140,7 @@ def _of_run(workdir: pathlib.Path) -> dict[str, Any]:
     """What the files of a run say of it."""
     result = json.loads((workdir / "result.json").read_text())
     about, score = json.loads((workdir / "config.json").read_text()), result["score"]
+    data = resolve(about["config"]).data()
     logs = [writer.read(path.parent) for path in workdir.rglob("metrics.jsonl")]
     networks = {}
     for name, network in result["networks"].items():
@@ -148,29 +151,34 @@ def _of_run(workdir: pathlib.Path) -> dict[str, Any]:
             "best": best or None,
             "nll": [seed["last"].get("nll") for seed in seeds],
             "steps": network["steps"],
+            "epochs": network["steps"] * about["config"]["batch_size"] / len(data.full),
             "parameters": network["parameters"],
         }
+    seed, count = (about["config"][key] for key in ("init_seed", "init_seeds"))
+    seeds = f"{seed} to {seed + count - 1}" if count > 1 else f"{seed}"
     return {
         "seconds": round(sum(row.get("time/seconds") or 0 for log in logs for row in log)),
         "score": score,
         "selected_on": result["selected_on"],
-        "seeds": f"data {about['config']['data_seed']}, init {about['config']['init_seed']}",
-        "data": digest(resolve(about["config"]).data())[:12],
+        "seeds": f"data {about['config']['data_seed']}, init {seeds}",
+        "data": digest(data)[:12],
         "networks": networks,
     }
 
 
 def page() -> str:
     """LEDGER.md."""
-    runs = [line for row in rows() if row.command.startswith(_MAIN) for line in _lines(row)]
+    found = rows()
+    sources = sorted({source for row in found for _, source in row.published.values()})
+    ran = [row for row in found if row.command.startswith(_MAIN)]
     tables = [
         [row.name, f"`{row.command}`", *(f"{row.measured[key]}" for key in ("seeds", "commit"))]
-        for row in rows()
-        if not row.command.startswith(_MAIN)
+        for row in found
+        if row not in ran
     ]
-    header = ["row", "network", "best", "last", "published", "verdict", "steps", "seeds"]
-    header += ["device", "time", "commit", "data"]
-    sources = {source for row in rows() for _, source in row.published.values()}
+    header = ["row", "config", "network", "best", "last", "published", "verdict", "epochs"]
+    header += ["seeds", "device", "time", "commit", "data"]
+    numbered = [f"{number} {source}" for number, source in enumerate(sources, start=1)]
     return "\n\n".join(
         [
             "# Ledger",
@@ -180,8 +188,8 @@ def page() -> str:
             "protocol is the test set. The verdict compares it with the published number: within "
             "our spread of seeds, or above it or short of it by how much.",
             "## Runs of configs",
-            markdown.table(header, runs),
-            f"Published: {'; '.join(sorted(sources))}.",
+            markdown.table(header, [line for row in ran for line in _lines(row, sources)]),
+            f"Published, by the numbers in brackets: {'; '.join(numbered)}.",
             "## Tables of other commands",
             "What they printed stands in experiments/measured; the pages repeat it.",
             markdown.table(["row", "command", "seeds", "commit"], tables),
@@ -190,15 +198,17 @@ def page() -> str:
     )
 
 
-def _lines(row: Row) -> Iterator[list[str]]:
+def _lines(row: Row, sources: list[str]) -> Iterator[list[str]]:
     """The lines of a run, one for each network."""
+    config = f"`{shlex.split(row.command)[3].removeprefix('--config=')}`"
     found = row.measured or {"networks": {}}
     names = found["networks"] or ["student"]
     for name in names:
         given = row.published.get(name)
-        published = "-" if given is None else f"{given[0]:.2f}"
+        published = "-" if given is None else f"{given[0]:.2f} [{1 + sources.index(given[1])}]"
+        about = [row.name, config, name]
         if not row.measured:
-            yield [row.name, name, "-", "-", published, "not measured", *["-"] * 6]
+            yield [*about, "-", "-", published, "not measured", *["-"] * 6]
             continue
         network = found["networks"][name]
         factor = 100 if found["score"] == "accuracy" else 1
@@ -207,10 +217,9 @@ def _lines(row: Row) -> Iterator[list[str]]:
             for key in ("best", "last")
         )
         texts = [_text(best, factor), _text(last, factor), published, _verdict(best, given)]
-        about = [found[key] for key in ("seeds", "device")]
-        minutes = f"{found['seconds'] / 60:.0f} min"
-        about = [f"{network['steps']:,}", *about, minutes, found["commit"], found["data"]]
-        yield [row.name, name, *texts, *about]
+        how = [f"{network['epochs']:.0f}", found["seeds"], found["device"]]
+        how += [f"{found['seconds'] / 60:.0f} min", found["commit"], found["data"]]
+        yield [*about, *texts, *how]
 
 
 def _text(scores: np.ndarray | None, factor: int) -> str:

@@ -1,41 +1,43 @@
 """The accuracy of a run's networks on its test images, as they are and under attack.
 
-    python -m experiments.robustness --workdir=runs/kdiga
+    python -m experiments.robustness --config=configs/digits.py:method=kdiga --workdir=runs/kdiga
 
-The networks are those that learned in the folder, which may be that of a phase. PGD takes ten steps
-of a quarter of the radius from a random start; every image is attacked once.
+The run is trained if it is not there. PGD takes ten steps of a quarter of the radius from a random
+start; every image is attacked once.
 """
 
 import functools
+import pathlib
 
 import jax
 import numpy as np
 from absl import flags
 from jax import numpy as jnp
 
-from abkd_jax import data, load, metrics
+from abkd_jax import data, load, metrics, train_and_evaluate
 from abkd_jax.config import command, resolve
-from abkd_jax.config.weights import read_about
-from abkd_jax.run.workdir import path_of
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Of a run or of one of its phases.", required=True)
+_CONFIG = command.define_config()
+_WORKDIR = flags.DEFINE_string("workdir", None, "Of the run.", required=True)
 _RADIUS = flags.DEFINE_float("radius", 8.0, "Of 255, in each number of a pixel.", lower_bound=0)
 _STEPS = flags.DEFINE_integer("steps", 10, "Of PGD.", lower_bound=1)
-_IMAGES = flags.DEFINE_integer("images", 10_000, "Of the test images, the first.", lower_bound=1)
 
 
 def main() -> None:
     """Prints a line for each network."""
-    about = read_about(path_of(_WORKDIR.value))
-    test = resolve(about["config"]).data().test
-    print(f"{'accuracy %':>20} {'clean':>8} {'FGSM':>8} {f'PGD-{_STEPS.value}':>8}")
-    for name in about["learners"]:
-        loaded, right, count = load(_WORKDIR.value, name), np.zeros(3), 0
-        for batch in data.evaluation_batches(test, 200):
-            if count < _IMAGES.value:
-                right += np.asarray(_right(loaded.module, loaded.variables, batch))
-                count += int(np.sum(batch["where"]))
-        print(f"{name:>20} " + " ".join(f"{100 * x / count:8.2f}" for x in right), flush=True)
+    train_and_evaluate(_CONFIG.value, _WORKDIR.value)
+    plan = resolve(_CONFIG.value)
+    test = plan.data().test
+    print(f"{'accuracy %':<16}{'clean':>8}{'FGSM':>8}{f'PGD-{_STEPS.value}':>8}")
+    for phase in plan.phases:
+        for name in phase.learners:
+            loaded = load(pathlib.Path(_WORKDIR.value) / phase.folder, name)
+            right = sum(
+                np.asarray(_right(loaded.module, loaded.variables, batch))
+                for batch in data.evaluation_batches(test, 200)
+            )
+            cells = "".join(f"{100 * x / len(test):8.2f}" for x in right)
+            print(f"{name:<16}{cells}", flush=True)
 
 
 @functools.partial(jax.jit, static_argnums=0)

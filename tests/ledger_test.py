@@ -106,8 +106,14 @@ def test_what_a_row_says_of_a_run(tmp_path, copied):
     scores = [seed["last"]["accuracy"] for seed in result["student"]["seeds"]]
     assert found["networks"]["student"]["last"] == scores and len(scores) == 2
     assert found["score"] == "accuracy" and len(found["data"]) == 12
-    about = dict(commit="abc", device="cpu", command="python -m abkd_jax.main")
+    about = dict(
+        commit="abc", device="cpu", command="python -m abkd_jax.main --config=x --workdir=y"
+    )
     row = ledger.Row("digits", about["command"], {"student": (50.0, "x")}, found | about)
-    (line,) = [line for line in ledger._lines(row) if line[1] == "student"]
-    assert line[3] == f"{100 * np.mean(scores):.2f} +- {100 * np.std(scores, ddof=1):.2f}"
-    assert line[4] == "50.00" and line[-1] == found["data"]
+    (line,) = [line for line in ledger._lines(row, ["x"]) if line[2] == "student"]
+    assert line[4] == f"{100 * np.mean(scores):.2f} +- {100 * np.std(scores, ddof=1):.2f}"
+    assert line[5] == "50.00 [1]" and line[-1] == found["data"]
+    assert (
+        line[7] == f"{20 * config.batch_size / 1000:.0f}"
+        and found["seeds"] == "data 0, init 0 to 1"
+    )
