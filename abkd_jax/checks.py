@@ -4,7 +4,9 @@ A value that does not fit, or one that is missing, is a ValueError; an array of 
 shape is an AssertionError.
 """
 
+import importlib
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -157,3 +159,17 @@ def broadcast_shape(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
         return jnp.broadcast_shapes(*shapes)
     except ValueError:
         return None
+
+
+def needed(module: str, *, extra: str = "language") -> ModuleType:
+    """A module of one of the extras.
+
+    Raises:
+        ValueError: if it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{error.name} is not installed; pip install 'abkd_jax[{extra}]'."
+        ) from error

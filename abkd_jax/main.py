@@ -48,7 +48,7 @@ def main() -> None:
         said = "" if published is None else f" (published: {published:.4f})"
         print(f"{name}: {score} {found} on the test set{said}")
     report = pathlib.Path(_WORKDIR.value) / "report.md"
-    print(f"report: {report}" if report.exists() else "Nothing was trained, and nothing written.")
+    print(f"report: {report}" if report.exists() else "Nothing was trained, and no result is kept.")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ is ABKD's, with the numbers of its code for ResNet-56 to ResNet-20 (alpha 0.8, b
 4 without the factor T^2, weight 32), which for the other pairs are our reading.
 Protocol: 240 epochs of 781 batches of 64; SGD with momentum 0.9, weight decay 5e-4 on everything,
 rate 0.05 (0.01 for MobileNetV2 and the ShuffleNets), a tenth of it after epochs 150, 180 and 210;
-crops after padding by 4, flips. There is no validation split: the figure that papers quote is the
-best of 240 evaluations of the test set. The networks and the published scores: configs/pairs.py.
+crops after padding by 4, flips. There is no validation split: the figure that papers quote is that
+of the last epoch, or the best of 240 evaluations of the test set. Networks and published scores:
+configs/pairs.py.
 Differs: a teacher is trained here, by the same recipe; papers load one, as teacher='FILE' does.
 Command: python -m abkd_jax.main --config=configs/cifar100.py --workdir=runs/cifar100
 Another pair and method: --config=configs/cifar100.py:pair=vgg13-mobilenet_v2,method=dkd
@@ -40,7 +41,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     """
     options = configs.parse(argument)
     pairs, name = _PAIRS["get_pairs"](), options.pop("pair", "resnet56-resnet20")
-    if name not in pairs:
+    if not isinstance(name, str) or name not in pairs:
         raise ValueError(f"pair must be one of {', '.join(pairs)}; found {name!r}.")
     pair, method = pairs[name], options.get("method")
     method = method.get("fn") if isinstance(method, dict) else method

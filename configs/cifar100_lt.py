@@ -6,7 +6,8 @@ label-distribution-aware margin loss", NeurIPS 2019 (the counts).
 Protocol: 30 epochs of 84 batches of 128; SGD with momentum 0.9, weight decay 5e-4 on everything, a
 rate that rises to 0.1 over 3 epochs and falls to 0 by a cosine; crops after padding by 4, flips.
 The teacher is trained on the same images. The test set is balanced. Nothing is selected.
-Differs: BKD trains ResNet-32 by ResNet-32 for 200 epochs; ours are ResNet-20 and ResNet-8.
+Differs: BKD trains ResNet-32 by ResNet-32 for 200 epochs, with decay 2e-4 and drops of the rate
+after 160 and 180; ours are ResNet-20 and ResNet-8.
 Command: python -m abkd_jax.main --config=configs/cifar100_lt.py --workdir=runs/cifar100_lt
 Time and number: see LEDGER.md.
 """

@@ -236,6 +236,8 @@ def _steps(mesh: Mesh) -> Iterator[Program]:
 def _networks(mesh: Mesh) -> Iterator[Program]:
     """A step of each network of the benchmark, and of ImageNet, on labels alone, on one chip."""
     of_cifar = runpy.run_path("configs/pairs.py")["NETWORKS"]
+    of_cifar |= {f"vgg{depth}": dict(fn="vgg", depth=depth) for depth in (11, 16, 19)}
+    of_cifar["wrn_16_1"] = dict(fn="wide_resnet", depth=16, widening=1)
     models = {name: (model, 32, 100) for name, model in of_cifar.items()}
     for depth in (18, 34, 50):
         models[f"ImageNet's resnet{depth}"] = dict(fn="imagenet_resnet", depth=depth), 224, 1000

@@ -10,8 +10,8 @@ in experiments/measured/NAME.json.
 """
 
 import json
+import os
 import pathlib
-import platform
 import re
 import runpy
 import shlex
@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from abkd_jax import data as datasets
 from abkd_jax import markdown
 from abkd_jax.config import command, resolve
 from abkd_jax.run.log import writer
@@ -33,24 +34,29 @@ from abkd_jax.train.checkpoint import digest
 _ROW = flags.DEFINE_string("row", None, "The row to measure.")
 _CHECK = flags.DEFINE_bool("check", False, "Check, and write nothing.")
 ROOT = pathlib.Path(__file__).parents[1]
-_MEASURED = ROOT / "experiments" / "measured"
 _PAGES = ("README.md", "experiments/README.md")
 _MAIN = "python -m abkd_jax.main"
-_RUNS = {  # the configs that are measured as they are; {} stands for the folder of the rows' runs
+_RUNS = {  # the configs that are measured as they are
     "cifar100_short": "configs/cifar100_short.py",
-    "cifar100_short/transfer": (
-        "configs/cifar100_short.py:transfer,teacher='{}/cifar100_short/teacher'"
+    "cifar100_short_transfer": (
+        "configs/cifar100_short.py:transfer,teacher='runs/ledger/cifar100_short/teacher'"
     ),
     "cifar100_lt": "configs/cifar100_lt.py",
     "digits": "configs/digits.py",
-    "imagenet/resnet34-resnet18": "configs/imagenet.py:pair=resnet34-resnet18",
-    "imagenet/resnet50-mobilenet_v1": "configs/imagenet.py:pair=resnet50-mobilenet_v1",
     "text": "configs/text.py",
 }
-_OF_SCORES = re.compile(r"accuracy|NLL|\bECE\b|agreement %|next token", re.IGNORECASE)
-_OF_HEADER = r"\nNumber: (.*?)(?:\n[A-Z]\w+:|\n\n|\"\"\")"  # of a config
+_IMAGENET = {  # the teachers' accuracy, in %
+    "resnet34-resnet18": 73.31,
+    "resnet50-mobilenet_v1": 76.16,
+}
+_OF_SCORES = re.compile(
+    r"accuracy|NLL|\bECE\b|agreement %|next token|error %|top-1|perplexity|FGSM|rouge",
+    re.IGNORECASE,
+)
+_OF_HEADER = r"\n(?:Time and n|N)umber: (.*?)(?:\n[A-Z]\w+:|\n\n|\"\"\")"  # of a config
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-_NUMBER = re.compile(r"(?<![\w.])-?\d+\.\d+(?!\.?\d)")  # and no version
+# No version, and of integers those that stand before a spread or per cent.
+_NUMBER = re.compile(r"(?<![\w.])-?\d+\.\d+(?!\.?\d)|(?<![\w.])\d+(?= (?:\+-|%))")
 
 
 class Row(NamedTuple):
@@ -59,13 +65,13 @@ class Row(NamedTuple):
     Attributes:
         name: also that of its file.
         command: in full.
-        published: {network: (score, where it stands)}.
+        published: {network: (score, where it stands, "last" or "best")}.
         measured: what its file says; None without one.
     """
 
     name: str
     command: str
-    published: Mapping[str, tuple[float, str]]
+    published: Mapping[str, tuple[float, str, str]]
     measured: Mapping[str, Any] | None
 
 
@@ -85,32 +91,48 @@ def main() -> None:
 
 def rows() -> list[Row]:
     """All of them."""
-    pairs = runpy.run_path(str(ROOT / "configs" / "pairs.py"))
-    runs = {}
-    for name, pair in pairs["get_pairs"]().items():
-        alone = pairs["ALONE"][pair.teacher], pairs["SOURCES"]["alone"]
-        for method in (*pairs["METHODS"], "abkd"):
-            published = {"teacher": alone}
-            if method in pair.scores:
-                published["student"] = pair.scores[method], pairs["SOURCES"][method]
-            config = f"configs/cifar100.py:pair={name},method={method}"
-            runs[f"cifar100/{name}/{method}"] = config, published
-    runs |= {name: (config, {}) for name, config in _RUNS.items()}
+    runs = _of_pairs() | {name: (config, {}) for name, config in _RUNS.items()}
+    for pair, accuracy in _IMAGENET.items():
+        published = {"teacher": (accuracy, "zkxufo/TTM: README.md", "last")}
+        runs[f"imagenet/{pair}"] = f"configs/imagenet.py:pair={pair}", published
     found = []
     for name, (config, published) in runs.items():
-        argument = shlex.quote(f"--config={config.format('runs/ledger')}")
-        ran = f"{_MAIN} {argument} --workdir=runs/ledger/{name}"
+        ran = f"{_MAIN} {shlex.quote(f'--config={config}')} --workdir=runs/ledger/{name}"
         found.append(Row(name, ran, published, _read(name)))
-    for path in sorted(_MEASURED.rglob("*.json")):  # of the tables of other commands
-        name = path.relative_to(_MEASURED).with_suffix("").as_posix()
+    folder = ROOT / "experiments" / "measured"
+    for path in sorted(folder.rglob("*.json")):  # of the tables of other commands
+        name = path.relative_to(folder).with_suffix("").as_posix()
         if name not in runs:
             found.append(Row(name, _read(name)["command"], {}, _read(name)))
     return found
 
 
+def _of_pairs() -> dict[str, tuple[str, dict[str, tuple[float, str, str]]]]:
+    """{row: (config, published)} of the benchmark; the first row of a teacher trains it."""
+    pairs = runpy.run_path(str(ROOT / "configs" / "pairs.py"))
+    runs, teachers = {}, {}
+    for name, pair in pairs["get_pairs"]().items():
+        for method in (*pairs["METHODS"], "abkd"):
+            row, published = f"cifar100/{name}/{method}", {}
+            config = f"configs/cifar100.py:pair={name},method={method}"
+            if pair.teacher in teachers:
+                config += f",teacher='{teachers[pair.teacher]}'"
+            else:
+                teachers[pair.teacher] = f"runs/ledger/{row}/teacher"
+                published["teacher"] = pairs["ALONE"][pair.teacher], *pairs["SOURCES"]["alone"]
+            if method in pair.scores:
+                published["student"] = pair.scores[method], *pairs["SOURCES"][method]
+            runs[row] = config, published
+    return runs
+
+
 def _read(name: str) -> dict[str, Any] | None:
-    path = _MEASURED / f"{name}.json"
+    path = _file_of(name)
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def _file_of(name: str) -> pathlib.Path:
+    return ROOT / "experiments" / "measured" / f"{name}.json"
 
 
 def measure(row: Row) -> None:
@@ -120,56 +142,75 @@ def measure(row: Row) -> None:
     print(done.stdout)
     if done.returncode:
         sys.exit(f"{row.command} ended with {done.returncode}; the same --row goes on with it.")
-    commit = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    found = {
-        "command": row.command,
-        "commit": subprocess.run(commit, capture_output=True, text=True).stdout.strip(),
-        "device": f"{platform.machine()}, {jax.default_backend()}; jax {jax.__version__}",
-        "seconds": round(time.perf_counter() - start),
-    }
     if row.command.startswith(_MAIN):
-        found |= _of_run(ROOT / "runs" / "ledger" / row.name)
+        found = of_run(ROOT / "runs" / "ledger" / row.name)
     else:
-        found["printed"] = done.stdout.rstrip().splitlines()
-    path = _MEASURED / f"{row.name}.json"
+        commit = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+        device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores; jax {jax.__version__}"
+        found = {
+            "seeds": (row.measured or {}).get("seeds", "-"),
+            "seconds": round(time.perf_counter() - start),
+            "commit": subprocess.run(commit, capture_output=True, text=True).stdout.strip(),
+            "device": device,
+            "printed": done.stdout.rstrip().splitlines(),
+        }
+    path = _file_of(row.name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    path.write_text(json.dumps({"command": row.command} | found, indent=1) + "\n")
 
 
-def _of_run(workdir: pathlib.Path) -> dict[str, Any]:
+def of_run(workdir: pathlib.Path) -> dict[str, Any]:
     """What the files of a run say of it."""
     result = json.loads((workdir / "result.json").read_text())
     about, score = json.loads((workdir / "config.json").read_text()), result["score"]
-    data = resolve(about["config"]).data()
-    logs = [writer.read(path.parent) for path in workdir.rglob("metrics.jsonl")]
-    networks = {}
-    for name, network in result["networks"].items():
-        seeds = network.get("seeds", [network])
-        best = [seed["best"]["scores"][score] for seed in seeds if seed["best"]]
-        networks[name] = {
-            "last": [seed["last"][score] for seed in seeds],
-            "best": best or None,
-            "nll": [seed["last"].get("nll") for seed in seeds],
-            "steps": network["steps"],
-            "epochs": network["steps"] * about["config"]["batch_size"] / len(data.full),
-            "parameters": network["parameters"],
-        }
+    data, logs = resolve(about["config"]).data(), workdir.rglob("metrics.jsonl")
+    logs = [row for path in logs for row in writer.read(path.parent)]
     seed, count = (about["config"][key] for key in ("init_seed", "init_seeds"))
-    seeds = f"{seed} to {seed + count - 1}" if count > 1 else f"{seed}"
     return {
-        "seconds": round(sum(row.get("time/seconds") or 0 for log in logs for row in log)),
         "score": score,
         "selected_on": result["selected_on"],
-        "seeds": f"data {about['config']['data_seed']}, init {seeds}",
+        "seeds": f"data {about['config']['data_seed']}, init {seed}"
+        + (f" to {seed + count - 1}" if count > 1 else ""),
+        "seconds": round(sum(row.get("time/seconds") or 0 for row in logs)),
+        "commit": about["commit"],
+        "device": f"{about['device']}, {os.cpu_count()} cores; jax {about['versions']['jax']}",
         "data": digest(data)[:12],
-        "networks": networks,
+        "networks": {
+            name: _of_network(network, score)
+            | {"epochs": _epochs(name, network, result, about, data)}
+            for name, network in result["networks"].items()
+        },
     }
+
+
+def _of_network(network: Mapping[str, Any], score: str) -> dict[str, Any]:
+    """The scores of each of its seeds."""
+    seeds = network.get("seeds", [network])
+    return {
+        "last": [seed["last"][score] for seed in seeds],
+        "best": [seed["best"]["scores"][score] for seed in seeds if seed["best"]] or None,
+        "nll": [seed["last"].get("nll") for seed in seeds],
+        "steps": network["steps"],
+        "parameters": network["parameters"],
+    }
+
+
+def _epochs(
+    name: str, network: Any, result: Any, about: Any, data: datasets.DataSet
+) -> float | None:
+    """Over the examples of the phase in which a network learned last; None if it did not learn."""
+    splits = [phase["split"] for phase in result["phases"] if name in phase["learn"]]
+    if not splits:
+        return None
+    split = data.full if splits[-1] == "full" else data.train
+    split = split.labelled_alone() if splits[-1] == "labelled" else split
+    return network["steps"] * min(about["config"]["batch_size"], len(split)) / len(split)
 
 
 def page() -> str:
     """LEDGER.md."""
     found = rows()
-    sources = sorted({source for row in found for _, source in row.published.values()})
+    sources = sorted({source for row in found for _, source, _ in row.published.values()})
     ran = [row for row in found if row.command.startswith(_MAIN)]
     tables = [
         [row.name, f"`{row.command}`", *(f"{row.measured[key]}" for key in ("seeds", "commit"))]
@@ -185,10 +226,12 @@ def page() -> str:
             "Written by `python -m experiments.ledger`; `--row=NAME` measures a row. Accuracies in "
             "%, log-likelihoods in nats; several seeds as mean +- sample deviation. *best* is the "
             "best of all evaluations of the data that select, which for CIFAR-100's published "
-            "protocol is the test set. The verdict compares it with the published number: within "
-            "our spread of seeds, or above it or short of it by how much.",
+            "protocol is the test set. The verdict compares the published number with that of the "
+            "two which it is, as it says: within our spread of seeds (no source tells its own), or "
+            "above it or short of it by how much. *page of*: measured before the ledger was, and "
+            "taken from the page as it was at that commit.",
             "## Runs of configs",
-            markdown.table(header, [line for row in ran for line in _lines(row, sources)]),
+            markdown.table(header, [line for row in ran for line in lines(row, sources)]),
             f"Published, by the numbers in brackets: {'; '.join(numbered)}.",
             "## Tables of other commands",
             "What they printed stands in experiments/measured; the pages repeat it.",
@@ -198,28 +241,29 @@ def page() -> str:
     )
 
 
-def _lines(row: Row, sources: list[str]) -> Iterator[list[str]]:
-    """The lines of a run, one for each network."""
+def lines(row: Row, sources: list[str]) -> Iterator[list[str]]:
+    """The lines of a run in the table, one for each network."""
     config = f"`{shlex.split(row.command)[3].removeprefix('--config=')}`"
     found = row.measured or {"networks": {}}
-    names = found["networks"] or ["student"]
-    for name in names:
-        given = row.published.get(name)
-        published = "-" if given is None else f"{given[0]:.2f} [{1 + sources.index(given[1])}]"
-        about = [row.name, config, name]
+    for name in found["networks"] or ["student"]:
+        given, about, published = row.published.get(name), [row.name, config, name], "-"
+        if given is not None:
+            score, source, which = given
+            published = f"{score:.2f}, {which} [{1 + sources.index(source)}]"
         if not row.measured:
             yield [*about, "-", "-", published, "not measured", *["-"] * 6]
             continue
         network = found["networks"][name]
         factor = 100 if found["score"] == "accuracy" else 1
-        best, last = (
-            np.asarray(network[key], float) * factor if network[key] else None
+        scores = {
+            key: None if network[key] is None else np.asarray(network[key], float) * factor
             for key in ("best", "last")
-        )
-        texts = [_text(best, factor), _text(last, factor), published, _verdict(best, given)]
-        how = [f"{network['epochs']:.0f}", found["seeds"], found["device"]]
-        how += [f"{found['seconds'] / 60:.0f} min", found["commit"], found["data"]]
-        yield [*about, *texts, *how]
+        }
+        texts = [_text(scores[key], factor) for key in scores]
+        epochs = "-" if network["epochs"] is None else f"{network['epochs']:.0f}"
+        how = [epochs, found["seeds"], found["device"], f"{found['seconds'] / 60:.0f} min"]
+        how += [found["commit"], found["data"]]
+        yield [*about, *texts, published, verdict(scores, given), *how]
 
 
 def _text(scores: np.ndarray | None, factor: int) -> str:
@@ -230,11 +274,16 @@ def _text(scores: np.ndarray | None, factor: int) -> str:
     return f"{np.mean(scores):.{digits}f}{spread}"
 
 
-def _verdict(best: np.ndarray | None, published: tuple[float, str] | None) -> str:
-    if best is None or published is None:
+def verdict(
+    scores: Mapping[str, np.ndarray | None], published: tuple[float, str, str] | None
+) -> str:
+    """How the scores of seeds, "last" and "best", compare with the published one."""
+    if published is None:
         return "-"
-    gap = np.mean(best) - published[0]
-    if len(best) > 1 and abs(gap) <= np.std(best, ddof=1):
+    score, _, which = published
+    found = scores["last"] if scores[which] is None else scores[which]
+    gap = np.mean(found) - score
+    if len(found) > 1 and abs(gap) <= np.std(found, ddof=1):
         return "within our spread"
     return f"{'above' if gap > 0 else 'short'} by {abs(gap):.2f}"
 
@@ -268,11 +317,11 @@ def _lines_of_tables(text: str) -> Iterator[str]:
 
 def _named(line: str, measured: Mapping[str, Row]) -> list[Row]:
     """The rows whose names a line has in backticks."""
-    return [measured[name] for name in re.findall(r"`([\w/]+)`", line) if name in measured]
+    return [measured[name] for name in re.findall(r"`([\w/.-]+)`", line) if name in measured]
 
 
 def _known(line: str, measured: list[Row]) -> bool:
-    """Whether each number of a line is, rounded, one of some rows."""
+    """Whether each number of a line is, rounded, one of some rows, whichever of its columns."""
     numbers = np.asarray([x for row in measured for x in _numbers(row.measured)])
     for text in _NUMBER.findall(line):
         digits = len(text.partition(".")[2])
@@ -282,15 +331,16 @@ def _known(line: str, measured: list[Row]) -> bool:
 
 
 def _numbers(measured: Mapping[str, Any]) -> Iterator[float]:
-    """All numbers of a row: those printed, and its scores, in % too, with their spread."""
+    """All numbers of a row: those printed, or a run's scores as they are told, and their spread."""
     for line in measured.get("printed", ()):
         yield from map(float, _NUMBER.findall(line))
+    factor = 100 if measured.get("score") == "accuracy" else 1
     for network in measured.get("networks", {}).values():
-        for key in ("last", "best", "nll"):
-            scores = [x for x in network[key] or [] if x is not None]
-            spread = [np.std(scores, ddof=1)] if len(scores) > 1 else []
-            for score in [*scores, *spread, *([np.mean(scores)] if scores else [])]:
-                yield from (score, 100 * score)
+        for key, of_key in (("last", factor), ("best", factor), ("nll", 1)):
+            scores = [of_key * x for x in network[key] or [] if x is not None]
+            yield from scores
+            yield from [np.mean(scores)] if scores else []
+            yield from [np.std(scores, ddof=1)] if len(scores) > 1 else []
 
 
 def _plain(line: str) -> str:

@@ -4,7 +4,7 @@
 
 One teacher of configs/text.py for all. alpha and beta are those of the highest log-likelihood on
 the validation data, among 5 x 5 and for the first init seed; then all students learn at once, as
-learners of one step, for each of the seeds. The tables, of the test data, are in
+learners of one step, for each of the seeds. What is printed are the tables of test scores out of
 WORKDIR/students/report.md. A killed run goes on by the same command.
 """
 
@@ -25,7 +25,7 @@ _PATH = "student.terms.distill.divergence."
 
 
 def main() -> None:
-    """Runs what is missing, and prints where the report is."""
+    """Runs what is missing, and prints the tables."""
     config, folder = _CONFIG.value, pathlib.Path(_WORKDIR.value)
     with config.unlocked():
         del config.phases["baseline"], config["baseline"]
@@ -36,7 +36,8 @@ def main() -> None:
     train_and_evaluate(
         _together(config, f"{folder}/sweep/teacher", alpha, beta), folder / "students"
     )
-    print(folder / "students" / "report.md")
+    blocks = (folder / "students" / "report.md").read_text().split("\n\n")
+    print("\n\n".join(block for block in blocks if block.startswith("| network |")))
 
 
 def _together(

@@ -28,7 +28,7 @@ from abkd_jax.types import Divergence, Loss
 _LEARNER, _TERM = "student", "distill"
 _FIELD = f"{_LEARNER}.terms.{_TERM}"
 _LONGEST = 2000
-_OF_TORCH = (".pth", ".pt", ".safetensors", ".npz")  # what a file of tensors ends with
+_OF_TORCH = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".safetensors", ".npz")
 _POSITIONAL = "*"  # the key of those values of a call whose keywords are not known yet
 
 
@@ -108,7 +108,7 @@ def _from_elsewhere(config: ConfigDict, name: str, path: Any) -> None:
     """Takes a network from a run or a file, in place of the phase in which it alone learns."""
     if not isinstance(path, str):
         raise _refused(f"gives {name} no folder of a run; write {name}='runs/digits/{name}'")
-    of_torch = path.endswith(_OF_TORCH)
+    of_torch = path.endswith(_OF_TORCH) or pathlib.Path(path).is_file()
     weights = {"fn": "torch", "path": path} if of_torch else {"fn": "run", "workdir": path}
     config[name].weights = ConfigDict(weights)
     for phase, group in list(config.phases.items()):

@@ -6,8 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from abkd_jax.checks import require
-from abkd_jax.data.tokenizers import needed
+from abkd_jax.checks import needed, require
 
 Spans = tuple[tuple[int, int], ...]
 """The first character of each part of a text, and the first after it."""

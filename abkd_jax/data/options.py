@@ -27,7 +27,8 @@ class Options:
         omit: classes of which it sees no example; labels kept of them go with them.
         imbalance: how many times as many examples the first class has as the last one, of all
             training examples, also those of a teacher; between them the counts fall by a constant
-            factor, from N / K on. 1 leaves the set as it is; long-tailed CIFAR has 10 to 200.
+            factor, from N / K on. A class that has fewer keeps them, and examples without a label
+            are left out. 1 leaves the set as it is; long-tailed CIFAR has 10 to 200.
         pad: how many zero pixels a random crop may take on each side of an image; 0 for no crops.
         flip: whether training images are mirrored, left to right, with probability 1/2.
         mean: one number for each channel, of pixels in [0, 1]; () for no normalisation.

@@ -1,17 +1,15 @@
 """Tokenizers: text as ids and back, of a folder of the `tokenizers` library, or bytes."""
 
 import hashlib
-import importlib
 import itertools
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from abkd_jax.checks import require
+from abkd_jax.checks import needed, require
 
 _FILES = (  # of a folder, all that its ids and conversations depend on
     "tokenizer.json",
@@ -147,20 +145,6 @@ def read_tokenizer(name: str) -> Tokenizer:
         special=settings,
         identity=hashlib.sha256(repr((sorted(there), contents)).encode()).hexdigest(),
     )
-
-
-def needed(module: str) -> ModuleType:
-    """A module of the extra `language`.
-
-    Raises:
-        ValueError: if it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{error.name} is not installed; pip install 'abkd_jax[language]'."
-        ) from error
 
 
 def _backend(folder: pathlib.Path) -> Any:

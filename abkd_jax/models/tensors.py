@@ -4,12 +4,11 @@ import json
 import math
 import pathlib
 from collections.abc import Iterable, Mapping
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from abkd_jax.checks import require
+from abkd_jax.checks import needed, require
 from abkd_jax.models.families import Family
 
 _DTYPES = ("F32", "BF16", "F16")
@@ -195,13 +194,13 @@ def write(
             shards, room = [*shards, []], max_shard_bytes
         shards[-1].append(name)
         room -= size
-    weight_map, library = {}, _safetensors()
+    weight_map, library = {}, needed("safetensors.numpy")
     for index, names in enumerate(shards, start=1):
         file = _SINGLE if len(shards) == 1 else f"model-{index:05}-of-{len(shards):05}.safetensors"
         full = [name if name == _LAST else family.prefix + name for name in names]
         arrays = (_written(leaves, tensors[name]) for name in names)
         named = dict(zip(full, arrays, strict=True))
-        library.numpy.save_file(named, folder / file, metadata={"format": "pt"})
+        library.save_file(named, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(full, file)
     if len(shards) > 1:
         size = sum(x.size * x.dtype.itemsize for x in leaves.values())
@@ -218,18 +217,8 @@ def _written(leaves: Mapping[str, Any], tensor: Tensor) -> np.ndarray:
 
 def _opened(file: pathlib.Path) -> Any:
     """A file of tensors, mapped."""
-    library = _safetensors()
+    library = needed("safetensors")
     try:
         return library.safe_open(file, "numpy")
     except (library.SafetensorError, OSError) as error:
         raise ValueError(f"{file} cannot be read: {error}.") from None
-
-
-def _safetensors() -> ModuleType:
-    try:
-        import safetensors.numpy
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "Hugging Face folders need safetensors; pip install 'abkd_jax[language]'."
-        ) from None
-    return safetensors

@@ -1,15 +1,14 @@
 """Networks of PyTorch by their tensors' names: read from its files, and written as it has them."""
 
-import importlib
 import pathlib
+import re
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from abkd_jax.binding import nearest
-from abkd_jax.checks import require
+from abkd_jax.checks import needed, require
 from abkd_jax.types import named_leaves
 
 _LEAVES = {
@@ -30,19 +29,21 @@ def read_tensors(path: str, *, key: str = "") -> dict[str, np.ndarray]:
     Args:
         path: of a file of torch.save, which is read with `weights_only=True`, of safetensors or of
             numpy (.npz).
-        key: under which they stand in the file of torch.save; "" for the only table of tensors
-            that it has.
+        key: under which they stand in a file of torch.save; "" for the only table of tensors that
+            it has. Other files have one table, which needs none.
 
     Returns:
         {name: array}, without the "module." of a network that was split over devices.
 
     Raises:
-        ValueError: one sentence, if the file cannot be read or has no such table.
-        ModuleNotFoundError: one sentence that says what to install.
+        ValueError: one sentence, if the file cannot be read or has no such table, or what reads it
+            is not installed.
     """
     file = pathlib.Path(path)
     if not file.is_file():
         raise ValueError(f"{file} is no file of tensors.")
+    alone = file.suffix in (".npz", ".safetensors")
+    require(not (alone and key), "key", f"left out for {file}, which has one table", key)
     if file.suffix == ".npz":
         tensors = _of_numpy(file)
     elif file.suffix == ".safetensors":
@@ -160,25 +161,29 @@ def _of_numpy(file: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{file} cannot be read: {error}.") from None
+    except Exception as error:  # of zip files, headers and objects: several kinds
+        raise ValueError(f"{file} cannot be read: {_reason(error)}.") from None
 
 
 def _of_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
-    numpy = _imported("safetensors.numpy", "language")
+    numpy = needed("safetensors.numpy")
     try:
         return numpy.load_file(file)
     except Exception as error:  # of a library in Rust, with an exception of its own
-        raise ValueError(f"{file} cannot be read: {error}.") from None
+        raise ValueError(f"{file} cannot be read: {_reason(error)}.") from None
 
 
 def _of_torch(file: pathlib.Path, key: str) -> dict[str, np.ndarray]:
-    torch = _imported("torch", "torch")
+    torch = needed("torch", extra="torch")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # of the unpickler: any
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise ValueError(f"{file} cannot be read by torch.load: {reason}.") from None
+        if other := re.search(r"GLOBAL (\S+) was not an allowed", f"{error}"):
+            raise ValueError(
+                f"{file} holds {other[1]} beside tensors; save these alone, as "
+                "torch.save(content['model'], FILE) does."
+            ) from None
+        raise ValueError(f"{file} cannot be read by torch.load: {_reason(error)}.") from None
 
     def is_table(value: Any) -> bool:
         fits = isinstance(value, Mapping) and value
@@ -189,17 +194,12 @@ def _of_torch(file: pathlib.Path, key: str) -> dict[str, np.ndarray]:
         tables |= {name: value for name, value in content.items() if is_table(value)}
     if not key and "" not in tables and len(tables) == 1:
         (key,) = tables
-    if key not in tables:
-        expected = f"one of the tables of tensors in {file}, which are {[*tables] or 'none'}"
-        require(False, "key", expected, key)
+    expected = f"one of the tables of tensors in {file}, which are {[*tables] or 'none'}"
+    require(key in tables, "key", expected, key)
     return {name: x.detach().float().numpy() for name, x in tables[key].items()}
 
 
-def _imported(name: str, extra: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError:
-        package = name.split(".")[0]
-        raise ModuleNotFoundError(
-            f"this file needs {package}; pip install 'abkd_jax[{extra}]'."
-        ) from None
+def _reason(error: Exception) -> str:
+    """The first line of an error, or its kind where it says nothing."""
+    lines = f"{error}".strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")

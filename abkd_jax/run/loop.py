@@ -70,7 +70,7 @@ def train_and_evaluate(
             `models.as_outputs`.
         data: a data set of your own (`data.from_arrays`), in place of the config's.
         evaluate_only: evaluates the newest checkpoints, and trains nothing; where nothing was
-            trained, the networks that are given or have weights, and writes nothing.
+            trained, the networks that are given or have weights, and keeps no result.
         profile: writes a trace of a few steps of the last phase to workdir/profile.
 
     Returns:

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax import Array
 from jax import numpy as jnp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from abkd_jax import data as datasets
@@ -258,11 +259,14 @@ def statistics(run: Run, networks: Networks) -> Callable[[Statistic, Term], Arra
 def class_counts(run: Run) -> np.ndarray:
     """How many training examples each class has, `[K]`: all labels, and what counts of them."""
     size, count = run.plan.config["batch_size"], run.data.num_classes
-    found = np.zeros(count, np.int64)
-    for batch in datasets.evaluation_batches(run.data.full, size, run.data.preprocess):
+    found, streamed = np.zeros(count, np.int64), isinstance(run.data.full, datasets.Stream)
+    if streamed:
+        print(f"counting the labels of {len(run.data.full):,} examples", file=sys.stderr)
+    for batch in datasets.evaluation_batches(run.data.full, size):
         labels = np.asarray(batch["labels"])[np.asarray(batch["where"])]
         found += np.bincount(labels[labels >= 0], minlength=count)
-    return found
+    # Of a stream each process has seen its rows alone.
+    return multihost_utils.process_allgather(found).reshape(-1, count).sum(0) if streamed else found
 
 
 def log_prior(counts: np.ndarray) -> np.ndarray:
