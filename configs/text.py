@@ -3,8 +3,8 @@
 Paper: Wang et al., "ABKD", ICML 2025, https://arxiv.org/abs/2505.04560 (the loss, not the data).
 Command: python -m abkd_jax.main --config=configs/text.py --workdir=runs/text
 Time: 5 minutes on two cores, of which the teacher 3.
-Number: see LEDGER.md. In so
-few steps forward KL is better; experiments/README.md compares divergences.
+Number: NLL on the test tokens, one init seed: teacher 1.753, baseline 1.966, student 1.960; several
+divergences and seeds in experiments/README.md.
 """
 
 import ml_collections

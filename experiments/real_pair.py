@@ -5,8 +5,8 @@
 The folder is one of the Hugging Face hub, with its tokenizer; the file is JSON Lines with prompt
 and response, of which those with responses of at least 11 words are taken. All students start from
 the same layers and learn at once, as learners of one step that share the teacher's forward pass. A
-killed run goes on by the same command. The report is WORKDIR/report.md; tokens per second and the
-peak of memory are printed.
+killed run goes on by the same command. What is printed are the tables of test scores out of
+WORKDIR/run/report.md, tokens per second and the peak of memory.
 """
 
 import gzip
@@ -54,9 +54,9 @@ def main() -> None:
     rows = [row for row in writer.read(folder / "run") if "time/examples_per_second" in row]
     rate = sorted(row["time/examples_per_second"] for row in rows)[len(rows) // 2]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(
-        f"{folder / 'run' / 'report.md'}: {rate * _LENGTH.value:.0f} tokens/s, peak {peak:.2f} GiB"
-    )
+    blocks = (folder / "run" / "report.md").read_text().split("\n\n")
+    print("\n\n".join(block for block in blocks if block.startswith("| network |")))
+    print(f"{rate * _LENGTH.value:.0f} tokens/s, peak {peak:.2f} GiB")
 
 
 def _chosen(path: pathlib.Path) -> list[str]:
