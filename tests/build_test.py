@@ -170,7 +170,10 @@ def test_the_librarys_own_functions_of_each_kind():
         *("constant", "cosine", "linear", "piecewise", "warmup", "warmup_cosine")
     }
     assert set(names("optimizer")) == {"sgd", "adam", "adamw"}
-    assert set(names("model")) == {*("cached", "cnn", "decoder", "hugging_face", "mlp", "resnet")}
+    of_images = {"imagenet_resnet", "mobilenet_v1", "mobilenet_v2", "resnet", "vgg", "wide_resnet"}
+    of_images |= {"shufflenet_v1", "shufflenet_v2"}
+    others = {"cached", "cnn", "decoder", "hugging_face", "mlp"}
+    assert set(names("model")) == of_images | others
     assert set(names("data")) == {"digits", "text", "tfds", "topics"}
     for kind, name in dict(source="dataset", task="classification", weights="run").items():
         assert name in names(kind)

@@ -192,7 +192,8 @@ OF_CONFIGS = [
      f"{TERM}.fn: 'os.system' lies outside of abkd_jax; list its package under `plugins`."),
     ("config.student.model.fn = 'mpl'",
      "student.model.fn: there is no model 'mpl' (did you mean 'mlp'?); known are cached, cnn, "
-     "decoder, hugging_face, mlp, resnet."),
+     "decoder, hugging_face, imagenet_resnet, mlp, mobilenet_v1, mobilenet_v2, resnet, "
+     "shufflenet_v1, shufflenet_v2, vgg, wide_resnet."),
     ("config.student.model = dict(fn='given')",
      "student.model is 'given', but networks has no 'student'; pass networks={'student': "
      "(apply_fn, variables)} to train_and_evaluate."),

@@ -278,8 +278,9 @@ def test_every_method_has_its_formula():
 def test_the_whole_objective_is_the_published_one(method):
     """With all its terms and weights; warm-ups are at the end of their ramp."""
     with jax.enable_x64(True):
-        means = lambda leaf: CENTERS if isinstance(leaf, Statistic) else leaf  # noqa: E731
-        terms = jax.tree.map(means, objective(METHODS[method]))
+        arrays = {"class_means": CENTERS, "class_weights": np.full(C, -3.0)}  # of equal classes
+        found = lambda x: arrays[x.name] if isinstance(x, Statistic) else x  # noqa: E731
+        terms = jax.tree.map(found, objective(METHODS[method]))
         value, _ = in_all(terms, STUDENT, TEACHER, BATCH, jnp.asarray(20))
     np.testing.assert_allclose(value, expected(method), rtol=1e-10)
 

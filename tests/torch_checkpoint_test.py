@@ -132,7 +132,8 @@ def test_files_that_cannot_be_read(tmp_path, capsys):
         refused[name] = f"{tmp_path / name} cannot be read"
     (tmp_path / "evil.pth").write_bytes(pickle.dumps({"model": Evil()}))
     torch.save({"model": Evil()}, tmp_path / "evil.pt")
-    refused |= {name: f"{tmp_path / name} cannot be read" for name in ("evil.pth", "evil.pt")}
+    refused["evil.pth"] = f"{tmp_path / 'evil.pth'} cannot be read"
+    refused["evil.pt"] = f"{tmp_path / 'evil.pt'} holds print beside tensors; save these alone"
     np.savez(tmp_path / "objects.npz", x=np.array([Evil()], object))
     refused["objects.npz"] = f"{tmp_path / 'objects.npz'} cannot be read"
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
@@ -193,8 +194,8 @@ def test_a_teacher_from_a_file_in_a_run(tmp_path):
     right = np.asarray(outputs.logits).argmax(-1) == np.asarray(run.test.labels)
     assert accuracy == pytest.approx(right.mean(), abs=2e-3)
     page = (tmp_path / "run" / "report.md").read_text()
-    (header,) = [line for line in page.splitlines() if line.startswith("| network | accuracy")]
-    (row,) = [line for line in page.splitlines() if line.startswith("| teacher |")]
+    header, *_ = [line for line in page.splitlines() if line.startswith("| network | accuracy")]
+    row, *_ = [line for line in page.splitlines() if line.startswith("| teacher |")]
     cells = dict(zip(header.split(" | "), row.split(" | "), strict=True))
     assert cells["published"] == "75.00"
 
