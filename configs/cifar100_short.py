@@ -33,9 +33,6 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     """The config; its argument takes `runlocal`, `transfer` and `teacher='WORKDIR'`."""
     options = configs.parse(argument)
     transfer, runlocal = options.pop("transfer", False), options.pop("runlocal", False)
-    if options.keys() - {"teacher"}:
-        name = next(iter(options.keys() - {"teacher"}))
-        raise ValueError(f"this config takes runlocal, transfer and teacher; found {name!r}.")
     batch_size = 128  # the default
     epoch = 50_000 // batch_size
     num_steps = 15 * epoch

@@ -103,7 +103,8 @@ def rows() -> list[Row]:
     for path in sorted(folder.rglob("*.json")):  # of the tables of other commands
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name not in runs:
-            found.append(Row(name, _read(name)["command"], {}, _read(name)))
+            measured = _read(name)
+            found.append(Row(name, measured["command"], {}, measured))
     return found
 
 

@@ -195,11 +195,40 @@ def test_numbers_and_scores_of_a_method_and_pair():
         get("pair=a-b")
 
 
+@pytest.mark.parametrize(
+    "argument,teacher,student,published",
+    [
+        # zkxufo/TTM: README.md.
+        ("", dict(fn="imagenet_resnet", depth=34), dict(fn="imagenet_resnet", depth=18), 0.7331),
+        (
+            "pair=resnet50-mobilenet_v1",
+            dict(fn="imagenet_resnet", depth=50),
+            dict(fn="mobilenet_v1"),
+            0.7616,
+        ),
+    ],
+)
+def test_imagenet_s_pairs(argument, teacher, student, published):
+    config = module("imagenet").get_config(argument)
+    found = {name: config[name].model.to_dict() for name in ("teacher", "student")}
+    half = dict(dtype="bfloat16")
+    assert found == dict(teacher=teacher | half, student=student | half)
+    assert config.teacher.published == published
+
+
+@pytest.mark.parametrize("name", ["cifar100_short", "cifar100_lt"])
+def test_a_config_of_many_students_has_no_number_to_change(name):
+    expected = "has 'alpha', but student.terms.distill, whose it would be, is none"
+    with pytest.raises(ValueError, match=expected):
+        module(name).get_config("alpha=0.5")
+
+
 @pytest.mark.zoo
 @pytest.mark.parametrize("pair", PAIRS)
 def test_every_pair_is_a_config(pair):
     config = module("cifar100").get_config(f"pair={pair}")
-    configs.resolve(config, data=stand_in(config.data))
+    plan = configs.resolve(config, data=stand_in(config.data))
+    assert [[*phase.learners] for phase in plan.phases] == [["teacher"], ["student"]]
 
 
 @pytest.mark.zoo

@@ -218,3 +218,34 @@ def test_against_torch(torch, model, hypers, kind, options, parameters, classes,
     for path, mine in jax.tree.leaves_with_path(stats):
         other = functools.reduce(lambda tree, key: tree[key.key], path, expected["batch_stats"])
         np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "model,hypers,message",
+    [
+        ("wide_resnet", dict(depth=15, widening=1), "depth must be 6 n + 4, such as 16 or 40; fo"),
+        ("wide_resnet", dict(depth=4, widening=1), "depth must be 6 n + 4, such as 16 or 40; fo"),
+        ("wide_resnet", dict(depth=16, widening=0), "widening must be at least 1; found 0."),
+        ("vgg", dict(depth=9), "depth must be one of [8, 11, 13, 16, 19]; found 9."),
+        ("imagenet_resnet", dict(depth=20), "depth must be one of [18, 34, 50]; found 20."),
+        ("mobilenet_v2", dict(width=0.01), "width must be at least 1/16; found 0.01."),
+        ("mobilenet_v2", dict(expansion=0), "expansion must be at least 1; found 0."),
+        ("shufflenet_v2", dict(size=0.7), "size must be one of [0.5, 1.0, 1.5, 2.0]; found 0.7."),
+        *(
+            (model, hypers | dict(dtype="float16"), "dtype must be one of float32, bfloat16; found")
+            for model, hypers in [
+                ("wide_resnet", dict(depth=16, widening=1)),
+                ("vgg", dict(depth=8)),
+                ("imagenet_resnet", dict(depth=18)),
+                ("mobilenet_v1", {}),
+                ("mobilenet_v2", {}),
+                ("shufflenet_v1", {}),
+                ("shufflenet_v2", {}),
+            ]
+        ),
+    ],
+)
+def test_refusals(model, hypers, message):
+    with pytest.raises(ValueError) as error:
+        getattr(models, model)(num_classes=K, **hypers)
+    assert str(error.value).startswith(f"{model}.{message}")

@@ -92,7 +92,7 @@ def apply(
             if beside is None:
                 raise ValueError(f"this config takes no method; found method={name}.")
             config.student.terms = ConfigDict(method_terms(config, name, beside))
-        if values and _TERM not in config[_LEARNER].terms:
+        if values and not (_LEARNER in config and _TERM in config[_LEARNER].terms):
             raise _refused(f"has {next(iter(values))!r}, but {_FIELD}, whose it would be, is none")
         if "divergence" in values:
             _put_divergence(config, values.pop("divergence"), builder)

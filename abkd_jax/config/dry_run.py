@@ -200,8 +200,9 @@ def _check_needs(at: str, learner: str, phase: Phase, outputs: Mapping[str, Outp
                     raise ValueError(
                         f"{at}.{name} needs {part!r} of {network!r}, which its model does not give."
                     )
-        leaves = [leaf for leaf in jax.tree.leaves(term.loss) if isinstance(leaf, Statistic)]
-        for leaf in (leaf for leaf in leaves if leaf.name == "class_means"):
+        for leaf in jax.tree.leaves(term.loss):
+            if not (isinstance(leaf, Statistic) and leaf.name == "class_means"):
+                continue  # the others are of the examples
             if term.other not in phase.see:
                 raise ValueError(
                     f"{at}.{name}: {leaf.name!r} are those of another network that does not learn "
