@@ -3,11 +3,12 @@
     python -m abkd_jax.samples --networks=teacher=DIR,student=DIR --sets=a.jsonl,b.jsonl \\
         --judge=teacher --workdir=runs/samples
 
-A network is a folder of the Hugging Face hub, or the workdir of a run. The lines of a file have
-`prompt`, and maybe `response` or `references`. Each network answers each prompt once for each seed;
-workdir/samples.md has means over seeds with their deviation, and the answers side by side. The same
-command goes on where it was stopped. The published protocol for instructions is the default:
-temperature 1, five seeds, Rouge-L of stemmed words, the best over references.
+A network is a folder of the Hugging Face hub, or the workdir of a run (WORKDIR@NETWORK for one by
+which it does not select). The lines of a file have `prompt`, and maybe `response` or
+`references`. Each network answers each prompt once for each seed; workdir/samples.md has means over
+seeds with their deviation, and the answers side by side. The same command goes on where it was
+stopped. The published protocol for instructions is the default: temperature 1, five seeds, Rouge-L
+of stemmed words, the best over references.
 """
 
 import functools

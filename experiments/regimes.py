@@ -2,33 +2,39 @@
 
     python -m experiments.regimes --workdir=runs/regimes
 
-One teacher of configs/text.py for all, and a run for each source (the data; the teacher's text; the
-student's, half of the time; DistiLLM's) and divergence, of some init seeds. Then each student goes
-on from the first halves of test rows, at temperature 1, and the teacher judges that. With --figure
-in place of the table: what alpha does over training and beta to Self-BLEU, on data (ABKD's figure 6
-b and d). A killed run goes on by the same command.
+One teacher of configs/text.py for all, and for each source (the data; the teacher's text; the
+student's, half of the time; DistiLLM's) and divergence a sweep, whose members are the init seeds.
+Then each student goes on from the first halves of test rows, at temperature 1, and the teacher
+judges that. With --figure in place of the table: what alpha does over training and beta to
+Self-BLEU, on data (ABKD's figure 6 b and d), each a sweep. With --time: seconds of a training step
+of each source, refills among them, over those of the data, in one alternating run. A killed run
+goes on by the same command.
 """
 
+import contextlib
+import csv
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
 from absl import flags
 
-from abkd_jax import figures, load, train_and_evaluate
+from abkd_jax import figures, load, markdown, timing, train, train_and_evaluate
 from abkd_jax.config import command, resolve
 from abkd_jax.data import read_tokenizer
-from abkd_jax.run.log import writer
 from abkd_jax.run.responses import Writing, respond
 from abkd_jax.run.samples import judged, read_lines
+from abkd_jax.sweep import HISTORY, Program, opened, sweep
+from abkd_jax.timing import quartiles
 
 _CONFIG = command.define_config("configs/text.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the runs.", required=True)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "How many init seeds.", lower_bound=1)
 _FIGURE = flags.DEFINE_bool("figure", False, "The figure in place of the table.")
+_TIME = flags.DEFINE_bool("time", False, "The time of the sources in place of the table.")
 _OUT = flags.DEFINE_string("out", "experiments/figures/text_figure6.png", "The figure's path.")
 _SOURCES = {
     "data": dict(fn="dataset"),
@@ -42,11 +48,14 @@ _LOSSES = {
     "jensen_shannon": dict(fn="jensen_shannon", teacher_weight=0.5),
     "alpha_beta": dict(fn="alpha_beta", alpha=0.75, beta=0.25),
 }
-_ALPHAS, _BETAS = (0.25, 0.5, 0.75, 1.0), (0.0, 0.25, 0.5, 0.75)  # the other one as above
+_TERM = "student.terms.distill"
+_ALONE = {f"{_TERM}.weight": [1.0]}  # the config's own: the seeds alone are swept
+_ALPHAS, _BETAS = [0.25, 0.5, 0.75, 1.0], [0.0, 0.25, 0.5, 0.75]  # the other one as above
+_ROUNDS, _STEPS = 5, 30  # of a timing; a turn's steps
 
 
 def main() -> None:
-    """Runs what is missing, and prints the table or draws the figure."""
+    """Runs what is missing, and prints a table or draws the figure."""
     folder, config = pathlib.Path(_WORKDIR.value), _CONFIG.value
     with config.unlocked():
         del config.phases["baseline"], config["baseline"]
@@ -56,40 +65,42 @@ def main() -> None:
     prompts = folder / "prompts.jsonl"
     if not prompts.exists():
         prompts.write_text("".join(_first_halves(config)))
-    (_figure if _FIGURE.value else _table)(config, folder)
+    (_figure if _FIGURE.value else _times if _TIME.value else _table)(config, folder)
 
 
 def _table(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    print(f"{'source':10}{'loss':16}{'NLL':>18}{'judged NLL':>18}{'Self-BLEU':>16}{'time':>7}")
-    first = None
+    header = "source", "loss", "validation NLL", "teacher's NLL of samples", "Self-BLEU", "tokens"
+    rows = []
     for source, group in _SOURCES.items():
         for loss, divergence in _LOSSES.items():
-            seeds = _learned(config, folder, f"{source}_{loss}", group, divergence)
-            first = first or np.median([x["seconds"] for x in seeds])
-            cells = _spread(seeds, "nll", 4), _spread(seeds, "judge_nll", 4)
-            time = np.median([x["seconds"] for x in seeds]) / first
-            bleu = _spread(seeds, "self_bleu", 2, 100)
-            print(
-                f"{source:10}{loss:16}{cells[0]:>18}{cells[1]:>18}{bleu:>16}{time:>7.2f}",
-                flush=True,
-            )
+            made = _config(config, folder, group, divergence)
+            seeds = _learned(made, folder / f"{source}_{loss}", _ALONE)
+            columns = ("validation_nll", 3, 1), ("judge_nll", 3, 1), ("self_bleu", 1, 100)
+            cells = [_spread(seeds, *column) for column in (*columns, ("length", 1, 1))]
+            rows.append((source, loss, *cells))
+            print(*rows[-1], sep="  ", flush=True)
+    print(f"{_SEEDS.value} init seeds, mean +- deviation\n\n{markdown.table(header, rows)}")
 
 
 def _figure(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    curves, bleu = {}, []
+    made = _config(config, folder, _SOURCES["data"], _LOSSES["alpha_beta"])
+    alphas, betas = f"{_TERM}.divergence.alpha", f"{_TERM}.divergence.beta"
+    sweep(made, folder / "alphas", over={alphas: _ALPHAS}, init_seeds=_SEEDS.value)
+    on_the_way, curves = _history(folder / "alphas"), {}
     for alpha in _ALPHAS:
-        divergence = _LOSSES["alpha_beta"] | dict(alpha=alpha)
-        seeds = _learned(config, folder, f"alpha_{alpha}", _SOURCES["data"], divergence)
-        steps = [step for step, _ in seeds[0]["curve"]]
-        means = np.mean([[nll for _, nll in seed["curve"]] for seed in seeds], axis=0)
-        curves[f"alpha {alpha:g}"] = np.asarray(steps), means
-    for beta in _BETAS:
-        divergence = _LOSSES["alpha_beta"] | dict(beta=beta)
-        seeds = _learned(config, folder, f"beta_{beta}", _SOURCES["data"], divergence)
-        bleu.append([100 * seed["self_bleu"] for seed in seeds])
-    last = {
-        f"{len(bleu[0])} seeds": (np.asarray(_BETAS), np.mean(bleu, 1), np.std(bleu, 1, ddof=1))
-    }
+        own = [row for row in on_the_way if row[alphas] == alpha]
+        steps = sorted({row["step"] for row in own})
+        nlls = [[row["validation_nll"] for row in own if row["step"] == step] for step in steps]
+        curves[f"alpha {alpha:g}"] = np.asarray(steps), np.mean(nlls, axis=1)
+    found = _learned(made, folder / "betas", {betas: _BETAS})
+    bleu = np.reshape([100 * row["self_bleu"] for row in found], (len(_BETAS), -1))
+    spread = np.std(bleu, 1, ddof=1) if _SEEDS.value > 1 else np.zeros(len(_BETAS))
+    means = np.mean(bleu, axis=1)
+    last = {f"{_SEEDS.value} seeds": (np.asarray(_BETAS), means, spread)}
+    for row in zip(_BETAS, means, spread, strict=True):
+        print("beta {:g}: Self-BLEU {:.1f} +- {:.1f}".format(*row))
+    for name, (_, nlls) in curves.items():
+        print(f"{name}: validation NLL {', '.join(f'{x:.3f}' for x in nlls)}")
     titles = "Validation NLL, beta 0.25", "Self-BLEU of samples, alpha 0.75"
     panels = [
         {"title": titles[0], "x": "step", "y": "NLL (nats/token)", "curves": curves},
@@ -98,39 +109,69 @@ def _figure(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     print(figures.save(figures.lines(panels, height=3.6), _OUT.value))
 
 
-def _learned(
+def _times(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+    """A step of all members of each source over one on data, refills among them."""
+    with contextlib.ExitStack() as stack:
+        turns = {}
+        for name, group in _SOURCES.items():
+            made = _config(config, folder, group, _LOSSES["alpha_beta"])
+            own = opened(made, folder / f"time_{name}", over=_ALONE, init_seeds=_SEEDS.value)
+            turns[name] = _turn(stack.enter_context(own))
+        seconds = timing.in_turn(turns, _ROUNDS)
+    print(f"{_SEEDS.value} students, {_ROUNDS} rounds of {_STEPS} steps: median [quartiles]")
+    for name, times in seconds.items():
+        ratio = quartiles(times / seconds["data"], ".2f")
+        print(f"{name:10}{quartiles(times / _STEPS, '.3f'):>24} s/step{ratio:>22} x data")
+
+
+def _turn(program: Program) -> Callable[[], Any]:
+    """A call that trains all members for some steps from step 0 on."""
+    how = {"data_seed": 0, "end": _STEPS}
+
+    def call() -> Any:
+        carry, objectives = program.stacked(slice(None))
+        return train.run_steps(
+            program.programs, carry, program.frozen, objectives, program.feed, **how
+        )
+
+    return call
+
+
+def _config(
     config: ml_collections.ConfigDict,
     folder: pathlib.Path,
-    name: str,
-    source: dict[str, Any],
-    divergence: dict[str, Any],
-) -> list[dict[str, Any]]:
-    """What there is to say of the student of each seed, trained on a source by a divergence."""
+    source: Mapping[str, Any],
+    divergence: Mapping[str, Any],
+) -> ml_collections.ConfigDict:
+    """The students of the teacher, on a source by a divergence."""
     own = ml_collections.ConfigDict(config.to_dict())
-    own.teacher = {
-        "model": own.teacher.model,
-        "weights": dict(fn="run", workdir=f"{folder}/teacher"),
-    }
+    weights = dict(fn="run", workdir=f"{folder}/teacher")
+    own.teacher = {"model": own.teacher.model, "weights": weights}
     own.student.terms.distill.divergence = divergence
     own.phases = dict(distill=dict(learn=("student",), see=("teacher",), source=source))
-    own.init_seeds = _SEEDS.value
-    workdir = folder / name
-    train_and_evaluate(own, workdir)
-    judge, tokenizer, found = load(folder / "teacher")[:2], read_tokenizer("bytes"), []
+    return own
+
+
+def _learned(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, over: Mapping[str, Sequence[float]]
+) -> list[dict[str, Any]]:
+    """What there is to say of each member of a sweep: its scores, and of what it writes."""
+    rows = sweep(config, workdir, over=over, init_seeds=_SEEDS.value)
+    judge, tokenizer = load(workdir.parent / "teacher")[:2], read_tokenizer("bytes")
     half = config.data.length // 2
     writing = Writing(max_prompt=half, max_new_tokens=half, batch_size=50)
-    for seed in range(_SEEDS.value):
-        out = workdir / f"samples_{seed}.jsonl"
-        network = load(workdir, seed=seed)[:2]
-        respond(*network, tokenizer, folder / "prompts.jsonl", out, writing._replace(seed=seed))
-        rows = writer.read(workdir / f"seed_{seed}" if seed else workdir)
-        key = "validation/student/log_likelihood"
-        curve = [(row["step"], -row[key]) for row in rows if key in row and row["step"]]
-        seconds = [row["time/seconds"] for row in rows if "student/loss" in row]
-        numbers = judged(read_lines(out), tokenizer=tokenizer, writing=writing, judge=judge)
-        about = {"curve": curve, "nll": curve[-1][1], "seconds": float(np.median(seconds))}
-        found.append(numbers | about)
-    return found
+    for member, row in enumerate(rows):
+        own, out = writing._replace(seed=row["init_seed"]), workdir / f"samples_{member}.jsonl"
+        network = load(workdir, member=member)[:2]
+        respond(*network, tokenizer, workdir.parent / "prompts.jsonl", out, own)
+        row |= judged(read_lines(out), tokenizer=tokenizer, writing=own, judge=judge)
+    return rows
+
+
+def _history(workdir: pathlib.Path) -> list[dict[str, float]]:
+    """The rows of a sweep's scores on the way."""
+    with (workdir / HISTORY).open(newline="") as file:
+        return [{key: float(x) for key, x in row.items()} for row in csv.DictReader(file)]
 
 
 def _first_halves(config: ml_collections.ConfigDict) -> list[str]:
@@ -141,7 +182,7 @@ def _first_halves(config: ml_collections.ConfigDict) -> list[str]:
     return [json.dumps({"prompt": tokenizer.decode(row.tolist())}) + "\n" for row in ids]
 
 
-def _spread(seeds: Sequence[dict[str, Any]], key: str, digits: int, factor: float = 1) -> str:
+def _spread(seeds: Sequence[Mapping[str, Any]], key: str, digits: int, factor: float) -> str:
     values = factor * np.asarray([seed[key] for seed in seeds])
     spread = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{spread}"

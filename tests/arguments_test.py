@@ -334,7 +334,9 @@ def test_a_network_is_taken_from_another_run_in_place_of_its_phase():
     assert [phase.name for phase in plan.phases] == ["baseline", "distill"]
     assert plan.phases[-1].see == ("teacher",)
     weights = plan.networks["teacher"].weights
-    assert dict(weights.static) == dict(workdir="runs/digits/teacher", network="", best=False)
+    assert dict(weights.static) == dict(
+        workdir="runs/digits/teacher", network="", best=False, member=-1
+    )
     without = get_config().to_dict()
     del without["phases"]["teacher"]
     without["teacher"]["weights"] = config.teacher.weights.to_dict()

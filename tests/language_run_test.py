@@ -12,6 +12,7 @@ from jax import numpy as jnp
 
 from abkd_jax import data, load, train_and_evaluate
 from abkd_jax.models import load_decoder, save_decoder
+from abkd_jax.run.responses import opened
 from abkd_jax.sweep import sweep
 from abkd_jax.train.checkpoint import FOLDER, Checkpoints, digest
 from abkd_jax.types import Tokens
@@ -54,6 +55,15 @@ def student(whole, **changes):
 @pytest.fixture(scope="module")
 def alone(whole):
     return train_and_evaluate(student(whole), whole[0].parent / "alone")
+
+
+def test_a_network_of_a_run_is_opened_by_its_name(whole):
+    """And without one that by which the run selects."""
+    for name, expected in ((f"{whole[0]}", "student"), (f"{whole[0]}@student", "student")):
+        found, own = opened(name)[1], load(whole[0], expected).variables
+        assert digest(found["params"]) == digest(own["params"])
+    with pytest.raises(ValueError, match=r"trained .*; found name 'tutor'"):
+        opened(f"{whole[0]}@tutor")
 
 
 def rows(workdir):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
+import abkd_jax
 from abkd_jax import data, parallel, sweep
 from abkd_jax.run.log.progress import Progress
 from abkd_jax.run.loop import train_and_evaluate
@@ -92,6 +93,10 @@ def taught(values, workdir):
     return values | dict(teacher=values["teacher"] | dict(weights=weights), phases=phases)
 
 
+def load(workdir, member=-1):
+    return abkd_jax.load(workdir, member=member)
+
+
 def set_at(values, path, value):
     key, _, rest = path.partition(".")
     return values | {key: set_at(values[key], rest, value) if rest else value}
@@ -119,6 +124,9 @@ def test_members_are_single_runs(swept, tmp_path):
         params = states(folder)["student"]["params"]
         for a, b in zip(*map(jax.tree.leaves, (params, members)), strict=True):
             np.testing.assert_allclose(b[index], a, rtol=1e-5, atol=1e-5)
+        inputs = drawn(4, seed=9)[0]
+        logits = [load(*where)(inputs).logits for where in ((folder,), (workdir, index))]
+        np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-5)
         assert row["test_accuracy"] == pytest.approx(found["accuracy"], abs=1e-6)
         assert row["test_nll"] == pytest.approx(found["nll"], rel=1e-4)
 
@@ -228,6 +236,38 @@ def test_chunks_and_forward_passes_do_not_change_members(swept, tmp_path, monkey
         np.testing.assert_allclose(b, a[3:6], rtol=1e-5, atol=1e-5)
     for row, expected in zip(found, rows, strict=True):
         assert row == pytest.approx(expected, rel=1e-4)
+    for member in (2, 3, 7):
+        own = load(tmp_path, member).variables["params"]
+        for a, b in zip(*map(jax.tree.leaves, (own, whole)), strict=True):
+            np.testing.assert_allclose(a, b[member], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options,sentence",
+    [
+        (dict(), "member must be at least 0 and less than 8, the members of the sweep {}; found"),
+        (dict(member=8), "less than 8, the members of the sweep {}; found 8."),
+        (dict(member=1, best=True), "best must be False, since a sweep keeps the last state"),
+    ],
+)
+def test_members_that_cannot_be_loaded(swept, options, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence.format(swept[0]))):
+        abkd_jax.load(swept[0], **options)
+
+
+def test_a_run_has_no_members(swept):
+    teacher = swept[0] / "teacher"
+    with pytest.raises(ValueError, match=f"member must be -1, since {teacher} is no sweep; found"):
+        load(teacher, 0)
+
+
+def test_a_member_teaches_a_run(swept, tmp_path):
+    """As the run with its numbers would, were it the teacher."""
+    weights = dict(fn="run", workdir=str(swept[0]), member=6)
+    values = taught(config(), swept[0]) | dict(num_steps=2)
+    values["teacher"] = dict(model=values["teacher"]["model"], weights=weights)
+    found = train_and_evaluate(values, tmp_path, data=dataset())["networks"]["teacher"]["last"]
+    assert found["accuracy"] == pytest.approx(swept[1][6]["test_accuracy"], abs=1e-6)
 
 
 @contextlib.contextmanager

@@ -2,10 +2,14 @@
 
 import functools
 import json
+import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+
+from abkd_jax.checks import require
 from abkd_jax.models import (
     Encoder,
     from_torch,
@@ -39,20 +43,21 @@ class Weights(NamedTuple):
     beside: Mapping[str, Any] | None = None
 
 
-def run(*, workdir: str, network: str = "", best: bool = False) -> Weights:
-    """Those of another run.
+def run(*, workdir: str, network: str = "", best: bool = False, member: int = -1) -> Weights:
+    """Those of another run, or of a member of a sweep.
 
     Args:
-        workdir: of the run, or of one of its phases.
+        workdir: of the run, of one of its phases, or of the sweep.
         network: its name there; "" for the one by which the run selects.
         best: the state that was best on the validation data, in place of the last one.
+        member: of a sweep, the row of its table, counted from 0; -1 for a run.
 
     Returns:
         Its weights, without projections, which belong to its training: the moving average of the
         parameters if there is one.
 
     Raises:
-        ValueError: one sentence, if there is no such run, network or checkpoint.
+        ValueError: one sentence, if there is no such run, network, member or checkpoint.
     """
     folder = pathlib.Path(workdir)
     about = read_about(folder)
@@ -64,11 +69,10 @@ def run(*, workdir: str, network: str = "", best: bool = False) -> Weights:
         own = [path for path in own if network in read_about(path)["learners"]]
         hint = f", which is in {own[0]}" if own else ""
         raise ValueError(f"{folder} trained {', '.join(learners)}; found name {network!r}{hint}.")
-    with Checkpoints(folder / FOLDER) as checkpoints:
-        found = checkpoints.best() if best else checkpoints.restore()
-        if found is None:
-            raise ValueError(f"{folder} has no checkpoint{' that was evaluated' if best else ''}.")
-        state = (checkpoints.restore_at(found[0]) if best else found[1])["learners"][network]
+    if "sweep" in about or member != -1:
+        state = _of_member(folder, about, member, best)[network]
+    else:
+        state = _newest(folder, best)["learners"][network]
     params = state["params"] if state.get("ema_params") is None else state["ema_params"]
     group, beside = about["config"][network], None
     if group.get("adapter"):
@@ -82,6 +86,36 @@ def run(*, workdir: str, network: str = "", best: bool = False) -> Weights:
         about["preprocess"],
         beside,
     )
+
+
+def _newest(folder: pathlib.Path, best: bool = False) -> dict[str, Any]:
+    """What the newest checkpoint of a folder holds, or the best."""
+    with Checkpoints(folder / FOLDER) as checkpoints:
+        found = checkpoints.best() if best else checkpoints.restore()
+        if found is None:
+            raise ValueError(f"{folder} has no checkpoint{' that was evaluated' if best else ''}.")
+        return checkpoints.restore_at(found[0]) if best else found[1]
+
+
+def _of_member(
+    folder: pathlib.Path, about: Mapping[str, Any], member: int, best: bool
+) -> dict[str, Any]:
+    """The states of the networks that a member of a sweep trained."""
+    grid = about.get("sweep", {"over": [], "init_seeds": 0})
+    count = math.prod(len(values) for _, values in grid["over"]) * grid["init_seeds"]
+    expected = f"at least 0 and less than {count}, the members of the sweep {folder}"
+    expected = expected if count else f"-1, since {folder} is no sweep"
+    require(0 <= member < count, "member", expected, member)
+    require(not best, "best", "False, since a sweep keeps the last state of its members", best)
+    parts = {int(path.name.rpartition("_")[2]): path for path in folder.glob("members_*")}
+    starts = [start for start in parts if start <= member]
+    if not starts:
+        raise ValueError(f"{folder} has no checkpoint of member {member}.")
+    learners = _newest(parts[max(starts)])["carry"]["learners"]
+    count = len(jax.tree.leaves(learners)[0])
+    if member - max(starts) >= count:
+        raise ValueError(f"{folder} has no checkpoint of member {member}.")
+    return jax.tree.map(lambda x: x[member - max(starts)], learners)
 
 
 def hugging_face(

@@ -171,24 +171,25 @@ def _with_references(line: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def opened(model: str, network: str | None = None) -> tuple[Any, Any, Tokenizer, str]:
+def opened(model: str) -> tuple[Any, Any, Tokenizer, str]:
     """The decoder of a folder of the hub, or of a run: module, variables, tokenizer and template.
 
     Of a folder the tokens that its tokenizer has can be written alone, not the table's padding.
 
     Args:
-        model: the folder, or a workdir.
-        network: of a run; None for that by which it selects.
+        model: the folder; or a workdir, for the network by which the run selects, or
+            WORKDIR@NETWORK.
 
     Raises:
         ValueError: one sentence, if it is neither.
     """
+    model, _, network = (model, "", "") if os.path.exists(model) else model.rpartition("@")
     if not pathlib.Path(model, FOLDER).exists():
         (module, variables), tokenizer = load_decoder(model), read_tokenizer(model)
         count = min(tokenizer.size, module.architecture.num_classes)
         module = Decoder(dataclasses.replace(module.architecture, num_classes=count))
         return module, jax.tree.map(jnp.asarray, variables), tokenizer, _PLAIN
-    loaded = load(model, network)
+    loaded = load(model, network or None)
     data = loaded.config["data"]
     tokenizer = read_tokenizer(data.get("tokenizer", "bytes"))
     return *loaded[:2], tokenizer, data.get("template", _PLAIN)

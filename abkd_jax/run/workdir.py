@@ -63,16 +63,18 @@ def load(
     *,
     best: bool = False,
     seed: int = 0,
+    member: int = -1,
     merge: bool = True,
     networks: Mapping[str, tuple[Callable, Any]] | None = None,
 ) -> Loaded:
-    """Loads a network that a run trained.
+    """Loads a network that a run trained, or a member of a sweep.
 
     Args:
-        workdir: of the run, or of a phase before its last, which is in workdir/PHASE.
+        workdir: of the run, of a phase before its last, which is in workdir/PHASE, or of a sweep.
         name: of the network; None for the one by which the run selects.
         best: the state that was best on the validation data, in place of the last one.
-        seed: of which of the config's `init_seeds`, counted from 0.
+        seed: of which of a run's `init_seeds`, counted from 0.
+        member: of a sweep, the row of its table, counted from 0; -1 for a run.
         merge: whether factors that it learned (`models.lora`) are merged into the weights beside
             them, which are read again; False for a module with both, as `models.save_adapter` has
             it.
@@ -83,8 +85,8 @@ def load(
         (module, variables, config), which can be called with a batch of inputs.
 
     Raises:
-        ValueError: one sentence, if there is no such run, network, seed or checkpoint, or factors
-            are beside other weights than when they learned.
+        ValueError: one sentence, if there is no such run, network, seed, member or checkpoint, or
+            factors are beside other weights than when they learned.
     """
     check_integer("seed", seed, least=0)
     folder = of_seed(pathlib.Path(workdir), seed)
@@ -92,7 +94,8 @@ def load(
         weights.read_about(pathlib.Path(workdir))  # refuses what is no run
         expected = f"0, or that of a folder seed_1, seed_2, ... of {workdir}"
         require((folder / "config.json").exists(), "seed", expected, seed)
-    found = weights.run(workdir=os.fspath(folder), network=name or "", best=best)
+    which = {"network": name or "", "best": best, "member": member}
+    found = weights.run(workdir=os.fspath(folder), **which)
     about = weights.read_about(folder)
     config, name = about["config"], name or about["select"]
     if found.model["fn"] == "given":
