@@ -11,22 +11,22 @@ FLAGS = --xla_backend_optimization_level=0 \
 RUN = XLA_FLAGS="$$XLA_FLAGS $(FLAGS)" \
     $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-long test-all test-zoo lint clean
+.PHONY: demo test test-long test-all test-nightly lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m abkd_jax.main --config=configs/digits.py --workdir=runs/digits
 
 test: $(VENV)/.test lint
-	$(RUN) -m "not slow and not long and not zoo" $(PYTEST)
+	$(RUN) -m "not slow and not long and not nightly" $(PYTEST)
 
 test-long: $(VENV)/.test lint
-	$(RUN) -m "not slow and not zoo" $(PYTEST)
+	$(RUN) -m "not slow and not nightly" $(PYTEST)
 
 test-all: $(VENV)/.test lint
-	$(RUN) -m "not zoo" $(PYTEST)
+	$(RUN) -m "not nightly" $(PYTEST)
 
-test-zoo: $(VENV)/.test lint
-	$(RUN) -m zoo $(PYTEST)
+test-nightly: $(VENV)/.test lint
+	$(RUN) -m nightly $(PYTEST)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -20,6 +20,8 @@ if importlib.util.find_spec("abkd_jax") is None:
 """
 _NOWHERE = "http://127.0.0.1:9"  # a proxy that is not there, so that a download fails
 
+_MINUTES = ("language", "on_policy")
+
 every_notebook = pytest.mark.parametrize("name", _NAMES)
 
 
@@ -40,8 +42,13 @@ def environment(folder):
     }
 
 
-@pytest.mark.long
-@every_notebook
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.nightly if name in _MINUTES else pytest.mark.long)
+        for name in _NAMES
+    ],
+)
 def test_runs(name, tmp_path):
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")

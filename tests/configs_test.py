@@ -224,7 +224,7 @@ def test_a_config_of_many_students_has_no_number_to_change(name):
         module(name).get_config("alpha=0.5")
 
 
-@pytest.mark.zoo
+@pytest.mark.nightly
 @pytest.mark.parametrize("pair", PAIRS)
 def test_every_pair_is_a_config(pair):
     config = module("cifar100").get_config(f"pair={pair}")
@@ -232,7 +232,7 @@ def test_every_pair_is_a_config(pair):
     assert [[*phase.learners] for phase in plan.phases] == [["teacher"], ["student"]]
 
 
-@pytest.mark.zoo
+@pytest.mark.nightly
 @pytest.mark.parametrize("pair", PAIRS)
 def test_every_pair_runs(tmp_path, pair):
     config = module("cifar100").get_config(f"pair={pair},runlocal")
@@ -291,7 +291,9 @@ def count_of_tokens(config):
 @pytest.mark.parametrize(
     "name,argument",
     [
-        pytest.param(name, more, marks=[pytest.mark.zoo] * (name == "imagenet"))  # takes minutes
+        pytest.param(
+            name, more, marks=[pytest.mark.nightly] * (name == "imagenet")
+        )  # takes minutes
         for name, more in _ARGUMENTS
         if more or len(_MORE.get(name, ())) < 2  # method=bdkd is what there is without it
     ],

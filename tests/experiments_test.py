@@ -16,9 +16,9 @@ _OF_THE_BARE_STEP = ("benchmark_loop", "benchmark_losses")
 _DIVERGENCE = "student.terms.distill.divergence"
 
 
-def run(*arguments):
+def run(*arguments, timeout=300):
     command, kept = [sys.executable, "-m", *arguments], dict(capture_output=True, text=True)
-    return subprocess.run(command, cwd=_ROOT, env=environment(), timeout=300, **kept)
+    return subprocess.run(command, cwd=_ROOT, env=environment(), timeout=timeout, **kept)
 
 
 @pytest.mark.slow
@@ -43,6 +43,25 @@ def test_the_table_of_estimators_is_what_its_command_prints(tmp_path):
     *printed, _ = done.stdout.splitlines()
     assert len(printed) == 30 and (tmp_path / "figure.png").exists()
     assert "\n".join(printed) in (_ROOT / "experiments" / "README.md").read_text()
+
+
+@pytest.mark.nightly
+def test_regimes(tmp_path):
+    """Each source by each divergence, what was done is not done again, and the figure."""
+    where = "--config=configs/text.py:runlocal", f"--workdir={tmp_path}", "--seeds=2"
+    done = run("experiments.regimes", *where, timeout=3000)
+    assert done.returncode == 0, done.stderr
+    table = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    cells = [tuple(cell.strip() for cell in line.split("|")[1:3]) for line in table[2:]]
+    sources, losses = (list(dict.fromkeys(x)) for x in zip(*cells, strict=True))
+    assert cells == [(source, loss) for source in sources for loss in losses]
+    assert sources == ["data", "SeqKD", "GKD", "DistiLLM"] and len(losses) == 4
+    assert all(line.count(" +- ") == 4 for line in table[2:])
+    again = run("experiments.regimes", *where, timeout=3000)
+    assert again.stdout == done.stdout
+    figure = run("experiments.regimes", *where, "--figure", f"--out={tmp_path / 'f.png'}")
+    assert figure.returncode == 0, figure.stderr
+    assert (tmp_path / "f.png").exists() and figure.stdout.count("Self-BLEU") == 4
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ RES = dict(widths=(64, 64, 128, 256, 512))
 CIFAR = ("shortcut", "linear")
 
 
-def case(name, model, hypers, kind, options, parameters, *, classes=100, size=32, mark="zoo"):
+def case(name, model, hypers, kind, options, parameters, *, classes=100, size=32, mark="nightly"):
     marks = [getattr(pytest.mark, mark)] if mark else []
     return pytest.param(
         model, hypers, kind, options, parameters, classes, size, id=name, marks=marks
@@ -157,7 +157,7 @@ def test_parameter_counts(model, hypers, parameters, classes, size):
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
 
 
-@pytest.mark.zoo
+@pytest.mark.nightly
 @every_network
 def test_every_network_lowers(model, hypers, kind, options, parameters, classes, size):
     module = getattr(models, model)(num_classes=classes, **hypers)
