@@ -227,7 +227,12 @@ def test_chunks_and_forward_passes_do_not_change_members(swept, tmp_path, monkey
     values["phases"] = values["phases"] | dict(distill=values["phases"]["distill"] | source)
     over = {ALPHA: [1.0, 0.2], RATE: [0.1, 0.3]}
     found = sweep.sweep(values, tmp_path, over=over, init_seeds=2, chunk=3, data=dataset())
-    assert "computed once" not in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "computed once" not in told
+    for part in ("1 to 3", "4 to 6", "7 to 8"):
+        lines = [x for x in told.splitlines() if x.startswith(f"students {part} of 8 step ")]
+        steps = [int(x.split("step ")[1].split("/20")[0]) for x in lines]
+        assert steps[0] == 5 and steps[-1] == 20
     names = sorted(path.name for path in tmp_path.glob("members_*"))
     assert names == ["members_00000", "members_00003", "members_00006"]
     whole = states(workdir / "members_00000")["student"]["params"]

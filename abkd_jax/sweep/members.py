@@ -264,7 +264,8 @@ class _Recorder:
         """A member that is not finite stays as it was; the others go on."""
 
     def log(self, carry: train.Carry, step: int) -> None:
-        """Rows are of evaluations alone."""
+        """Shows how far it is; rows are of evaluations alone."""
+        self.progress.log(step, {})
 
     def evaluate(self, carry: train.Carry, step: int) -> tuple[Any, float | None]:
         """Puts the scores into the history, and the best one into the progress."""
