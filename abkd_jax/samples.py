@@ -12,15 +12,12 @@ of stemmed words, the best over references.
 """
 
 import functools
-import itertools
-import json
-import pathlib
 
 from absl import app, flags
 
 from abkd_jax.config import command
-from abkd_jax.run.responses import Writing, opened, respond
-from abkd_jax.run.samples import judged, page, read_lines
+from abkd_jax.run.responses import Writing
+from abkd_jax.run.samples import compared
 
 _NETWORKS = flags.DEFINE_list("networks", None, "NAME=FOLDER of each.")
 _SETS = flags.DEFINE_list("sets", None, "JSON Lines with prompts, each a set.")
@@ -42,31 +39,8 @@ def main() -> None:
         raise ValueError(f"--networks must be NAME=FOLDER,...; found {','.join(_NETWORKS.value)}.")
     if _JUDGE.value and _JUDGE.value not in folders:
         raise ValueError(f"--judge must be one of {', '.join(folders)}; found {_JUDGE.value!r}.")
-    found, written, given = {}, {}, _WRITING()
-    workdir = pathlib.Path(_WORKDIR.value)
-    judge = opened(folders[_JUDGE.value]) if _JUDGE.value else None
-    for name, folder in folders.items():
-        ready = judge if name == _JUDGE.value else opened(folder)
-        *network, tokenizer, template = ready
-        if judge and judge[2].vocabulary != tokenizer.vocabulary:
-            raise ValueError(
-                f"--judge={_JUDGE.value} has other tokens than {name}, and cannot judge its text."
-            )
-        for path, seed in itertools.product(map(pathlib.Path, _SETS.value), range(_SEEDS.value)):
-            how = {"seed": given.seed + seed, "template": given.template or template}
-            stem, writing = path.name.partition(".jsonl")[0], given._replace(**how)
-            out = workdir / name / f"{stem}_{writing.seed}.jsonl"
-            respond(*network, tokenizer, path, out, writing)
-            lines = read_lines(out)
-            written.setdefault(stem, {}).setdefault(name, lines)
-            numbers = judged(lines, tokenizer=tokenizer, writing=writing, judge=judge and judge[:2])
-            found.setdefault(stem, {}).setdefault(name, []).append(numbers)
-    about = f"{_SEEDS.value} seeds from {given.seed} on; {given}."
-    about += f" The judge is {_JUDGE.value}." if judge else ""
-    text = page(found, written, about)
-    (workdir / "samples.json").write_text(json.dumps(found, indent=1) + "\n")
-    (workdir / "samples.md").write_text(text)
-    print(text)
+    how = {"seeds": _SEEDS.value, "judge": _JUDGE.value}
+    print(compared(folders, _SETS.value, _WORKDIR.value, _WRITING(), **how))
 
 
 if __name__ == "__main__":

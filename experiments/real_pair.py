@@ -7,6 +7,12 @@ and response, of which those with responses of at least 11 words are taken. All 
 the same layers and learn at once, as learners of one step that share the teacher's forward pass. A
 killed run goes on by the same command. What is printed are the tables of test scores out of
 WORKDIR/run/report.md, tokens per second and the peak of memory.
+
+With --questions=FILE, JSON Lines with prompt and response or Self-Instruct's own, of which the first
+--count of at most 256 characters are taken, the students of forward KL and alpha-beta go on for
+--on_policy steps, half of the batches with responses of their own. Then the teacher and all
+students but that of reverse KL answer the questions in at most 128 tokens at temperature 1, for
+five seeds, and what is printed besides are Rouge-L and what else `abkd_jax.samples` says.
 """
 
 import gzip
@@ -21,6 +27,8 @@ from abkd_jax import config as configs
 from abkd_jax import train_and_evaluate
 from abkd_jax.config import command
 from abkd_jax.run.log import writer
+from abkd_jax.run.responses import Writing
+from abkd_jax.run.samples import compared
 
 _FOLDER = flags.DEFINE_string("folder", None, "The teacher's.", required=True)
 _PAIRS = flags.DEFINE_string("pairs", None, "Prompts and responses.", required=True)
@@ -33,13 +41,20 @@ _PROMPT = flags.DEFINE_integer("prompt", 48, "Tokens of a prompt, its last.", lo
 _HELD_OUT = flags.DEFINE_integer(
     "held_out", 100, "Lines to test; half as many validate.", lower_bound=2
 )
+_QUESTIONS = flags.DEFINE_string("questions", None, "Prompts and responses to evaluate by.")
+_COUNT = flags.DEFINE_integer("count", 100, "Of the questions, the first.", lower_bound=1)
+_ON_POLICY = flags.DEFINE_integer("on_policy", 100, "Steps on own responses.", lower_bound=1)
 _TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 _DIVERGENCES = {
     "forward_kl": dict(fn="forward_kl"),
     "reverse_kl": dict(fn="reverse_kl"),
     "alpha_beta": dict(fn="alpha_beta", alpha=0.2, beta=0.7),
 }
+_ON = ("forward_kl", "alpha_beta")  # which go on with text of their own
 _FEWEST_WORDS = 11
+_LONGEST = 256  # characters of a question
+_SEEDS = 5
+_ANSWERS = Writing(template=_TEMPLATE, max_prompt=128, max_new_tokens=128, batch_size=20)
 _END = "<|endoftext|>"  # which some files have at the end of their responses
 
 
@@ -57,6 +72,42 @@ def main() -> None:
     blocks = (folder / "run" / "report.md").read_text().split("\n\n")
     print("\n\n".join(block for block in blocks if block.startswith("| network |")))
     print(f"{rate * _LENGTH.value:.0f} tokens/s, peak {peak:.2f} GiB")
+    if _QUESTIONS.value:
+        print(_answers(folder, pairs))
+
+
+def _answers(folder: pathlib.Path, pairs: pathlib.Path) -> str:
+    """Trains on, and the page of what is answered then."""
+    networks = {"teacher": _FOLDER.value}
+    networks |= {name: f"{folder / 'run'}@{name}" for name in ("labels", *_ON)}
+    for name in _ON:
+        networks[f"{name}, on-policy"] = f"{folder / name}"
+        train_and_evaluate(_on_policy(pairs, folder / "run", name), folder / name)
+    questions = folder / "questions.jsonl"
+    if not questions.exists():
+        questions.write_text("".join(_questions(pathlib.Path(_QUESTIONS.value))))
+    how = {"seeds": _SEEDS, "judge": "teacher"}
+    return compared(networks, [f"{questions}"], folder / "samples", _ANSWERS, **how)
+
+
+def _on_policy(pairs: pathlib.Path, workdir: pathlib.Path, name: str) -> ml_collections.ConfigDict:
+    """A student of the run, that goes on by its divergence, half of the time on its own text."""
+    config, steps = _config(pairs), _ON_POLICY.value
+    source = dict(fn="generated", by="student", fraction=0.5)
+    rate = dict(fn="warmup_cosine", value=1e-4, end=0.0, warmup_steps=max(1, steps // 10))
+    with config.unlocked():
+        student = config[name].to_dict() | dict(
+            weights=dict(fn="run", workdir=f"{workdir}", network=name)
+        )
+        student["optimizer"]["learning_rate"] = rate
+        config.student = student
+        for other in ("labels", *_DIVERGENCES):
+            del config[other]
+        config.phases = dict(distill=dict(learn=("student",), see=("teacher",), source=source))
+        config.data.pack = False  # a row is a prompt
+        config.num_steps, config.checkpoint_every = steps, max(1, steps // 4)
+        config.log_every = max(1, steps // 20)
+    return config
 
 
 def _chosen(path: pathlib.Path) -> list[str]:
@@ -68,6 +119,19 @@ def _chosen(path: pathlib.Path) -> list[str]:
             if len(response.split()) >= _FEWEST_WORDS:
                 found.append(json.dumps({"prompt": pair["prompt"], "response": response}) + "\n")
     return found
+
+
+def _questions(path: pathlib.Path) -> list[str]:
+    """The lines with short prompts, as `respond` takes them."""
+    found = []
+    for line in map(json.loads, path.read_text().splitlines()):
+        if "instances" in line:  # as Self-Instruct has them
+            first = line["instances"][0]
+            prompt = "\n\n".join(filter(None, (line["instruction"], first["input"])))
+            line = {"prompt": prompt, "references": [first["output"]]}
+        if len(line["prompt"]) <= _LONGEST:
+            found.append(json.dumps(line) + "\n")
+    return found[: _COUNT.value]
 
 
 def _config(pairs: pathlib.Path) -> ml_collections.ConfigDict:

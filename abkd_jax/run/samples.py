@@ -1,7 +1,9 @@
 """What networks write, judged: by references, by its variety, and by another network."""
 
 import functools
+import itertools
 import json
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +17,7 @@ from abkd_jax import markdown
 from abkd_jax.data import Tokenizer
 from abkd_jax.metrics import text
 from abkd_jax.models import decoder_in
-from abkd_jax.run.responses import Writing, prompt_ids
+from abkd_jax.run.responses import Writing, opened, prompt_ids, respond
 from abkd_jax.tasks import Column
 from abkd_jax.types import Tokens
 
@@ -31,6 +33,55 @@ COLUMNS = (
 )
 _SHOWN = 6  # prompts of a page
 _LONGEST = 400  # characters of a text on it
+
+
+def compared(
+    networks: Mapping[str, str],
+    sets: Sequence[str],
+    workdir: str | os.PathLike,
+    writing: Writing,
+    *,
+    seeds: int,
+    judge: str = "",
+) -> str:
+    """Has networks answer prompts, and judges what they write; goes on where it was stopped.
+
+    Args:
+        networks: {name: folder}, as `responses.opened` takes it.
+        sets: JSON Lines with prompts.
+        workdir: the folder that is written: NETWORK/SET_SEED.jsonl, samples.json, samples.md.
+        writing: how, by the first seed; a network's own template where it has none.
+        seeds: how many.
+        judge: which of the networks judges the texts of all; "" for none.
+
+    Returns:
+        samples.md, see `page`.
+
+    Raises:
+        ValueError: one sentence, if a network or a set cannot be used.
+    """
+    found, written, workdir = {}, {}, pathlib.Path(workdir)
+    by = opened(networks[judge]) if judge else None
+    for name, folder in networks.items():
+        *network, tokenizer, template = by if name == judge else opened(folder)
+        if by and by[2].vocabulary != tokenizer.vocabulary:
+            raise ValueError(
+                f"--judge={judge} has other tokens than {name}, and cannot judge its text."
+            )
+        for path, seed in itertools.product(map(pathlib.Path, sets), range(seeds)):
+            how = {"seed": writing.seed + seed, "template": writing.template or template}
+            stem, own = path.name.partition(".jsonl")[0], writing._replace(**how)
+            out = workdir / name / f"{stem}_{own.seed}.jsonl"
+            respond(*network, tokenizer, path, out, own)
+            lines = read_lines(out)
+            written.setdefault(stem, {}).setdefault(name, lines)
+            numbers = judged(lines, tokenizer=tokenizer, writing=own, judge=by and by[:2])
+            found.setdefault(stem, {}).setdefault(name, []).append(numbers)
+    about = f"{seeds} seeds from {writing.seed} on; {writing}."
+    text = page(found, written, f"{about} The judge is {judge}." if judge else about)
+    (workdir / "samples.json").write_text(json.dumps(found, indent=1) + "\n")
+    (workdir / "samples.md").write_text(text)
+    return text
 
 
 def judged(
