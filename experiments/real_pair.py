@@ -8,9 +8,9 @@ the same layers and learn at once, as learners of one step that share the teache
 killed run goes on by the same command. What is printed are the tables of test scores out of
 WORKDIR/run/report.md, tokens per second and the peak of memory.
 
-With --questions=FILE, JSON Lines with prompt and response or Self-Instruct's own, of which the first
---count of at most 256 characters are taken, the students of forward KL and alpha-beta go on for
---on_policy steps, half of the batches with responses of their own. Then the teacher and all
+With --questions=FILE, JSON Lines with prompt and response or as Self-Instruct has them, of which
+the first --count of at most 256 characters are taken, the students of forward KL and alpha-beta go
+on for --on_policy steps, half of the batches with responses of their own. Then the teacher and all
 students but that of reverse KL answer the questions in at most 128 tokens at temperature 1, for
 five seeds, and what is printed besides are Rouge-L and what else `abkd_jax.samples` says.
 """
@@ -69,11 +69,10 @@ def main() -> None:
     rows = [row for row in writer.read(folder / "run") if "time/examples_per_second" in row]
     rate = sorted(row["time/examples_per_second"] for row in rows)[len(rows) // 2]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    blocks = (folder / "run" / "report.md").read_text().split("\n\n")
-    print("\n\n".join(block for block in blocks if block.startswith("| network |")))
+    print(_tables((folder / "run" / "report.md").read_text()))
     print(f"{rate * _LENGTH.value:.0f} tokens/s, peak {peak:.2f} GiB")
     if _QUESTIONS.value:
-        print(_answers(folder, pairs))
+        print(_tables(_answers(folder, pairs)))
 
 
 def _answers(folder: pathlib.Path, pairs: pathlib.Path) -> str:
@@ -108,6 +107,10 @@ def _on_policy(pairs: pathlib.Path, workdir: pathlib.Path, name: str) -> ml_coll
         config.num_steps, config.checkpoint_every = steps, max(1, steps // 4)
         config.log_every = max(1, steps // 20)
     return config
+
+
+def _tables(page: str) -> str:
+    return "\n\n".join(block for block in page.split("\n\n") if block.startswith("| network |"))
 
 
 def _chosen(path: pathlib.Path) -> list[str]:

@@ -8,7 +8,11 @@ import subprocess
 import sys
 
 import pytest
+from decoder_test import make
+from instructions_test import write_tokenizer
 from own_process import environment
+
+from abkd_jax import models
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _THE_CALLER = "abkd_jax/train/advance.py"
@@ -43,6 +47,32 @@ def test_the_table_of_estimators_is_what_its_command_prints(tmp_path):
     *printed, _ = done.stdout.splitlines()
     assert len(printed) == 30 and (tmp_path / "figure.png").exists()
     assert "\n".join(printed) in (_ROOT / "experiments" / "README.md").read_text()
+
+
+@pytest.mark.nightly
+def test_the_real_pair_goes_on_with_its_own_text_and_answers(tmp_path):
+    module, variables = make(num_classes=257, width=8, layers=3, heads=2, mlp_width=8)
+    models.save_decoder(tmp_path / "model", module, variables)
+    write_tokenizer(tmp_path / "model")
+    words = "one two three four five six seven eight nine ten eleven"
+    pairs = [{"prompt": f"say {i}", "response": f"{words} {i}"} for i in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    question = {"instruction": "say", "instances": [{"input": "it", "output": words}]}
+    asked = [question, {"prompt": "x" * 257}, {"prompt": "y", "response": "z"}]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
+    files = [f"--pairs={tmp_path / 'pairs.jsonl'}", f"--questions={tmp_path / 'asked.jsonl'}"]
+    files += [f"--folder={tmp_path / 'model'}"]
+    sizes = ["--steps=4", "--rows=2", "--length=64", "--prompt=16", "--held_out=4", "--on_policy=4"]
+    where = f"--workdir={tmp_path / 'pair'}", "--layers=0,2"
+    done = run("experiments.real_pair", *where, *files, *sizes, timeout=1500)
+    assert done.returncode == 0, done.stderr
+    kept = (tmp_path / "pair" / "questions.jsonl").read_text().splitlines()
+    assert json.loads(kept[0]) == {"prompt": "say\n\nit", "references": [words]}
+    assert len(kept) == 2 and json.loads(kept[1]) == asked[2]
+    table = done.stdout.rpartition("| network |")[2].splitlines()
+    names = [line.split("|")[1].strip() for line in table[2:]]
+    on = [f"{name}, on-policy" for name in ("forward_kl", "alpha_beta")]
+    assert names == ["teacher", "labels", "forward_kl", "alpha_beta", *on]
 
 
 @pytest.mark.nightly
