@@ -310,7 +310,7 @@ def exported(divergence, platform, *, kind="TPU v5e", rows=16):
         return export.export(fn, platforms=[platform])(*logits).mlir_module()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @of_family
 def test_it_lowers_for_a_tpu(name):
     assert exported(one(name), "tpu").count("tpu_custom_call") == 1
