@@ -42,3 +42,4 @@ from abkd_jax.divergences.kl import (
     skew_reverse_kl,
 )
 from abkd_jax.divergences.others import alphanet, logit_mse, total_variation
+from abkd_jax.divergences.single_pass import single_pass

@@ -12,6 +12,7 @@ from jax import numpy as jnp
 
 from abkd_jax import checks, numerics
 from abkd_jax.binding import Number, Positive
+from abkd_jax.divergences.single_pass import moved_inside
 from abkd_jax.types import Divergence, Top
 
 _FEW_CLASSES = 256  # up to here numerics.falling_prefix is faster than jax.lax.top_k, on CPU
@@ -39,6 +40,9 @@ def tempered(
     Returns:
         `[...]`, with the sign, the zeros and the limits of the divergence.
     """
+    powers = dict(temperature=temperature, temperature_power=temperature_power)
+    if (whole := moved_inside(divergence, tempered, **powers)) is not None:
+        return whole(student_logits, teacher_logits)
     logits = checks.check_logits(student_logits, teacher_logits)
     *logits, scale = numerics.at_temperature(*logits, temperature, temperature_power)
     return scale * divergence(*logits)
