@@ -23,7 +23,7 @@ _COLLECTIVE = re.compile(
 )
 _SHAPE = re.compile(r"\[([\d,]*)\]")
 _LOOP = re.compile(r"[ )]while\(")
-_PEAKS = {  # TFLOP/s of a device in bfloat16, products of dense matrices, by its vendor's data sheet
+_PEAKS = {  # TFLOP/s of a device in bfloat16, of dense matrices, by its vendor's data sheet
     "TPU v4": 275.0,
     "TPU v5 lite": 197.0,
     "TPU v5e": 197.0,
@@ -178,9 +178,9 @@ def peak(device_kind: str) -> float | None:
 def products(fn: Callable, *args: Any) -> float:
     """The floating-point operations of a function's products of matrices and convolutions.
 
-    A product of [M, K] and [K, N] takes 2 M K N. They are counted in what JAX traces, on all devices
-    together: the body of a scan as often as it runs, of `cond` the dearest branch, the body of a
-    loop without a known end once. What a function computes again to save memory (remat) counts
+    A product of [M, K] and [K, N] takes 2 M K N. They are counted in what JAX traces, on all
+    devices together: the body of a scan as often as it runs, of `cond` the dearest branch, the body
+    of a loop without a known end once. What a function computes again to save memory (remat) counts
     again, as it does for the hardware; what XLA leaves out counts, too, and what is no product
     does not. Nor does what a kernel of a library computes.
 

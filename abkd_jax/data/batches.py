@@ -122,9 +122,10 @@ class Feed:
         batch = examples.batch(data_seed, step)  # inside jit
 
     All of a split in memory is there for an epoch; of a stream the batches of `most` steps, which
-    the caller is to make in one call, are read and stacked. A function of (data_seed, step), so that a run resumes at any step; steps in order are the fast
-    way through a stream. With several processes a stream's `examples.rows` are this process's, out
-    of which the caller makes global arrays.
+    the caller is to make in one call, are read and stacked. A function of (data_seed, step), so
+    that a run resumes at any step; steps in order are the fast way through a stream. With several
+    processes a stream's `examples.rows` are this process's, out of which the caller makes global
+    arrays (of several steps, along their second axis).
     """
 
     def __init__(self, split: Split | Stream, preprocess: Preprocess, *, data_seed: int, size: int):
