@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import importlib.util
+import math
 import os
 import re
 import time
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from abkd_jax.parallel import BATCH
@@ -22,6 +24,22 @@ _COLLECTIVE = re.compile(
 )
 _SHAPE = re.compile(r"\[([\d,]*)\]")
 _LOOP = re.compile(r"[ )]while\(")
+_PEAKS = {  # TFLOP/s of a device in bfloat16, of dense matrices, by its vendor's data sheet
+    "TPU v4": 275.0,
+    "TPU v5 lite": 197.0,
+    "TPU v5e": 197.0,
+    "TPU v5": 459.0,
+    "TPU v5p": 459.0,
+    "TPU v6 lite": 918.0,
+    "TPU v6e": 918.0,
+    "Tesla V100": 125.0,  # in float16
+    "NVIDIA A100": 312.0,
+    "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA H100 80GB HBM3": 989.0,
+    "NVIDIA H200": 989.0,
+    "NVIDIA L4": 121.0,
+    "NVIDIA L40S": 362.0,
+}
 
 
 class Exchange(NamedTuple):
@@ -144,6 +162,73 @@ def compiled(fn: Callable, *args: Any, **options: Any) -> Costs:
         loops=len(_LOOP.findall(text)),
         seconds=seconds,
     )
+
+
+def peak(device_kind: str) -> float | None:
+    """The most floating-point operations a second of a device, in bfloat16.
+
+    Args:
+        device_kind: as `jax.Device` has it: "TPU v5 lite", "NVIDIA A100-SXM4-80GB".
+
+    Returns:
+        Of the known kind with which the name begins, the longest; None for others, such as CPUs.
+    """
+    words = lambda kind: device_kind == kind or device_kind.startswith((f"{kind} ", f"{kind}-"))  # noqa: E731
+    known = [kind for kind in _PEAKS if words(kind)]
+    return _PEAKS[max(known, key=len)] * 1e12 if known else None
+
+
+def products(fn: Callable, *args: Any) -> float:
+    """The floating-point operations of a function's products of matrices and convolutions.
+
+    A product of [M, K] and [K, N] takes 2 M K N. They are counted in what JAX traces, on all
+    devices together: the body of a scan as often as it runs, of `cond` the dearest branch, the body
+    of a loop without a known end once. What a function computes again to save memory (remat) counts
+    again, as it does for the hardware; what XLA leaves out counts, too, and what is no product
+    does not. Nor does what a kernel of a library computes.
+
+    Args:
+        fn: of arrays.
+        *args: or their shapes.
+
+    Returns:
+        The sum.
+    """
+    return _products(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+def _products(jaxpr: Any) -> float:
+    return sum(map(_products_of, jaxpr.eqns))
+
+
+def _products_of(eqn: Any) -> float:
+    """Those of one equation of a jaxpr."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        summed = [eqn.invars[0].aval.shape[axis] for axis in contracted]
+        return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(summed)
+    if name == "conv_general_dilated":
+        kernel, numbers = eqn.invars[1].aval.shape, params["dimension_numbers"]
+        summed = math.prod(kernel) // kernel[numbers.rhs_spec[0]]  # but for its output's channels
+        zeros = math.prod(params["lhs_dilation"])  # in a gradient: the stride, of which one counts
+        return 2.0 * math.prod(eqn.outvars[0].aval.shape) * summed / zeros
+    inner = [_products(x) for x in jaxprs_in_params(params)]
+    if name == "cond":
+        return max(inner, default=0.0)
+    return _repeats(name, params) * sum(inner)
+
+
+def _repeats(name: str, params: Any) -> int:
+    """How often an equation runs the programs in it."""
+    if name == "scan":
+        return params["length"]
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid)
+    if name == "shard_map":  # whose body is one device's
+        shape = params["mesh"].shape
+        return math.prod(shape[axis] for axis in params.get("newly_manual_axes", shape))
+    return 1
 
 
 def exchanges_of(text: str) -> tuple[Exchange, ...]:

@@ -53,4 +53,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     with command.interruptible():
+        command.keep_programs()
         app.run(main, flags_parser=parse)

@@ -253,7 +253,7 @@ def traced(start, end, length, intervals, epoch, refill_every):
         calls.append(("after", step))
         return carry
 
-    feed = lambda step: (step // epoch, (step // epoch + 1) * epoch)  # noqa: E731
+    feed = lambda step, most: (step // epoch, (step // epoch + 1) * epoch)  # noqa: E731
     source = Source(batch=SOURCE.batch)
     if refill_every:
         source = source._replace(refill=refill, refill_every=refill_every)
@@ -303,7 +303,7 @@ def test_what_comes_after_a_call_is_trained_on():
     source = Source(batch=SOURCE.batch)
     advance = lambda carry, *args: (carry + args[-1], jnp.zeros(()))  # noqa: E731
     programs = types.SimpleNamespace(source=source, advance=advance)
-    feed = lambda step: (None, 100)  # noqa: E731
+    feed = lambda step, most: (None, 100)  # noqa: E731
     double = lambda carry, step: 2 * carry  # noqa: E731
     assert run_steps(programs, 0, {}, {}, feed, data_seed=0, end=3, after=double) == 14
 

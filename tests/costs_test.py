@@ -73,6 +73,93 @@ def test_arrays_without_axes_are_everywhere():
     assert dict(costs.part(mesh(8), 4, fsdp=2).shape) == {"data": 2, "fsdp": 2}
 
 
+# --- products -----------------------------------------------------------------------------------
+
+ROWS, IN, OUT = 6, 5, 7
+PRODUCT = 2 * ROWS * IN * OUT
+
+
+def product(x, kernel):
+    return x @ kernel
+
+
+def arrays():
+    return jnp.ones((ROWS, IN)), jnp.ones((IN, OUT))
+
+
+def square(x):
+    return jnp.tanh(x @ x)
+
+
+def loss(fn):
+    return lambda *args: fn(*args).sum()
+
+
+@pytest.mark.parametrize(
+    "fn,expected",
+    [
+        (product, PRODUCT),
+        (jax.jit(product), PRODUCT),
+        (lambda x, k: jnp.einsum("bi,io->ob", x, k), PRODUCT),
+        (jax.grad(loss(lambda x, k: jnp.tanh(x @ k)), argnums=1), 2 * PRODUCT),
+        (jax.grad(loss(lambda x, k: jnp.tanh(x @ k)), argnums=(0, 1)), 3 * PRODUCT),
+        (jax.vmap(lambda x, k: x @ k, in_axes=(0, None)), PRODUCT),
+        (lambda x, k: jax.lax.scan(lambda c, _: (c, x @ k), 0, None, length=3), 3 * PRODUCT),
+        (lambda x, k: jax.lax.cond(x[0, 0] > 0, product, lambda x, k: x @ k @ k.T @ k, x, k),
+         3 * PRODUCT),
+        (lambda x, k: jax.lax.map(lambda row: row @ k, x), PRODUCT),
+        (lambda x, k: x + 1.0, 0),
+    ],
+)  # fmt: skip
+def test_products_of_matrices(fn, expected):
+    assert costs.products(fn, *arrays()) == expected
+
+
+def test_products_need_shapes_alone():
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays()]
+    assert costs.products(product, *shapes) == PRODUCT
+
+
+def test_what_is_computed_again_counts_again():
+    x = jnp.ones((4, 4))
+    of = lambda f: costs.products(jax.grad(loss(lambda x: square(f(x)))), x)  # noqa: E731
+    plain, again = of(square), of(jax.checkpoint(square))
+    assert again == plain + 2 * 4**3
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_products_of_convolutions(stride, groups):
+    """Each gradient takes what the function takes."""
+    image, kernel = jnp.ones((3, 8, 8, 4)), jnp.ones((3, 3, 4 // groups, 6))
+
+    def convolved(image, kernel):
+        return jax.lax.conv_general_dilated(
+            image, kernel, (stride, stride), "SAME", feature_group_count=groups,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+
+    forward = 2 * (3 * (8 // stride) ** 2 * 6) * (3 * 3 * 4 // groups)
+    assert costs.products(convolved, image, kernel) == forward
+    both = jax.grad(loss(lambda *x: convolved(*x) ** 2), argnums=(0, 1))
+    assert costs.products(both, image, kernel) == 3 * forward
+
+
+def test_products_on_all_devices():
+    spec = jax.sharding.PartitionSpec("data")
+    shared = jax.shard_map(
+        lambda x: x @ x.T, mesh=mesh(2), in_specs=spec, out_specs=spec, check_vma=False
+    )
+    assert costs.products(shared, jnp.ones((8, 5))) == 2 * (2 * 4 * 5 * 4)
+
+
+def test_the_peak_is_that_of_the_device():
+    assert costs.peak("cpu") is None and costs.peak("NVIDIA L400") is None
+    assert costs.peak("TPU v5 lite") == 197e12 < costs.peak("TPU v5") == 459e12
+    assert costs.peak("NVIDIA A100-SXM4-80GB") == 312e12
+    assert costs.peak("NVIDIA H100 PCIe") < costs.peak("NVIDIA H100 80GB HBM3")
+
+
 def test_without_its_compiler_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(costs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"^libtpu, .* is missing; pip install -e '\.\[tpu\]'\.$"):

@@ -84,6 +84,20 @@ def test_a_line_says_all(clock, divert):
     assert stderr.getvalue() == expected  # the last line had been said
 
 
+@pytest.mark.parametrize(
+    "waited,mfu,expected", [(0.123, 0.456, ", waiting for data 12 %, MFU 46 %"), (0.004, None, "")]
+)
+def test_a_line_says_what_the_speed_is_limited_by(clock, divert, waited, mfu, expected):
+    stderr = divert()
+    row = {"time/waiting_for_data": waited} | ({} if mfu is None else {"time/mfu": mfu})
+    with display("student", 20) as shown:
+        for step in (1, 2):
+            clock.now += 1.0
+            shown.update(step)
+        shown.log(2, row)
+    assert stderr.getvalue() == f"student step 2/20, 1 examples/s, ETA 0:00:18{expected}\n"
+
+
 def test_steps_before_a_resume_and_compilation_are_not_in_the_rate(clock, divert):
     stderr = divert()
     run(clock, 1000, 1100, seconds=2.0)

@@ -82,7 +82,7 @@ def test_a_step_may_be_started_at(options):
 def test_a_start_replays_nothing():
     records = Records(size=200)
     next(data.Stream(records, np.arange(200)).batches(0, 10, start=10**6))
-    assert len(records.read) < 100
+    assert len(records.read) < 1000  # what threads read ahead
 
 
 @pytest.mark.parametrize("num_hosts", [2, 4])
@@ -124,6 +124,25 @@ def test_a_feed_serves_one_step_at_a_time():
         examples, until = feed(step)
         assert until == step + 1
         assert equal(examples.rows, whole[step])
+
+
+def test_a_feed_stacks_the_steps_of_a_call():
+    """The same batches as one by one, whichever calls were made before."""
+    whole = take(new().batches(0, 4), 8)
+    preprocess = data.Preprocess(mean=jnp.full(2, 0.5), std=jnp.full(2, 0.2), pad=1, flip=True)
+    feed, alone = (data.Feed(new(), preprocess, data_seed=0, size=4) for _ in range(2))
+    batch = jax.jit(lambda examples, step: examples.batch(0, step))
+    for step, most in ((0, 3), (3, 1), (4, 3), (1, 2)):  # an epoch has two steps
+        examples, until = feed(step, most)
+        assert until == step + most
+        assert len(examples.rows["labels"]) == (most if most > 1 else 4)
+        for i in range(step, until):
+            found = batch(examples, i)
+            np.testing.assert_array_equal(found["labels"], whole[i]["labels"])
+            assert equal(found["inputs"], batch(alone(i)[0], i)["inputs"])
+            assert jax.random.key_data(found["key"]).tolist() == (
+                jax.random.key_data(step_key(0, i)).tolist()
+            )
 
 
 def test_a_feed_in_order_starts_reading_once(monkeypatch):

@@ -425,6 +425,23 @@ def test_a_step_is_a_function_of_the_seed(read):
     assert len({row.tobytes() for row in ids}) == len(PAIRS)  # each once in an epoch
 
 
+def test_batches_of_unlike_lengths_are_not_stacked(read):
+    """A call's steps are of one length; else a step is fed alone, and nothing is left out."""
+    pairs = [{"prompt": "?" * (i * 5 % 43), "response": f"{i}"} for i in range(29)]
+    split = read(pairs, max_prompt=50, length=64, lengths=(16, 32), stream="always")
+    new = lambda: data.Feed(split.train, split.preprocess, data_seed=3, size=2)  # noqa: E731
+    alone, feed, step, counts = new(), new(), 0, []
+    while step < 28:  # two epochs
+        examples, until = feed(step, 2)
+        counts.append(until - step)
+        for i in range(step, until):
+            found, expected = examples.batch(3, i), alone(i)[0].batch(3, i)
+            assert equal(found["inputs"], expected["inputs"])
+            np.testing.assert_array_equal(found["labels"], expected["labels"])
+        step = until
+    assert set(counts) == {1, 2}
+
+
 @pytest.mark.parametrize("stream", ["never", "always"])
 @pytest.mark.parametrize("corpus", ["", "corpus.jsonl"])
 def test_batches_are_cut_to_few_lengths(read, tmp_path, stream, corpus):

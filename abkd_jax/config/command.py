@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import hashlib
 import logging
 import os
 import pathlib
+import platform
 import re
 import signal
 import sys
@@ -97,6 +99,7 @@ def run(main: Callable[[], None]) -> None:
     """Runs the `main` of a script: see `parse`, with the flags that it defines, and `entry`."""
     known = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]
     with interruptible():
+        keep_programs()
         app.run(entry(main), flags_parser=functools.partial(parse, known=known))
 
 
@@ -109,6 +112,35 @@ def interruptible() -> Iterator[None]:
         line = "SIGINT: ended at once; the same command goes on from what is saved."
         print(line, file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def keep_programs() -> None:
+    """Compiled programs outlive a command: the same one compiles them once on this machine.
+
+    They are kept in the user's cache folder, unless JAX was told where or whether to keep them
+    (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE). A program that cannot be read is
+    compiled anew.
+    """
+    import jax  # not at the top: who reads flags alone has no need of it
+
+    told = jax.config.jax_compilation_cache_dir is not None
+    if not told and jax.config.jax_enable_compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(_programs()))
+
+
+def _programs() -> pathlib.Path:
+    """The folder of programs for processors such as this one.
+
+    A home may be that of several machines, and what is compiled for a processor may end a process
+    on another.
+    """
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    about, path = [platform.machine(), platform.processor()], pathlib.Path("/proc/cpuinfo")
+    with contextlib.suppress(OSError):
+        lines = path.read_text().splitlines()
+        about += sorted({x for x in lines if x.startswith(("flags", "Features", "model name"))})
+    kind = hashlib.sha256("\n".join(about).encode()).hexdigest()[:12]
+    return cache / "abkd_jax" / "programs" / kind
 
 
 def silence() -> None:

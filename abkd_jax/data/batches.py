@@ -87,21 +87,28 @@ class Resident:
 
 @struct.dataclass
 class Streamed:
-    """What a step takes of a stream: its batch, as it was read.
+    """What the steps of a call take of a stream: their batches, as they were read.
 
     Attributes:
-        rows: inputs `[B, ...]`, labels `[B, ...]` and any masks.
+        rows: of one step: inputs `[B, ...]`, labels `[B, ...]` and any masks; of several, in their
+            order, `[steps, B, ...]`.
         preprocess: of the inputs, augmentation included.
+        first: the first of several steps; None for one.
         length: see `Resident`.
     """
 
     rows: Mapping[str, Any]
     preprocess: Preprocess
+    first: int | Array | None = None
     length: int | None = struct.field(pytree_node=False, default=None)
 
     def batch(self, data_seed: int | Array, step: int | Array) -> Batch:
         """The batch of the step, as that of `Resident`."""
-        rows, key = _split_of(self.rows).cut(self.length), step_key(data_seed, step)
+        rows, key = self.rows, step_key(data_seed, step)
+        if self.first is not None:
+            place = step - self.first
+            rows = jax.tree.map(lambda x: jnp.asarray(x)[place], rows)
+        rows = _split_of(rows).cut(self.length)
         everything = jnp.arange(len(rows))
         inputs = augmented(rows.inputs, everything, augmentation_key(key), self.preprocess)
         return _batch(rows.replace(inputs=inputs), jnp.ones(len(rows), bool)) | {"key": key}
@@ -111,12 +118,14 @@ class Feed:
     """What training steps take from the host, of a split in memory or of a stream.
 
         feed = Feed(split, preprocess, data_seed=0, size=128)
-        examples, until = feed(step)  # serves the steps step, ..., until - 1
+        examples, until = feed(step, most)  # serves the steps step, ..., until - 1
         batch = examples.batch(data_seed, step)  # inside jit
 
-    A function of (data_seed, step), so that a run resumes at any step; steps in order are the fast
-    way through a stream. With several processes a stream's `examples.rows` are this process's, out
-    of which the caller makes global arrays.
+    All of a split in memory is there for an epoch; of a stream the batches of `most` steps, which
+    the caller is to make in one call, are read and stacked. A function of (data_seed, step), so
+    that a run resumes at any step; steps in order are the fast way through a stream. With several
+    processes a stream's `examples.rows` are this process's, out of which the caller makes global
+    arrays (of several steps, along their second axis).
     """
 
     def __init__(self, split: Split | Stream, preprocess: Preprocess, *, data_seed: int, size: int):
@@ -134,8 +143,16 @@ class Feed:
         self._epoch = functools.lru_cache(2)(self._epoch_of)
         self._position = self._batches = None  # of a stream; the position is the next one's step
 
-    def __call__(self, step: int) -> tuple[Resident | Streamed, int]:
-        """A pytree with the method `batch`, and the first later step that it does not serve."""
+    def __call__(self, step: int, most: int = 1) -> tuple[Resident | Streamed, int]:
+        """What serves a step and maybe later ones.
+
+        Args:
+            step: the first one, counted from 0.
+            most: of a stream, so many steps are read; only this one if they cannot be one call.
+
+        Returns:
+            A pytree with the method `batch`, and the first later step that it does not serve.
+        """
         epoch, place = divmod(step, self._steps_per_epoch)
         length, served = None, self._steps_per_epoch - place
         if self._groups is not None:
@@ -143,18 +160,22 @@ class Feed:
             length, others = int(lengths[0]), np.flatnonzero(lengths != lengths[0])
             served = int(others[0]) if len(others) else served
         if isinstance(self._split, Stream):
-            return Streamed(self._read(step), self._preprocess, length), step + 1
+            several = 1 < most and (self._groups is None or most <= served)
+            first, count = (np.int32(step), most) if several else (None, 1)
+            parts = self._read(step, count)
+            rows = jax.tree.map(lambda *x: np.stack(x), *parts) if several else parts[0]
+            return Streamed(rows, self._preprocess, first, length), step + count
         order, _ = self._epoch(epoch)
         examples = Resident(self._split, order, self._preprocess, self._size, length)
         return examples, step + served
 
-    def _read(self, step: int) -> Mapping[str, Any]:
-        """The rows of a step of a stream."""
+    def _read(self, step: int, count: int) -> list[Mapping[str, Any]]:
+        """The rows of some steps of a stream."""
         if step != self._position:
             by_length = None if self._groups is None else lambda epoch: self._epoch(epoch)[0]
             self._batches = self._split.batches(self._data_seed, self._size, step, by_length)
-        self._position = step + 1
-        return next(self._batches)
+        self._position = step + count
+        return [next(self._batches) for _ in range(count)]
 
     def _epoch_of(self, epoch: int) -> tuple[Array, np.ndarray | None]:
         """The order of an epoch, and the lengths of its batches, if there are several."""

@@ -16,6 +16,7 @@ from abkd_jax.checks import require
 _AREAS = (0.08, 1.0)  # of a random crop, as a part of the image's area
 _RATIOS = (3 / 4, 4 / 3)  # of a random crop, width by height
 _RESIZE = 256 / 224  # an evaluated image's shorter side, by the side of the crop out of it
+_MOST_THREADS = 64  # that decode: beyond some the interpreter's lock, which is one, is the limit
 
 
 @dataclasses.dataclass(eq=False)
@@ -120,7 +121,7 @@ class Stream:
         expected = f"a multiple of the {self.process_count} processes that read the stream"
         require(size % self.process_count == 0, "batch_size", expected, size)
         local = size // self.process_count
-        threads = min(16, os.cpu_count() or 1)
+        threads = min(_MOST_THREADS, cores())
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, local))
         offset = self.process_index * local
 
@@ -141,6 +142,12 @@ class Stream:
         image = _resized(image, box, (self.image_size, self.image_size))
         mirrored = self.flip and rng.random() < 0.5
         return {**example, "inputs": image[:, ::-1] if mirrored else image}
+
+
+def cores() -> int:
+    """How many cores this process may use, for its threads that decode."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not everywhere; what Slurm and taskset set
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def random_box(

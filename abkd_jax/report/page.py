@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from abkd_jax import figures, markdown
 from abkd_jax.report import curves
 from abkd_jax.report.files import Report, load
@@ -67,6 +69,7 @@ def page(report: Report, task: Task, captions: Mapping[str, str]) -> str:
         _origin(report.origin),
         "## Results",
         _results(report, task),
+        *_speed(report, task),
         *_best(report, task),
         *task.sections(report),
         "## Figures",
@@ -169,6 +172,27 @@ def _results(report: Report, task: Task) -> str:
     titles += ["seeds"] * report.has_seeds
     header = ["network", *titles, "parameters", "steps", "time"]
     return f"{said}:\n\n{markdown.table(header, rows)}"
+
+
+def _speed(report: Report, task: Task) -> list[str]:
+    """How fast each network learned, by the median row of the first seed; nothing without rows."""
+    rate, rows = f"time/{task.unit}_per_second_per_device", []
+    keys = (rate, "time/waiting_for_data", "time/mfu")
+    for name in report.networks:
+        history, _ = report.history(name)
+        found = [[row[key] for row in history if row.get(key) is not None] for key in keys]
+        speed, waited, mfu = (np.median(values) if values else None for values in found)
+        if speed is not None:
+            told = [
+                f"{speed:,.0f}",
+                f"{100 * waited:.1f} %",
+                *([] if mfu is None else [f"{100 * mfu:.1f} %"]),
+            ]
+            rows.append([name, *told])
+    header = ["network", f"{task.unit} / s and device", "waiting for data", "MFU"]
+    width = max(map(len, rows), default=0)
+    rows = [row + ["-"] * (width - len(row)) for row in rows]
+    return [f"While it learned:\n\n{markdown.table(header[:width], rows)}"] if rows else []
 
 
 def _best(report: Report, task: Task) -> list[str]:

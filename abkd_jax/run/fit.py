@@ -19,7 +19,7 @@ class Fit(NamedTuple):
         programs: compiled.
         frozen: the networks that do not learn.
         objectives: of those that do.
-        feed: step -> examples, and the first step that they do not serve.
+        feed: of the examples, see `run_steps`.
         config: of the run, for its intervals and seeds.
         num_steps: of the training.
         interruption: the wish to stop.
@@ -35,7 +35,7 @@ class Fit(NamedTuple):
     programs: Programs
     frozen: Networks
     objectives: Objectives
-    feed: Callable[[int], tuple[Any, int]]
+    feed: Callable[[int, int], tuple[Any, int]]
     config: Mapping[str, Any]
     num_steps: int
     interruption: Interruption

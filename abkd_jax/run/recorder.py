@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -11,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from abkd_jax import costs, parallel
 from abkd_jax import data as datasets
-from abkd_jax import parallel
 from abkd_jax.config.plan import Phase
 from abkd_jax.run import probing
 from abkd_jax.run.answers import with_answers
@@ -20,6 +21,7 @@ from abkd_jax.run.evaluation import evaluate
 from abkd_jax.run.fit import Fit, fit
 from abkd_jax.run.log.progress import Progress
 from abkd_jax.run.log.writer import Writer
+from abkd_jax.run.pace import Pace
 from abkd_jax.run.phases import Run, objectives_of, seen_examples, trained_once
 from abkd_jax.train import Carry, Networks, Objectives, Programs, Static, on_bases
 from abkd_jax.train.checkpoint import FOLDER, Checkpoints
@@ -69,22 +71,48 @@ def train_phase(
     progress = Progress(label, phase.num_steps, start=step, examples_per_step=size, score=score)
     kept = step or -1  # of a run that begins anew not even the evaluation at step 0
     with Writer(folder, kept) as writer, progress, _profiled(feed, run, phase) as profiled:
-        recorder = _Recorder(
-            run, phase, frozen, objectives, feed, size, folder, checkpoints, writer, progress, step
-        )
         sizes = config["micro_batches"], config["log_every"]
+        programs = Programs(phase.source, Static(*sizes, run.mesh, config["chunk"]))
+        pace = _pace(run, profiled, programs, carry, frozen, objectives, size)
+        recorder = _Recorder(
+            run, phase, frozen, objectives, pace, size, folder, checkpoints, writer, progress, step
+        )
         training = Fit(
             label=label,
-            programs=Programs(phase.source, Static(*sizes, run.mesh, config["chunk"])),
+            programs=programs,
             frozen=frozen,
             objectives=objectives,
-            feed=profiled,
+            feed=pace,
             config=config,
             num_steps=phase.num_steps,
             interruption=run.interruption,
             recorder=recorder,
         )
         return fit(training, carry, step, progress)
+
+
+def _pace(
+    run: Run,
+    feed: Callable[[int, int], Any],
+    programs: Programs,
+    carry: Carry,
+    frozen: Networks,
+    objectives: Objectives,
+    size: int,
+) -> Pace:
+    """The feed of a phase, whose products are counted where the devices' peak is known."""
+    shapes, seed = jax.eval_shape(lambda: carry), run.plan.config["data_seed"]
+    of_example = run.plan.description.labels.shape
+
+    def rows(examples: Any) -> int:
+        shape = of_example if examples.length is None else (examples.length, *of_example[1:])
+        return size * math.prod(shape)
+
+    def flops(examples: Any) -> float:
+        return programs.products(shapes, frozen, objectives, examples, seed, 0)
+
+    known = costs.peak(run.mesh.devices.flat[0].device_kind) is not None
+    return Pace(feed, rows=rows, flops=flops if known else None)
 
 
 @dataclasses.dataclass
@@ -99,7 +127,7 @@ class _Recorder:
     phase: Phase
     frozen: Networks
     objectives: Objectives
-    feed: datasets.Feed
+    pace: Pace
     size: int
     folder: pathlib.Path
     checkpoints: Checkpoints
@@ -109,6 +137,7 @@ class _Recorder:
 
     def __post_init__(self):
         self.time, self.config = time.monotonic(), self.run.plan.config
+        self.earlier = 0.0  # seconds of the steps since the last row of theirs, in other rows
         self.logged = self.phase.source.logged and jax.jit(self.phase.source.logged)
         self.split_name, split = selecting(self.run.data)
         resident = isinstance(split, datasets.Split)
@@ -122,7 +151,7 @@ class _Recorder:
         if bad_step < 0:
             return
         folder, data_seed = self.folder / "nonfinite", self.config["data_seed"]
-        taken, _ = self.feed(bad_step)
+        taken, _ = self.pace(bad_step)
         batch = self.phase.source.batch(carry.source, taken, data_seed, bad_step)
         folder.mkdir(exist_ok=True)
         arrays = {name: x for name, x in batch.items() if name not in ("key", "outputs")}
@@ -151,10 +180,12 @@ class _Recorder:
         done, self.step = step - self.step, step
         if self.config["analysis"]:
             row |= self._analysis(carry)
-        self._write(step, row, examples=done * self.size)
+        self._write(step, row, done)
 
     def evaluate(self, carry: Carry, step: int) -> tuple[Any, float | None]:
         """The metrics on the data that select, and the score that decides which step is best."""
+        if step > self.step:  # since when there is no row of them
+            self.earlier += time.monotonic() - self.time
         networks = on_bases(carry.learners, self.frozen)
         found, _ = evaluate(
             networks,
@@ -202,15 +233,30 @@ class _Recorder:
         row = {name: float(value) for name, value in jax.device_get(found).items()}
         return row | {"time/analysis_seconds": time.monotonic() - begun}
 
-    def _write(self, step: int, row: dict[str, float], examples: int | None = None) -> None:
+    def _write(self, step: int, row: dict[str, float], done: int = 0) -> None:
+        """Writes a row, of so many steps if it is one of theirs."""
         now = time.monotonic()
         seconds, self.time = now - self.time, now
         row["time/seconds"] = seconds
-        if examples is not None:
-            stepping = seconds - row.get("time/analysis_seconds", 0.0)
-            row["time/examples_per_second"] = examples / stepping
+        if done:
+            stepping = self.earlier + seconds - row.get("time/analysis_seconds", 0.0)
+            row["time/examples_per_second"] = done * self.size / stepping
+            row |= self._speed(step, stepping)
+            self.earlier = 0.0
         self.writer.write(step, row)
         self.progress.log(step, row)
+
+    def _speed(self, step: int, seconds: float) -> dict[str, float]:
+        """Of the steps since the last row of theirs, in these seconds."""
+        work, devices, unit = self.pace.since(step), self.run.mesh.devices, self.run.plan.task.unit
+        found = {
+            "time/waiting_for_data": min(work.waited / seconds, 1.0),
+            f"time/{unit}_per_second_per_device": work.rows / seconds / devices.size,
+        }
+        if work.flops is not None:
+            whole = costs.peak(devices.flat[0].device_kind) * devices.size
+            found["time/mfu"] = work.flops / seconds / whole
+        return found
 
 
 def selecting(data: datasets.DataSet) -> tuple[str, datasets.Split | datasets.Stream]:
@@ -219,17 +265,17 @@ def selecting(data: datasets.DataSet) -> tuple[str, datasets.Split | datasets.St
 
 
 @contextlib.contextmanager
-def _profiled(feed: datasets.Feed, run: Run, phase: Phase) -> Iterator[Callable[[int], Any]]:
+def _profiled(feed: Callable, run: Run, phase: Phase) -> Iterator[Callable[[int, int], Any]]:
     """The feed, which traces some of this process's steps on the way if it is wanted."""
     calls = itertools.count()
     with contextlib.ExitStack() as trace:
 
-        def profiled(step: int) -> Any:
+        def profiled(step: int, most: int) -> Any:
             call = next(calls)
             if call == _PROFILED.start:
                 trace.enter_context(jax.profiler.trace(str(run.workdir / "profile")))
             elif call == _PROFILED.stop:
                 trace.close()
-            return feed(step)
+            return feed(step, most)
 
         yield profiled if run.profile and not phase.folder else feed

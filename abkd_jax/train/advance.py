@@ -15,7 +15,7 @@ from jax import Array
 from jax import numpy as jnp
 from jax.sharding import Mesh
 
-from abkd_jax import parallel
+from abkd_jax import costs, parallel
 from abkd_jax.sources import Source
 from abkd_jax.train.sharding import shardings
 from abkd_jax.train.state import with_base
@@ -222,6 +222,23 @@ class Programs(NamedTuple):
         carry = parallel.spread(fn, (carry, objectives), *shared)
         return carry, carry.bad_step
 
+    def products(
+        self,
+        carry: Carry,
+        frozen: Networks,
+        objectives: Objectives,
+        examples: Any,
+        data_seed: int,
+        step: int,
+    ) -> float:
+        """What a step takes by `costs.products`; nothing runs, and shapes suffice."""
+
+        def one(carry: Carry, frozen: Networks, objectives: Objectives, examples: Any) -> Carry:
+            args = (carry, frozen, objectives, self.source, examples, data_seed, step)
+            return advance(*args, count=1, static=self.static)
+
+        return costs.products(one, carry, frozen, objectives, examples)
+
     def refill(
         self, carry: Carry, frozen: Networks, examples: Any, data_seed: int, step: int
     ) -> Carry:
@@ -265,7 +282,7 @@ def run_steps(
     carry: Carry,
     frozen: Networks,
     objectives: Objectives,
-    feed: Callable[[int], tuple[Any, int]],
+    feed: Callable[[int, int], tuple[Any, int]],
     *,
     data_seed: int,
     start: int = 0,
@@ -281,7 +298,8 @@ def run_steps(
         carry: at `start`; its buffers are taken.
         frozen: the networks that do not learn.
         objectives: of those that do; stacked, as the carry is, for stacked members.
-        feed: step -> what the host feeds, and the first step that it does not serve.
+        feed: (step, how many steps the call is to make) -> what the host feeds, and the first step
+            that it does not serve.
         data_seed: of the batches.
         start: how many steps are done.
         end: how many there are to be.
@@ -296,7 +314,7 @@ def run_steps(
     source, step, calls = programs.source, start, collections.deque()
     intervals = (*intervals, *([source.refill_every] if source.refill else []))
     while step < end:
-        examples, until = feed(step)
+        examples, until = feed(step, _call_length(step, end, length, intervals))
         if source.refill and step % source.refill_every == 0:
             carry = programs.refill(carry, frozen, examples, data_seed, step)
         count = _call_length(step, min(until, end), length, intervals)

@@ -43,6 +43,7 @@ class Progress:
         self._label, self._total, self._start, self._step = label, total, start, start
         self._examples_per_step, self._score = examples_per_step, score
         self._shown: dict[str, float] = {}
+        self._speed: dict[str, float] = {}
         self._clock: tuple[int, float] | None = None  # the first step seen, and when
         self._due, self._last_line = -math.inf, None
         self._live = _live()
@@ -68,8 +69,14 @@ class Progress:
         Args:
             step: the number of steps done.
             metrics: by name: "NAME/loss", and "validation/NAME/SCORE" or "test/NAME/SCORE".
-                If a NAME is the label, only its own are shown.
+                If a NAME is the label, only its own are shown. And "time/mfu", and
+                "time/waiting_for_data" from one per cent on.
         """
+        if "time/waiting_for_data" in metrics:
+            self._speed = {
+                "waiting for data": metrics["time/waiting_for_data"],
+                "MFU": metrics.get("time/mfu", 0.0),
+            }
         self._shown |= self._facts(metrics)
         self.update(step)
         if not self._live and self._latest >= self._due:
@@ -118,7 +125,8 @@ class Progress:
         left = max(self._total - self._step, 0) / rate
         examples = rate * self._examples_per_step
         examples = f"{examples:,.0f}" if examples >= 10 else f"{examples:.2g}"
-        return [f"{examples} examples/s", f"ETA {_duration(left)}"]
+        shares = [f"{name} {100 * x:.0f} %" for name, x in self._speed.items() if x >= 0.01]
+        return [f"{examples} examples/s", f"ETA {_duration(left)}", *shares]
 
     def _values(self) -> list[str]:
         return [f"{name} {self._text(name, float(value))}" for name, value in self._shown.items()]
