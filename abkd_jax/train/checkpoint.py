@@ -5,6 +5,7 @@ best one. Each carries the SHA-256 of its arrays: a newest checkpoint that canno
 reads as something else, is set aside and the one before is used.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -166,7 +167,7 @@ class Checkpoints:
             raise ValueError(_first_line(error)) from error
 
     def _read(self, step: int, like: Any) -> Any:
-        target = jax.tree.map(_target, like)
+        target = jax.tree.map(_target, self._shapes(step) if like is None else like)
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(target), about=ocp.args.JsonRestore()
         )
@@ -178,6 +179,12 @@ class Checkpoints:
             if array.shape != expected.shape:
                 raise ValueError(f"{path} has the shape {array.shape}, not {expected.shape}")
         return tree
+
+    def _shapes(self, step: int) -> Any:
+        """The arrays of a checkpoint; without them orbax reads it on as many devices alone."""
+        handler = ocp.StandardCheckpointHandler()
+        with contextlib.closing(handler):
+            return handler.metadata(self.directory / str(step) / "state").tree
 
     def _set_aside(self, step: int) -> str:
         aside = self.directory.with_name(f"{self.directory.name}_damaged")
