@@ -92,13 +92,7 @@ def start(place: Place) -> None:
             shutdown_timeout_seconds=2 * HEARTBEAT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
-        where = place.coordinator or "the coordinator that JAX found"
-        reason = _first_line(error)
-        raise ValueError(
-            f"the processes did not find each other at {where} within --coordinator_timeout="
-            f"{place.coordinator_timeout} s ({reason}); start all of them, with the address of "
-            "process 0, which the others must reach."
-        ) from error
+        raise ValueError(_not_found(place, _first_line(error))) from error
 
 
 def _check(place: Place) -> None:
@@ -126,9 +120,33 @@ def _check(place: Place) -> None:
                 pass
         except OSError as error:
             raise ValueError(
-                f"--coordinator: port {port} cannot be opened ({error.strerror or error}); choose "
+                f"--coordinator: port {port} cannot be opened ({os.strerror(error.errno)}); choose "
                 "another, the same for all processes."
             ) from None
+        return
+    deadline = time.monotonic() + place.coordinator_timeout
+    while (reason := _unreachable(host.strip("[]"), int(port))) is not None:
+        if time.monotonic() > deadline:  # else the runtime waits, and ends this process
+            raise ValueError(_not_found(place, reason))
+        time.sleep(0.5)
+
+
+def _unreachable(host: str, port: int) -> str | None:
+    """Why nothing answers at an address; None where something does."""
+    try:
+        with socket.create_connection((host, port), timeout=2):
+            return None
+    except OSError as error:
+        return f"{error.strerror or error}"
+
+
+def _not_found(place: Place, reason: str) -> str:
+    return (
+        f"the processes did not find each other at "
+        f"{place.coordinator or 'the coordinator that JAX found'} within --coordinator_timeout="
+        f"{place.coordinator_timeout} s ({reason}); start all of them, with the address of "
+        "process 0, which the others must reach."
+    )
 
 
 def is_first() -> bool:
@@ -193,7 +211,7 @@ def equal(about: Mapping[str, Any]) -> None:
         about: {what it is: a number, a text, ...}.
 
     Raises:
-        ValueError: naming what differs, between which processes.
+        Refused: naming what differs, between which processes.
     """
     if jax.process_count() == 1:
         return
@@ -207,7 +225,7 @@ def equal(about: Mapping[str, Any]) -> None:
         ]
         more = f", and {len(names) - 4} more differ" if len(names) > 4 else ""
         if names:
-            raise ValueError(
+            raise Refused(
                 f"all processes of a run must have the same config, versions and data: "
                 f"{', '.join(told)}{more}."
             )
@@ -222,8 +240,12 @@ def versions() -> dict[str, str]:
     return found | {"the code of abkd_jax (its SHA-256)": sha.hexdigest()[:12]}
 
 
-def check_shared(folder: pathlib.Path) -> None:
+def check_shared(folder: pathlib.Path, seconds: float = _VISIBLE_SECONDS) -> None:
     """Refuses a folder that is not the same one on all hosts.
+
+    Args:
+        folder: that is to be shared.
+        seconds: in which a file of process 0 is to show on the others.
 
     Raises:
         ValueError: on all processes.
@@ -233,7 +255,7 @@ def check_shared(folder: pathlib.Path) -> None:
     token = agree(secrets.token_hex(8))
     path = folder / f".hosts_{token}"
     by_first(lambda: path.touch())
-    deadline = time.monotonic() + _VISIBLE_SECONDS
+    deadline = time.monotonic() + seconds
 
     def seen() -> None:
         while not path.exists():
