@@ -207,7 +207,7 @@ def reached(workdir, step, processes):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_stops_both_and_they_go_on_bitwise(tmp_path):
+def test_a_signal_to_one_saves_both_at_the_same_step(tmp_path):
     logs = [tmp_path / f"log_{i}" for i in range(2)]
     flags = "--config.num_steps=400", "--config.checkpoint_every=400"
     both = several(tmp_path / "run", logs, *flags)

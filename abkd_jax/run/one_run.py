@@ -13,6 +13,10 @@ from collections.abc import Sequence
 
 _WATCHED = "ABKD_JAX_WATCHED"  # in the environment of the child: the pipe that ends with the parent
 _SEVERAL = re.compile(r"--?(distributed|coordinator)(=.*)?")
+_REASONS = {
+    "SIGABRT": "another process ended, or cannot be reached",
+    "SIGKILL": "it was ended from outside, maybe for it took too much memory",
+}
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -54,11 +58,8 @@ def watched(command: Sequence[str]) -> int:
     if status >= 0:
         return status
     name = signal.Signals(-status).name
-    reason = "it was ended from outside, maybe for it took too much memory"
-    if -status == signal.SIGABRT:
-        reason = "another process ended, or cannot be reached"
     print(
-        f"this process ended by {name}: {reason}; the other processes end, too. The same commands "
+        f"this process ended by {name}: {_REASONS.get(name, 'it was ended from outside')}; the other processes end, too. The same commands "
         "go on from what is saved.",
         file=sys.stderr,
         flush=True,

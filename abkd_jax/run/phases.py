@@ -52,6 +52,7 @@ from abkd_jax.train.sharding import sharded
 from abkd_jax.types import Batch, Outputs, Term, dotted, named_leaves
 
 _CACHED_PARTS = frozenset(("logits", "hidden"))  # of Outputs
+_REPEATS = 2.0  # seconds, see `Interruption`
 _MOST_BYTES = 2**30  # of the outputs of frozen networks for all examples
 
 
@@ -104,7 +105,7 @@ def opened(plan: Plan, workdir: str | os.PathLike, *, profile: bool = False) -> 
         # To read it may take long, and loses no step.
         data = hosts.everyone(lambda: _with_known(plan, plan.data()))
         hosts.equal(_told_of_data(data))
-        with Interruption() as interruption:
+        with Interruption(repeats=_REPEATS if jax.process_count() > 1 else 0.0) as interruption:
             run = Run(plan, folder, data, mesh, interruption, profile)
             for phase in plan.phases:  # all of them before the first trains
                 examples(run, phase)
