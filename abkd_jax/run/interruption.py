@@ -43,7 +43,7 @@ class Interruption:
         """Gives the signals back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before = {}
+        self._before, self._noted = {}, {}
         self._active.close()
 
     def _note(self, number: int, frame: FrameType | None) -> None:

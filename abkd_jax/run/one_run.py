@@ -58,8 +58,9 @@ def watched(command: Sequence[str]) -> int:
     if status >= 0:
         return status
     name = signal.Signals(-status).name
+    reason = _REASONS.get(name, "it was ended from outside")
     print(
-        f"this process ended by {name}: {_REASONS.get(name, 'it was ended from outside')}; the other processes end, too. The same commands "
+        f"this process ended by {name}: {reason}; the other processes end, too. The same commands "
         "go on from what is saved.",
         file=sys.stderr,
         flush=True,

@@ -97,7 +97,8 @@ def opened(plan: Plan, workdir: str | os.PathLike, *, profile: bool = False) -> 
         OSError: one sentence for what the operating system refuses, also later in the context.
     """
     folder, mesh = folders.path_of(workdir), plan.mesh()
-    hosts.equal(folders.of_all(plan.config) | hosts.versions())
+    if jax.process_count() > 1:
+        hosts.equal(folders.of_all(plan.config) | hosts.versions())
     with folders.locked_by_first(folder), _told_of_disks(folder):
         chunk = hosts.by_first(lambda: _chunk(plan, folder))
         plan = plan._replace(config=plan.config | {"chunk": chunk})
