@@ -8,11 +8,14 @@ command goes on where the workdir stands.
 import functools
 import pathlib
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from absl import app, flags
 
 from abkd_jax.config import command
-from abkd_jax.run import loop, needs
+from abkd_jax.run import loop, needs, one_run
+from abkd_jax.train import hosts
 
 _CONFIG = command.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run, which is made.")
@@ -21,7 +24,8 @@ _PROFILE = flags.DEFINE_bool("profile", False, "Trace a few steps to workdir/pro
 _PLAN = flags.DEFINE_string(
     "plan", None, "Say what the config needs, 'here' or on TPUs such as v5e:2x4; train nothing."
 )
-_FLAGS = ("config", "workdir", "evaluate", "profile", "plan")
+_PLACE = command.define_fields(hosts.Place, "Of a run of several processes: docs/scaling.md.")
+_FLAGS = ("config", "workdir", "evaluate", "profile", "plan", *hosts.Place._fields)
 parse = functools.partial(command.parse, known=_FLAGS)
 
 
@@ -37,7 +41,15 @@ def main() -> None:
     if not _WORKDIR.value:
         sys.exit("--workdir is missing; give the folder of the run: --workdir=runs/digits.")
     how = {"evaluate_only": _EVALUATE.value, "profile": _PROFILE.value}
-    result = loop.train_and_evaluate(_CONFIG.value, _WORKDIR.value, **how)
+    hosts.start(_PLACE())
+    with hosts.together():
+        result = loop.train_and_evaluate(_CONFIG.value, _WORKDIR.value, **how)
+    if hosts.is_first():
+        _tell(result)
+
+
+def _tell(result: Mapping[str, Any]) -> None:
+    """Prints the scores, and where the report is."""
     score = result["score"]
     for name, network in result["networks"].items():
         found = f"{network['last'][score]:.4f}"
@@ -52,6 +64,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if one_run.is_several(sys.argv) and not one_run.is_child():
+        sys.exit(one_run.watched([sys.executable, "-m", "abkd_jax.main", *sys.argv[1:]]))
     with command.interruptible():
         command.keep_programs()
         app.run(main, flags_parser=parse)

@@ -48,6 +48,11 @@ def mesh(
     count = num_devices or available
     if count > available:
         raise ValueError(f"devices must be at most the {available} there are; found {count}.")
+    several = len({device.process_index for device in devices}) > 1
+    if several and count < available:
+        raise ValueError(
+            f"devices must be 0, or all {available}, of a run of several processes; found {count}."
+        )
     if batch_size % count:
         raise ValueError(
             f"batch_size must be a multiple of the {count} devices; found {batch_size} (set "
@@ -56,12 +61,59 @@ def mesh(
     if count % fsdp:
         raise ValueError(f"fsdp must be a divisor of the {count} devices; found {fsdp}.")
     shape, types = (count // fsdp, fsdp), (AxisType.Auto,) * 2
+    if several:  # each process has its rows of a batch, so its devices are neighbours
+        ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+        return Mesh(np.asarray(ordered).reshape(shape), ("data", "fsdp"), axis_types=types)
     return jax.make_mesh(shape, ("data", "fsdp"), axis_types=types, devices=devices[:count])
 
 
 def replicated(tree: Any, mesh: Mesh) -> Any:
     """The tree with a copy of each array on every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return jax.tree.map(lambda x: placed(x, NamedSharding(mesh, PartitionSpec())), tree)
+
+
+def placed(x: Any, sharding: NamedSharding) -> Array:
+    """An array where a sharding has it; a device takes its own part alone.
+
+    Args:
+        x: on the host or on devices; on devices of this process or the host, the same everywhere.
+        sharding: maybe over the devices of several processes.
+    """
+    here = sharding.is_fully_addressable or not getattr(x, "is_fully_addressable", True)
+    if here:
+        return jax.device_put(x, sharding)
+    # device_put would send all of it to the other processes, to see that they have the same.
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
+
+
+def joined(rows: Any, mesh: Mesh, axis: int = 0) -> Any:
+    """The rows of all processes as one tree of arrays, split over the mesh.
+
+    Args:
+        rows: of this process, an axis of each array; of all in the processes' order.
+        mesh: as `mesh` makes it.
+        axis: which.
+    """
+    along = NamedSharding(mesh, PartitionSpec(*[None] * axis, *BATCH))
+    local = lambda x: jax.make_array_from_process_local_data(along, np.asarray(x))  # noqa: E731
+    return jax.tree.map(local, rows)
+
+
+def fetched(tree: Any) -> Any:
+    """The tree as arrays of the host, of which each process has all; every process must call it."""
+
+    def whole(x: Any) -> np.ndarray:
+        scattered = isinstance(x, Array) and not (x.is_fully_addressable or x.is_fully_replicated)
+        return np.asarray(_whole(x.sharding.mesh)(x) if scattered else x)
+
+    return jax.tree.map(whole, tree)
+
+
+@functools.lru_cache
+def _whole(mesh: Mesh) -> Callable[[Array], Array]:
+    """A program that gathers an array on every device."""
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def split(tree: Any, mesh: Mesh) -> Any:

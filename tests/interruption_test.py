@@ -42,6 +42,17 @@ def test_the_first_signal_is_noted_and_the_second_acts_as_before(received, numbe
         assert received == [number]
 
 
+def test_a_signal_that_two_send_is_noted_once(received):
+    with Interruption(repeats=3600.0) as interruption:
+        send(signal.SIGTERM)
+        send(signal.SIGTERM)
+        assert interruption.requested == signal.SIGTERM and not received
+    with Interruption(repeats=1e-9):  # over when the second comes
+        send(signal.SIGTERM)
+        send(signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+
+
 def test_the_second_interrupt_from_the_keyboard_stops_the_program():
     # Python's own handler, which a process in the background of a shell does not start with.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -58,7 +58,10 @@ def run(*argv, **environment):
 
 # --- flags --------------------------------------------------------------------------------------
 
-FLAGS = "the flags are --config, --workdir, --evaluate, --profile, --plan, and --config.KEY=VALUE."
+FLAGS = (
+    "the flags are --config, --workdir, --evaluate, --profile, --plan, --distributed, "
+    "--coordinator, --num_processes, --process_id, --coordinator_timeout, and --config.KEY=VALUE."
+)
 OF_FLAGS = [
     ([], "--config is missing; give a config file: --config=configs/digits.py."),
     (["--workdir=w"], "--config is missing; give a config file: --config=configs/digits.py."),

@@ -60,8 +60,9 @@ def parse(argv: list[str], *, known: Sequence[str]) -> list[str]:
 
 
 def define_fields(kind: Any, help_: str) -> Callable[[], Any]:
-    """A flag for each field of a NamedTuple of strings and numbers; a function of none gives it."""
+    """A flag for each field of a NamedTuple of plain values; a function of none gives it."""
     define = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
+    define |= {bool: flags.DEFINE_bool}
     holders = {
         name: define[type(default)](name, default, help_)
         for name, default in kind._field_defaults.items()

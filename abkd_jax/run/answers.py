@@ -7,10 +7,12 @@ import jax
 import numpy as np
 
 from abkd_jax import data as datasets
+from abkd_jax import parallel
 from abkd_jax.data import Tokenizer, read_tokenizer
 from abkd_jax.generate import generate
 from abkd_jax.metrics import text
 from abkd_jax.models import base_of, decoder_in, merged
+from abkd_jax.run.evaluation import batches_of
 from abkd_jax.run.phases import Run
 from abkd_jax.sources.written import prompts
 from abkd_jax.train import Networks
@@ -79,13 +81,14 @@ def answers(
     count, size = run.plan.task.responses, run.plan.config["batch_size"]
     found = Answers([], [], {name: [] for name in names})
     key = jax.random.fold_in(jax.random.key(run.plan.config["data_seed"]), _KEY)
-    for index, batch in enumerate(datasets.evaluation_batches(split, size)):
+    for index, batch in enumerate(batches_of(split, size, run.mesh)):
         if len(found.prompts) >= count:
             break
         length = batch["inputs"].ids.shape[-1]
         given, whole = prompts(batch, length // 2), prompts(batch, length)
-        rows = np.flatnonzero(np.any(batch["where"], axis=1))[: count - len(found.prompts)]
-        sizes = np.sum(np.asarray(whole.segments) > 0, axis=1)
+        where = parallel.fetched(batch["where"])
+        rows = np.flatnonzero(np.any(where, axis=1))[: count - len(found.prompts)]
+        sizes = np.sum(parallel.fetched(whole.segments) > 0, axis=1)
         data = _there(batch["inputs"])
         for row in rows:
             own = data[row]
@@ -108,7 +111,8 @@ def _written(run: Run, name: str, state: Any, given: Any, key: Any) -> list[np.n
 
 def _there(tokens: Tokens, start: int = 0) -> list[np.ndarray]:
     """The ids of each row that are no padding, from a place on."""
-    pairs = zip(np.asarray(tokens.ids), np.asarray(tokens.segments) > 0, strict=True)
+    tokens = parallel.fetched(tokens)
+    pairs = zip(tokens.ids, tokens.segments > 0, strict=True)
     return [ids[start:][there[start:]] for ids, there in pairs]
 
 

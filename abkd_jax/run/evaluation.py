@@ -1,7 +1,7 @@
 """Evaluation of networks on a whole split: sums that add up, and rows where a figure needs them."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,6 +36,18 @@ def summarized(
     """
     added = functools.partial(jax.tree.map, jnp.add)
     return task.summary(functools.reduce(added, map(sums_of, batches)))
+
+
+def batches_of(
+    split: data.Split | data.Stream,
+    size: int,
+    mesh: Mesh,
+    preprocess: data.Preprocess | None = None,
+) -> Iterator[Batch]:
+    """`data.evaluation_batches` as all processes see them: of a stream the rows of all of them."""
+    several = jax.process_count() > 1 and isinstance(split, data.Stream)
+    for batch in data.evaluation_batches(split, size, preprocess):
+        yield parallel.joined(batch, mesh) if several else batch
 
 
 def evaluate(
@@ -74,13 +86,13 @@ def evaluate(
         how = dict(task=task, names=names, gather=gather, mesh=mesh, chunk=chunk)
         sums, rows = _evaluate(networks, batch, **how)
         if gather and _room(gathered):
-            kept = np.asarray(batch["where"])
-            gathered.append(jax.tree.map(lambda x: np.asarray(x)[kept], rows))
-        return sums
+            kept = parallel.fetched(batch["where"])
+            gathered.append(jax.tree.map(lambda x: parallel.fetched(x)[kept], rows))
+        return sums if jax.process_count() == 1 else parallel.fetched(sums)
 
-    found = summarized(sums_of, task, data.evaluation_batches(split, size, preprocess))
+    found = summarized(sums_of, task, batches_of(split, size, mesh, preprocess))
     rows = jax.tree.map(lambda *x: np.concatenate(x), *gathered) if gathered else {}
-    found = {name: jax.tree.map(np.asarray, dict(found[name])) for name in names}
+    found = {name: jax.tree.map(parallel.fetched, dict(found[name])) for name in names}
     return found, rows
 
 

@@ -8,7 +8,7 @@ import jax
 
 from abkd_jax.run.interruption import Interruption
 from abkd_jax.run.log.progress import Progress
-from abkd_jax.train import Carry, Networks, Objectives, Programs, run_steps
+from abkd_jax.train import Carry, Networks, Objectives, Programs, hosts, run_steps
 
 
 class Fit(NamedTuple):
@@ -60,7 +60,7 @@ def fit(training: Fit, carry: Carry, step: int, progress: Progress) -> Carry:
         OSError: if a file cannot be written.
     """
     config, end, recorder = training.config, training.num_steps, training.recorder
-    source = training.programs.source
+    source, wishes = training.programs.source, hosts.Wishes(training.programs.static.mesh)
 
     def told(carry: Carry, step: int) -> tuple[Carry, float | None]:
         summary, score = recorder.evaluate(carry, step)
@@ -73,7 +73,7 @@ def fit(training: Fit, carry: Carry, step: int, progress: Progress) -> Carry:
         logs, saves = (
             step % config[every] == 0 or step == end for every in ("log_every", "checkpoint_every")
         )
-        stops = training.interruption.requested if step < end else None
+        stops = wishes.agreed(training.interruption.requested) if step < end else None
         if not (logs or saves or stops):
             return carry
         carry, score = training.programs.confirmed(carry, step), None

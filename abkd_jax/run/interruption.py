@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -19,9 +20,15 @@ class Interruption:
         requested: the signal that came, or None.
     """
 
-    def __init__(self):
-        """Inactive until entered."""
+    def __init__(self, repeats: float = 0.0):
+        """Inactive until entered.
+
+        Args:
+            repeats: seconds in which the same signal again is the first one still: a process may
+                have it from a machine that sends it to all, and from the parent that passes it on.
+        """
         self.requested: signal.Signals | None = None
+        self._repeats, self._noted = repeats, {}
         self._before, self._active = {}, contextlib.ExitStack()
 
     def __enter__(self) -> "Interruption":
@@ -36,12 +43,18 @@ class Interruption:
         """Gives the signals back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before = {}
+        self._before, self._noted = {}, {}
         self._active.close()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        first = self._noted.setdefault(number, now)
         self.requested = signal.Signals(number)
-        signal.signal(number, self._before.pop(number))
+        later = now > first + self._repeats
+        if later or not self._repeats:
+            signal.signal(number, self._before.pop(number))
+        if later:
+            signal.raise_signal(number)
 
 
 @contextlib.contextmanager

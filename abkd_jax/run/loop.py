@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,16 +14,16 @@ import numpy as np
 from jax import numpy as jnp
 
 from abkd_jax import data as datasets
-from abkd_jax import models
+from abkd_jax import models, parallel
 from abkd_jax.config.plan import Phase
 from abkd_jax.config.schema import identified, resolve
 from abkd_jax.run import phases
 from abkd_jax.run import workdir as folders
 from abkd_jax.run.answers import Answers, with_answers
-from abkd_jax.run.evaluation import Rows, evaluate
+from abkd_jax.run.evaluation import Rows, batches_of, evaluate
 from abkd_jax.run.phases import Run
 from abkd_jax.run.recorder import selecting, train_phase
-from abkd_jax.train import Carry, Networks, begin, frozen, on_bases
+from abkd_jax.train import Carry, Networks, begin, frozen, hosts, on_bases
 from abkd_jax.train.checkpoint import FOLDER, Checkpoints, digest
 from abkd_jax.train.sharding import sharded
 from abkd_jax.types import Batch
@@ -86,28 +87,37 @@ def train_and_evaluate(
             state are saved in workdir/nonfinite.
     """
     folder = folders.path_of(workdir)
-    done = None if evaluate_only or profile else folders.stored(folder)
-    if done is not None and folders.is_of(folder, identified(config, data)):
-        print(
-            f"{workdir}: this run is done; with a larger num_steps or init_seeds it goes on, and "
-            "evaluating it makes its report anew.",
-            file=sys.stderr,
-        )
+    done = None
+    if not (evaluate_only or profile):
+        done = hosts.by_first(lambda: _done(folder, identified(config, data)))
+    if done is not None:
+        if hosts.is_first():
+            print(
+                f"{workdir}: this run is done; with a larger num_steps or init_seeds it goes on, "
+                "and evaluating it makes its report anew.",
+                file=sys.stderr,
+            )
         return done
     plan = resolve(config, networks=networks, data=data)
     with phases.opened(plan, workdir, profile=profile) as run:
-        ready, first, found = phases.ready(run), {}, []
+        ready, first, found = hosts.everyone(lambda: phases.ready(run)), {}, []
         run = phases.with_digests(run, ready)
-        if evaluate_only and not (run.workdir / "config.json").exists():
+        if evaluate_only and not hosts.agree((run.workdir / "config.json").exists()):
             return _of_ready(run, {n: x for n, x in ready.items() if n in plan.judged})
         about = phases.identity(run, plan.phases[-1])
-        folders.claim(run.workdir, about, longer=not evaluate_only)
+        hosts.by_first(lambda: folders.claim(run.workdir, about, longer=not evaluate_only))
         for seed in range(plan.config["init_seeds"]):
             member = phases.of_seed(run, seed)
             results = _run_phases(member, ready, first, trains=not evaluate_only)
             found.append(_evaluated(member, ready, results))
             first = first or results
         return _conclude(run, found)
+
+
+def _done(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a run of the config ended with in a folder; None if none has."""
+    found = folders.stored(folder)
+    return found if found is not None and folders.is_of(folder, config) else None
 
 
 def _of_ready(run: Run, ready: Networks) -> dict[str, Any]:
@@ -166,8 +176,9 @@ def run_phase(
         for before in results.values():
             states |= {name: x for name, x in before.best.items() if name in phase.learners}
     folder = folders.of_seed(run.workdir / phase.folder, run.seed)
-    folder.mkdir(exist_ok=True)
-    folders.claim(folder, phases.identity(run, phase), longer=trains)
+    about = phases.identity(run, phase)
+    hosts.by_first(lambda: folder.mkdir(exist_ok=True))
+    hosts.by_first(lambda: folders.claim(folder, about, longer=trains))
     with Checkpoints(folder / FOLDER) as checkpoints:
         step, carry = _newest(run, phase, states, checkpoints)
         still = phases.frozen_in(run, phase, states)
@@ -191,26 +202,31 @@ def _newest(
     Each leaf is a buffer of its own, which training takes; all that it was copied from is let go.
     """
     carry = begin(phases.learners_of(run, phase, states), phase.objectives, phase.source)
+    carry = sharded(carry, run.mesh)
     found = checkpoints.restore(carry)
     if found is None:
-        return 0, sharded(carry, run.mesh)
+        return 0, carry
     step, carry = found  # on the host, whose arrays a CPU may take as they are
     return step, jax.tree.map(jnp.copy, sharded(carry, run.mesh))
 
 
 def _conclude(run: Run, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Writes result.json and the report of what was found for each seed."""
-    from abkd_jax import report  # matplotlib takes a second, which `import abkd_jax` saves
-
     networks = dict(found[0])
     for name in run.plan.seeded if len(found) > 1 else ():
         seed = run.plan.networks[name].init_seed
         seeds = [{"init_seed": seed + i} | x[name] for i, x in enumerate(found)]
         networks[name] = networks[name] | {"seeds": seeds} | _spread([x["last"] for x in seeds])
     path = run.workdir / "result.json"
-    folders.write_json(path, _header(run) | {"networks": networks})
-    report.write(run.workdir, run.plan.task)
-    return json.loads(path.read_text())
+
+    def written() -> dict[str, Any]:
+        from abkd_jax import report  # matplotlib takes a second, which `import abkd_jax` saves
+
+        folders.write_json(path, _header(run) | {"networks": networks})
+        report.write(run.workdir, run.plan.task)
+        return json.loads(path.read_text())
+
+    return hosts.by_first(written)
 
 
 def _spread(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -320,7 +336,8 @@ def _write_examples(run: Run, rows: Rows, texts: Answers | None) -> None:
     arrays = task.sample(jax.tree.map(lambda x: x[positions], candidates), batch)
     choice = {"positions": positions, "candidates": np.asarray(count)}
     arrays |= texts.arrays(_EXAMPLES) if texts else {}
-    np.savez(run.workdir / "examples.npz", **(arrays | choice if task.notable else arrays))
+    if hosts.is_first():
+        np.savez(run.workdir / "examples.npz", **(arrays | choice if task.notable else arrays))
 
 
 def _examples_at(run: Run, positions: np.ndarray) -> Batch:
@@ -329,9 +346,10 @@ def _examples_at(run: Run, positions: np.ndarray) -> Batch:
     With "place", where in its example each row stands, for examples of several rows.
     """
     found, first = {}, 0
-    for batch in datasets.evaluation_batches(run.data.test, run.plan.config["batch_size"]):
-        owners = np.argwhere(batch["where"])
+    for batch in batches_of(run.data.test, run.plan.config["batch_size"], run.mesh):
         stored = {name: value for name, value in batch.items() if name != "outputs"}
+        stored = parallel.fetched(stored)
+        owners = np.argwhere(stored["where"])
         for position in positions[(positions >= first) & (positions < first + len(owners))]:
             owner, *place = owners[position - first]
             example = jax.tree.map(lambda x, owner=owner: np.asarray(x[owner]), stored)

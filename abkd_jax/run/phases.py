@@ -6,6 +6,7 @@ phase that was complete restores its last state and has no step left.
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import pathlib
@@ -32,6 +33,7 @@ from abkd_jax.config.weights import Weights, read_about
 from abkd_jax.losses import feature
 from abkd_jax.losses.chunks import default_chunk
 from abkd_jax.run import workdir as folders
+from abkd_jax.run.evaluation import batches_of
 from abkd_jax.run.interruption import Interruption
 from abkd_jax.sources import DATASET
 from abkd_jax.train import (
@@ -43,12 +45,14 @@ from abkd_jax.train import (
     create,
     eval_outputs,
     frozen,
+    hosts,
 )
 from abkd_jax.train.checkpoint import digest
 from abkd_jax.train.sharding import sharded
 from abkd_jax.types import Batch, Outputs, Term, dotted, named_leaves
 
 _CACHED_PARTS = frozenset(("logits", "hidden"))  # of Outputs
+_REPEATS = 2.0  # seconds, see `Interruption`
 _MOST_BYTES = 2**30  # of the outputs of frozen networks for all examples
 
 
@@ -93,15 +97,32 @@ def opened(plan: Plan, workdir: str | os.PathLike, *, profile: bool = False) -> 
         OSError: one sentence for what the operating system refuses, also later in the context.
     """
     folder, mesh = folders.path_of(workdir), plan.mesh()
-    with folders.locked(folder), _told_of_disks(folder):
-        plan = plan._replace(config=plan.config | {"chunk": _chunk(plan, folder)})
+    if jax.process_count() > 1:
+        hosts.equal(folders.of_all(plan.config) | hosts.versions())
+    with folders.locked_by_first(folder), _told_of_disks(folder):
+        chunk = hosts.by_first(lambda: _chunk(plan, folder))
+        plan = plan._replace(config=plan.config | {"chunk": chunk})
         _tell_of_padding(plan)
-        data = _with_known(plan, plan.data())  # to read it may take long, and loses no step
-        with Interruption() as interruption:
+        # To read it may take long, and loses no step.
+        data = hosts.everyone(lambda: _with_known(plan, plan.data()))
+        hosts.equal(_told_of_data(data))
+        with Interruption(repeats=_REPEATS if jax.process_count() > 1 else 0.0) as interruption:
             run = Run(plan, folder, data, mesh, interruption, profile)
             for phase in plan.phases:  # all of them before the first trains
                 examples(run, phase)
             yield run
+
+
+def _told_of_data(data: datasets.DataSet) -> dict[str, Any]:
+    """What the data of all processes must have in common; nothing where there is but one."""
+    if jax.process_count() == 1:
+        return {}
+    parts = {name: getattr(data, name) for name in ("train", "full", "validation", "test")}
+    found = {f"data.{name} (examples)": len(x) for name, x in parts.items() if x is not None}
+    for name, x in parts.items():
+        held = x.rows if isinstance(x, datasets.Stream) else x  # the records are not read
+        found[f"data.{name} (its SHA-256)"] = digest(held)[:12]
+    return found | {f"data ({name})": checksum for name, checksum in data.contents}
 
 
 def _chunk(plan: Plan, workdir: pathlib.Path) -> int:
@@ -118,7 +139,7 @@ def _tell_of_padding(plan: Plan) -> None:
     tokens = plan.description.num_classes
     for name, network in plan.networks.items():
         rows = models.num_embeddings(models.base_of(network.module))
-        if rows > tokens:
+        if rows > tokens and hosts.is_first():
             print(
                 f"{name}: {rows:,} rows for {tokens:,} tokens: the others are padding and take no "
                 "part",
@@ -289,7 +310,7 @@ def class_counts(run: Run) -> np.ndarray:
     """How many training examples each class has, `[K]`: all labels, and what counts of them."""
     size, count = run.plan.config["batch_size"], run.data.num_classes
     found, streamed = np.zeros(count, np.int64), isinstance(run.data.full, datasets.Stream)
-    if streamed:
+    if streamed and hosts.is_first():
         print(f"counting the labels of {len(run.data.full):,} examples", file=sys.stderr)
     for batch in datasets.evaluation_batches(run.data.full, size):
         labels = np.asarray(batch["labels"])[np.asarray(batch["where"])]
@@ -320,9 +341,10 @@ def class_means(run: Run, name: str, state: TrainState) -> Array:
     """
     state, size = sharded(state, run.mesh), run.plan.config["batch_size"]
     sums, counts = np.zeros(()), np.zeros(())
-    for batch in datasets.evaluation_batches(run.data.full, size, run.data.preprocess):
+    for batch in batches_of(run.data.full, size, run.mesh, run.data.preprocess):
         found = _class_sums({name: state}, batch, num_classes=run.data.num_classes, mesh=run.mesh)
-        sums, counts = sums + np.asarray(found[0]), counts + np.asarray(found[1])
+        found = parallel.fetched(found)
+        sums, counts = sums + found[0], counts + found[1]
     means = sums / np.maximum(counts, 1)[:, None]
     return parallel.replicated(jnp.asarray(means, jnp.float32), run.mesh)
 
@@ -348,12 +370,12 @@ def examples(run: Run, phase: Phase) -> tuple[datasets.Split | datasets.Stream, 
     learners = " and ".join(phase.learners)
     if phase.split == "labelled" and resident:  # a stream withholds no label
         split = split.labelled_alone()
-        parts = run.mesh.size * run.plan.config["micro_batches"]
+        parts = run.plan.config["micro_batches"]  # not the devices: a run may go on on others
         size = min(size, len(split)) // parts * parts
         if size == 0:
             raise ValueError(
                 f"{learners} trains on the labelled examples alone; of these there are "
-                f"{len(split)}, fewer than devices x micro_batches, {parts}."
+                f"{len(split)}, fewer than micro_batches, {parts}."
             )
     expected = f"at most the {len(split)} examples to train {learners}"
     require(size <= len(split), "batch_size", expected, size)
@@ -390,7 +412,8 @@ def seen_examples(
     frozen = {name: frozen[name] for name in called}
     if frozen and _outputs_stay(run, phase, split) and _fit(run, frozen, split):
         names = ", ".join(frozen)
-        print(f"outputs of {names}: computed once for all steps", file=sys.stderr)
+        if hosts.is_first():
+            print(f"outputs of {names}: computed once for all steps", file=sys.stderr)
         forward = functools.partial(_shown, frozen)
         split = datasets.with_outputs(split, forward, run.data.preprocess, size)
     return split, size
@@ -421,9 +444,30 @@ def _shown(frozen: Networks, batch: Batch) -> dict[str, Outputs]:
     return eval_outputs(frozen, batch)
 
 
+def feed(
+    run: Run, split: datasets.Split | datasets.Stream, size: int
+) -> Callable[[int, int], tuple[Any, int]]:
+    """A `data.Feed` of a run, of a stream with the rows of all processes."""
+    found = datasets.Feed(
+        split, run.data.preprocess, data_seed=run.plan.config["data_seed"], size=size
+    )
+    if jax.process_count() == 1 or isinstance(split, datasets.Split):
+        return found
+
+    def of_all(step: int, most: int) -> tuple[Any, int]:
+        examples, until = found(step, most)
+        axis = 0 if examples.first is None else 1  # of the rows of one step, or of several
+        return examples.replace(rows=parallel.joined(examples.rows, run.mesh, axis)), until
+
+    return of_all
+
+
 def _sample(run: Run) -> Any:
     """Two examples as networks see them."""
-    return next(datasets.evaluation_batches(run.data.test, 2, run.data.preprocess))["inputs"]
+    split = run.data.test
+    if isinstance(split, datasets.Stream):  # these two, on each process
+        split = dataclasses.replace(split, process_index=0, process_count=1)
+    return next(datasets.evaluation_batches(split, 2, run.data.preprocess))["inputs"]
 
 
 def _plain(preprocess: datasets.Preprocess) -> dict[str, Any]:

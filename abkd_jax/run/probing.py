@@ -11,8 +11,7 @@ from jax import numpy as jnp
 from abkd_jax import analysis, parallel
 from abkd_jax.binding import at_step
 from abkd_jax.config.plan import Phase
-from abkd_jax.data import Feed
-from abkd_jax.run.phases import Run, examples
+from abkd_jax.run.phases import Run, examples, feed
 from abkd_jax.train import Networks, Objectives, outputs_of, together
 from abkd_jax.types import Batch
 
@@ -26,9 +25,9 @@ def probe_batches(run: Run, phase: Phase) -> Batch:
     """
     (split, size), data_seed = examples(run, phase), run.plan.config["data_seed"]
     size //= run.plan.config["micro_batches"]
-    feed = Feed(split, run.data.preprocess, data_seed=data_seed, size=size)
+    fed = feed(run, split, size)
     count = min(_BATCHES, len(split) // size)
-    batches = [feed(n)[0].batch(data_seed, jnp.asarray(n)) for n in range(count)]
+    batches = [fed(n)[0].batch(data_seed, jnp.asarray(n)) for n in range(count)]
     return parallel.replicated(jax.tree.map(lambda *x: jnp.stack(x), *batches), run.mesh)
 
 

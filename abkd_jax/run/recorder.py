@@ -22,8 +22,8 @@ from abkd_jax.run.fit import Fit, fit
 from abkd_jax.run.log.progress import Progress
 from abkd_jax.run.log.writer import Writer
 from abkd_jax.run.pace import Pace
-from abkd_jax.run.phases import Run, objectives_of, seen_examples, trained_once
-from abkd_jax.train import Carry, Networks, Objectives, Programs, Static, on_bases
+from abkd_jax.run.phases import Run, feed, objectives_of, seen_examples, trained_once
+from abkd_jax.train import Carry, Networks, Objectives, Programs, Static, hosts, on_bases
 from abkd_jax.train.checkpoint import FOLDER, Checkpoints
 from abkd_jax.train.sharding import sharded
 from abkd_jax.types import named_leaves
@@ -63,14 +63,18 @@ def train_phase(
     split, size = seen_examples(run, phase, frozen)
     resident = isinstance(split, datasets.Split)
     split = parallel.replicated(split, run.mesh) if resident else split
-    feed = datasets.Feed(split, run.data.preprocess, data_seed=config["data_seed"], size=size)
+    fed = feed(run, split, size)
     objectives, label = objectives_of(run, phase, frozen), " and ".join(phase.learners)
     if config["init_seeds"] > 1 and not trained_once(run, phase):
         label += f" {run.seed + 1} of {config['init_seeds']}"
     score = run.plan.task.score_column
-    progress = Progress(label, phase.num_steps, start=step, examples_per_step=size, score=score)
     kept = step or -1  # of a run that begins anew not even the evaluation at step 0
-    with Writer(folder, kept) as writer, progress, _profiled(feed, run, phase) as profiled:
+    progress, writer = _Silent(), _Silent()
+    if hosts.is_first():
+        options = {"examples_per_step": size, "score": score}
+        progress = Progress(label, phase.num_steps, start=step, **options)
+        writer = Writer(folder, kept)
+    with writer, progress, _profiled(fed, run, phase) as profiled:
         sizes = config["micro_batches"], config["log_every"]
         programs = Programs(phase.source, Static(*sizes, run.mesh, config["chunk"]))
         pace = _pace(run, profiled, programs, carry, frozen, objectives, size)
@@ -131,8 +135,8 @@ class _Recorder:
     size: int
     folder: pathlib.Path
     checkpoints: Checkpoints
-    writer: Writer
-    progress: Progress
+    writer: Any
+    progress: Any
     step: int
 
     def __post_init__(self):
@@ -153,9 +157,11 @@ class _Recorder:
         folder, data_seed = self.folder / "nonfinite", self.config["data_seed"]
         taken, _ = self.pace(bad_step)
         batch = self.phase.source.batch(carry.source, taken, data_seed, bad_step)
-        folder.mkdir(exist_ok=True)
         arrays = {name: x for name, x in batch.items() if name not in ("key", "outputs")}
-        np.savez(folder / f"batch_{bad_step}.npz", **named_leaves(jax.device_get(arrays)))
+        arrays = named_leaves(parallel.fetched(arrays))
+        if hosts.is_first():
+            folder.mkdir(exist_ok=True)
+            np.savez(folder / f"batch_{bad_step}.npz", **arrays)
         with Checkpoints(folder / FOLDER) as saved:
             saved.save(bad_step, carry)
             saved.wait()
@@ -175,7 +181,7 @@ class _Recorder:
             rate = state.opt_state.hyperparams.get("learning_rate")
             row |= {} if rate is None else {f"{name}/learning_rate": float(rate)}
         if self.logged:
-            told = jax.device_get(self.logged(carry.source))
+            told = parallel.fetched(self.logged(carry.source))
             row |= {f"source/{name}": float(x) for name, x in told.items()}
         done, self.step = step - self.step, step
         if self.config["analysis"]:
@@ -230,7 +236,7 @@ class _Recorder:
             probes=tuple(self.config["analysis"]),
             chunk=self.config["chunk"],
         )
-        row = {name: float(value) for name, value in jax.device_get(found).items()}
+        row = {name: float(value) for name, value in parallel.fetched(found).items()}
         return row | {"time/analysis_seconds": time.monotonic() - begun}
 
     def _write(self, step: int, row: dict[str, float], done: int = 0) -> None:
@@ -257,6 +263,25 @@ class _Recorder:
             whole = costs.peak(devices.flat[0].device_kind) * devices.size
             found["time/mfu"] = work.flops / seconds / whole
         return found
+
+
+class _Silent(contextlib.AbstractContextManager):
+    """A writer, and a progress, of a process that is not the first."""
+
+    def write(self, step: int, metrics: Any) -> None:
+        """Writes nothing."""
+
+    def sync(self) -> None:
+        """Nothing was written."""
+
+    def update(self, step: int, **shown: float) -> None:
+        """Shows nothing."""
+
+    def log(self, step: int, metrics: Any) -> None:
+        """Likewise."""
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is open."""
 
 
 def selecting(data: datasets.DataSet) -> tuple[str, datasets.Split | datasets.Stream]:

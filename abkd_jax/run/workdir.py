@@ -24,6 +24,7 @@ from abkd_jax.config.dry_run import taking
 from abkd_jax.config.schema import check_integer
 from abkd_jax.models import split_variables
 from abkd_jax.run.log.writer import replacing
+from abkd_jax.train import hosts
 from abkd_jax.types import Outputs, dotted, named_leaves
 
 _ABSENT = "absent"
@@ -252,6 +253,22 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         except OSError:
             pass  # a file system without locks
         yield
+
+
+@contextlib.contextmanager
+def locked_by_first(workdir: pathlib.Path) -> Iterator[None]:
+    """As `locked`, by process 0 for all processes of a run, which must share the folder."""
+    with contextlib.ExitStack() as lock:
+        hosts.by_first(lambda: lock.enter_context(locked(workdir)))
+        hosts.check_shared(workdir)
+        yield
+
+
+def of_all(config: Mapping[str, Any]) -> dict[str, Any]:
+    """{dotted path: value} of what all processes of a run must have alike."""
+    plain = json.loads(json.dumps(config, default=repr))
+    found = {f"config.{path}": value for path, value in _flat(plain).items()}
+    return {path: x for path, x in found.items() if path.removeprefix("config.") not in _PLACES}
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -5,6 +5,8 @@ best one. Each carries the SHA-256 of its arrays: a newest checkpoint that canno
 reads as something else, is set aside and the one before is used.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -22,6 +24,9 @@ from orbax.checkpoint.checkpoint_managers import (
     LatestN,
 )
 
+from abkd_jax import parallel
+from abkd_jax.train import hosts
+
 FOLDER = "checkpoints"  # of a run, or of a part of it
 _UNKNOWN = -1e30  # the score of a state that was saved without an evaluation: never the best
 
@@ -36,7 +41,7 @@ class Checkpoints:
             directory: that holds them.
         """
         self.directory = pathlib.Path(directory).resolve()
-        _hide_unreadable_scores(self.directory)
+        hosts.by_first(lambda: _hide_unreadable_scores(self.directory))
         # `max_to_keep` with `best_fn` would delete the newest steps whenever the score falls.
         kept = AnyPreservationPolicy([LatestN(2), BestN(get_metric_fn=_score, n=1)])
         options = ocp.CheckpointManagerOptions(
@@ -107,18 +112,21 @@ class Checkpoints:
             ValueError: if there are checkpoints, none of which can be read.
         """
         damaged = {}
-        for step in reversed(self.steps()):
+        for step in reversed(hosts.agree(self.steps())):
             try:
-                tree = self._read(step, like)
-            except Exception as error:
-                damaged[step] = _first_line(error)
+                tree = hosts.everyone(functools.partial(self._whole, step, like))
+            except ValueError as error:
+                damaged[step] = f"{error}"
                 continue
             for broken, reason in damaged.items():
-                print(
-                    f"{self.directory}: the checkpoint of step {broken} is damaged ({reason}); it "
-                    f"was moved to {self._set_aside(broken)}, and that of step {step} is used.",
-                    file=sys.stderr,
-                )
+                aside = hosts.by_first(functools.partial(self._set_aside, broken))
+                self._reload()
+                if hosts.is_first():
+                    print(
+                        f"{self.directory}: the checkpoint of step {broken} is damaged ({reason}); "
+                        f"it was moved to {aside}, and that of step {step} is used.",
+                        file=sys.stderr,
+                    )
             return step, tree
         if damaged:
             raise ValueError(
@@ -151,13 +159,20 @@ class Checkpoints:
         score = None if step is None else self._manager.metrics(step)["score"]
         return None if score in (None, _UNKNOWN) else (step, score)
 
+    def _whole(self, step: int, like: Any) -> Any:
+        """See `_read`; what is wrong with it is a ValueError."""
+        try:
+            return self._read(step, like)
+        except Exception as error:  # of orbax, tensorstore, JSON, ...
+            raise ValueError(_first_line(error)) from error
+
     def _read(self, step: int, like: Any) -> Any:
-        target = jax.tree.map(lambda x: np.empty(np.shape(x), x.dtype), like)
+        target = jax.tree.map(_target, self._shapes(step) if like is None else like)
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(target), about=ocp.args.JsonRestore()
         )
         restored = self._manager.restore(step, args=items)
-        tree = jax.tree.map(np.asarray, restored.state)
+        tree = jax.tree.map(_here, restored.state)
         if _about(tree, self._manager.metrics(step)) != restored.about:
             raise ValueError("it is not what was saved")
         for (path, array), (_, expected) in zip(_leaves(tree), _leaves(target), strict=False):
@@ -165,16 +180,24 @@ class Checkpoints:
                 raise ValueError(f"{path} has the shape {array.shape}, not {expected.shape}")
         return tree
 
-    def _set_aside(self, step: int) -> pathlib.Path:
+    def _shapes(self, step: int) -> Any:
+        """The arrays of a checkpoint; without them orbax reads it on as many devices alone."""
+        handler = ocp.StandardCheckpointHandler()
+        with contextlib.closing(handler):
+            return handler.metadata(self.directory / str(step) / "state").tree
+
+    def _set_aside(self, step: int) -> str:
         aside = self.directory.with_name(f"{self.directory.name}_damaged")
         aside.mkdir(exist_ok=True)
         name, number = str(step), 1
         while (aside / name).exists():
             name, number = f"{step}_{number}", number + 1
         (self.directory / str(step)).rename(aside / name)
+        return f"{aside / name}"
+
+    def _reload(self) -> None:
         self._manager.reload()
         self._saved = self._manager.latest_step()
-        return aside / name
 
     def _guarded(self, step: int | None, write: Callable[[], Any]) -> None:
         try:
@@ -198,7 +221,8 @@ def digest(tree: Any) -> str:
         64 hexadecimal digits.
     """
     sha = hashlib.sha256()
-    for path, array in _leaves(tree):
+    for path, leaf in _leaves(tree):
+        array = parallel.fetched(leaf)
         sha.update(f"{path} {array.dtype} {array.shape}".encode())
         sha.update(np.ascontiguousarray(array).view(np.uint8))  # bfloat16 has no buffer
     return sha.hexdigest()
@@ -208,16 +232,27 @@ def _about(tree: Any, metrics: Mapping[str, float] | None) -> dict[str, Any]:
     """What a checkpoint says of itself: enough to see that it is what was saved.
 
     By values alone, since a tree that is read without its types has dicts in place of attributes.
+    Of several processes each calls it, and has one array at a time as a whole.
     """
-    if jax.process_count() > 1:
-        return {}
-    digests = sorted(digest(array) for _, array in _leaves(tree))
+    digests = sorted(digest(leaf) for leaf in jax.tree.leaves(tree))
     return {"sha256": hashlib.sha256("".join(digests).encode()).hexdigest(), "metrics": metrics}
 
 
-def _leaves(tree: Any) -> list[tuple[str, np.ndarray]]:
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
     leaves = jax.tree.leaves_with_path(tree)
-    return [(jax.tree_util.keystr(path), np.asarray(leaf)) for path, leaf in leaves]
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
+
+
+def _target(like: Any) -> Any:
+    """What orbax is to make of an array: one of the host, or its parts on several processes."""
+    if getattr(like, "is_fully_addressable", True):
+        return np.empty(np.shape(like), like.dtype)
+    return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=like.sharding)
+
+
+def _here(x: Any) -> Any:
+    """An array of the host, but for one of several processes."""
+    return np.asarray(x) if getattr(x, "is_fully_addressable", True) else x
 
 
 def _score(metrics: Mapping[str, float]) -> float:

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from abkd_jax.parallel import partition
+from abkd_jax.parallel import partition, placed
 from abkd_jax.types import dotted
 
 
@@ -31,4 +31,4 @@ def sharded(tree: Any, mesh: Mesh) -> Any:
         tree: of arrays on the host, maybe memory-mapped, or on devices.
         mesh: the devices.
     """
-    return jax.device_put(tree, shardings(tree, mesh))
+    return jax.tree.map(placed, tree, shardings(tree, mesh))
