@@ -501,7 +501,7 @@ REFUSED = {
     },
     "teacher.weights.fn: there is no weights 'rum' (did you mean 'run'?); known are hugging_face, "
     "run, torch.": {"teacher__weights": {"fn": "rum"}},
-    "teacher.weights.workdir is missing; run takes workdir, network, best.": {
+    "teacher.weights.workdir is missing; run takes workdir, network, best, member.": {
         "teacher__weights": {"fn": "run"}
     },
     f"teacher.checkpoint is unknown; teacher takes {NETWORK}": {"teacher__checkpoint": "runs"},
