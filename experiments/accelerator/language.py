@@ -36,9 +36,6 @@ _DIVERGENCES = {
     "jensen_shannon": {"teacher_weight": 0.5},
     "alpha_beta": {"alpha": 0.8, "beta": 0.3},
 }
-    "jensen_shannon": {"teacher_weight": 0.5},
-    "alpha_beta": {"alpha": 0.8, "beta": 0.3},
-}
 _DECODERS = {  # of SmolLM2-135M and TinyLlama-1.1B
     "135M": dict(
         num_classes=49_152, width=576, layers=30, heads=9, key_value_heads=3, mlp_width=1536
