@@ -105,6 +105,30 @@ def test_the_divergences_by_command(tmp_path):
     assert (tmp_path / "accelerator.md").read_text().count("| abkd_jax |") == 7
 
 
+@pytest.mark.long
+def test_the_vocabulary_and_the_decoders_by_command(tmp_path):
+    command(tmp_path, "--part=vocabulary", "--part=decoders")
+    page = (tmp_path / "accelerator.md").read_text()
+    assert "failed" not in page
+    for name in ("jensen_shannon", "alpha_beta"):
+        for arm in ("abkd_jax, chunked", "JAX, dense"):
+            assert f"| {name} | {arm} |" in page
+    assert "| tiny | trains | 1 device |" in page and "| tiny | writes | 1 device |" in page
+
+
+def test_the_memory_of_a_call_is_kept_beside_its_times():
+    class Call:
+        memory = 7
+
+        def __call__(self):
+            return 1.0
+
+    found = measured(
+        Row("a row", lambda: {"known": Call, "not": lambda: lambda: 1.0}, {}), seconds=0
+    )
+    assert found["memory"] == {"known": 7} and set(found["seconds"]) == {"known", "not"}
+
+
 @pytest.mark.slow
 def test_all_parts_by_command(tmp_path):
     command(tmp_path)

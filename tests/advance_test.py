@@ -16,7 +16,7 @@ from abkd_jax.run.loop import train_and_evaluate
 from abkd_jax.sources import DATASET, Source
 from abkd_jax.train import Programs, Static, advance, begin, run_steps
 from abkd_jax.train.checkpoint import FOLDER, Checkpoints
-from abkd_jax.types import Batch, Outputs, Term
+from abkd_jax.types import Batch, Outputs, Term, named_leaves
 
 K, DIM, SIZE = 3, 6, 8
 SGD = bind(optimizers.sgd, learning_rate=0.1, momentum=0.5)
@@ -228,6 +228,18 @@ def test_no_second_copy_of_the_parameters_lives(count):
     args = (carry, {}, {"student": TASK}, SOURCE, fed(), 0, 0)
     compiled = program.lower(*args, count=count, static=Static()).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 1.25 * size
+
+
+def test_the_buffers_of_a_carry_are_taken():
+    """Of parameters, batch statistics, averages and the optimiser; what is returned is whole."""
+    carry = begin(learners(), {"student": TASK}, SOURCE)
+    programs = Programs(SOURCE, Static())
+    after, ready = programs.advance(carry, {}, {"student": TASK}, fed(), 0, 0, 1)
+    before = named_leaves(carry.learners)
+    assert len(before) > 8 and [name for name, x in before.items() if not x.is_deleted()] == []
+    jax.block_until_ready(ready)
+    student = after.learners["student"]
+    assert all_finite((student.params, student.ema_params)) and student.step == 1
 
 
 # --- the loop -----------------------------------------------------------------------------------

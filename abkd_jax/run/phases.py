@@ -446,7 +446,7 @@ def _shown(frozen: Networks, batch: Batch) -> dict[str, Outputs]:
 
 def feed(
     run: Run, split: datasets.Split | datasets.Stream, size: int
-) -> Callable[[int, int], tuple[Any, int]]:
+) -> Callable[..., tuple[Any, int]]:
     """A `data.Feed` of a run, of a stream with the rows of all processes."""
     found = datasets.Feed(
         split, run.data.preprocess, data_seed=run.plan.config["data_seed"], size=size
@@ -454,7 +454,7 @@ def feed(
     if jax.process_count() == 1 or isinstance(split, datasets.Split):
         return found
 
-    def of_all(step: int, most: int) -> tuple[Any, int]:
+    def of_all(step: int, most: int = 1) -> tuple[Any, int]:
         examples, until = found(step, most)
         axis = 0 if examples.first is None else 1  # of the rows of one step, or of several
         return examples.replace(rows=parallel.joined(examples.rows, run.mesh, axis)), until

@@ -29,13 +29,14 @@ from absl import flags
 from abkd_jax.config import command
 from abkd_jax.run.log.writer import replacing
 from abkd_jax.run.workdir import locked
-from experiments.accelerator import divergences, training
+from experiments.accelerator import divergences, language, training
 from experiments.accelerator.rows import Ledger, Part, Row, answers, eta, measured
 
 _OUT = flags.DEFINE_string("out", None, "The folder of the rows and of the page.", required=True)
 _MINUTES = flags.DEFINE_float("minutes", 9.0, "No row is begun after these.", lower_bound=0.0)
 _RUNLOCAL = flags.DEFINE_bool("runlocal", False, "Tiny rows, to see that the command works.")
 _PARTS = {"divergences": divergences.part, "pair": training.pair, "sweep": training.sweep}
+_PARTS |= {"vocabulary": language.vocabulary, "decoders": language.decoders}
 _WHICH = flags.DEFINE_multi_enum("part", [*_PARTS], [*_PARTS], "Some parts alone.")
 _PACKAGES = ("jax", "jaxlib", "torch", "liger_kernel")
 _PAGE = "accelerator.md"
@@ -46,7 +47,7 @@ def main() -> None:
     """Measures the rows that are missing, and writes the page after each."""
     folder, small = pathlib.Path(_OUT.value), _RUNLOCAL.value
     until = time.monotonic() + 60 * _MINUTES.value
-    parts = {name: _PARTS[name](small=small) for name in _PARTS}
+    parts = {name: _PARTS[name](small=small) for name in _PARTS}  # the page has all of them
     with locked(folder):
         ledger = Ledger(folder, identity())
         names = [name for name in parts if name in _WHICH.value]

@@ -65,7 +65,7 @@ def measured(row: Row, *, seconds: float) -> dict[str, Any]:
 
     Returns:
         "seconds": {arm: of a call, by round}, "failed": {arm: why it has none}, both in the arms'
-        order, and the row's "facts".
+        order, and the row's "facts"; "memory": {arm: bytes} of calls with an attribute `memory`.
     """
     calls, failed, found = {}, {}, {}
     try:
@@ -83,7 +83,9 @@ def measured(row: Row, *, seconds: float) -> dict[str, Any]:
     except Exception as error:
         failed["all"] = reason(error)
     times = {name: values.tolist() for name, values in found.items()}
-    return {"seconds": times, "failed": failed, "facts": dict(row.facts)}
+    told = {"seconds": times, "failed": failed, "facts": dict(row.facts)}
+    memory = {name: call.memory for name, call in calls.items() if hasattr(call, "memory")}
+    return told | ({"memory": memory} if memory else {})
 
 
 def answers() -> bool:
