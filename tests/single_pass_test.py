@@ -334,6 +334,13 @@ def test_each_chip_of_a_mesh_has_its_own_rows(rows, calls):
     assert not calls or f"f32[{rows // 8},256]" in text
 
 
+@pytest.mark.parametrize("kind,fits", [("TPU v5 lite", True), ("TPU v5p", False)])
+def test_a_vocabulary_fits_or_not(kind, fits):
+    logits = (jax.ShapeDtypeStruct((8, 128_256), jnp.bfloat16),) * 2
+    with jax.sharding.use_abstract_mesh(mesh_of(kind, 1)):
+        assert has_kernel(passed(forward_kl, interpret=False), *logits) == fits
+
+
 @pytest.mark.long
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
