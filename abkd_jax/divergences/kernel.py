@@ -17,7 +17,7 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.extend import core
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from abkd_jax import numerics
 
@@ -124,7 +124,9 @@ def body(
 
     blocks = [jax.ShapeDtypeStruct((rows, classes), dtype) for dtype in dtypes]
     numbers = [jax.ShapeDtypeStruct((), jnp.float32)] * structure.num_leaves
-    with jax.enable_x64(False):  # literals of 64 bit, such as 1.0, have no lowering
+    nowhere = AbstractMesh((), ())  # one trace for all meshes: a block is on one device
+    # Literals of 64 bit, such as 1.0, have no lowering.
+    with jax.enable_x64(False), jax.sharding.use_abstract_mesh(nowhere):
         jaxpr = jax.make_jaxpr(evaluated)(*blocks, *numbers)
         for _ in range(2):  # what is put in a function's place may have calls in its turn
             flat = functools.partial(_inlined, jaxpr.jaxpr, jaxpr.consts)
@@ -271,4 +273,4 @@ def _log1p(x: Array) -> Array:
     return jnp.where(rounded == 1.0, x, jnp.log(rounded) * ratio)
 
 
-_REPLACED = {"expm1": _expm1, "log1p": _log1p, "reshard": lambda x: x}  # a block is on one device
+_REPLACED = {"expm1": _expm1, "log1p": _log1p}
