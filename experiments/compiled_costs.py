@@ -4,8 +4,8 @@
 
 Nothing runs, and no TPU is needed: libtpu (the extra `[tpu]`) compiles for one on any machine. A
 row is printed when it is there. `--only` chooses among the tables, `--names` the rows,
-`--topologies` the chips. A row takes some ten seconds, one with products in full precision, or a
-deep network, a minute.
+`--topologies` the chips, `--classes` the sizes of `single_pass`. A row takes some ten seconds, one
+with products in full precision, or a deep network, a minute.
 """
 
 import os
@@ -34,9 +34,10 @@ from abkd_jax.run.needs import compiled_step
 from abkd_jax.train.sharding import shardings
 from abkd_jax.types import Term
 
-_TABLES = ("divergences", "methods", "vocabulary", "steps", "networks")
+_TABLES = ("divergences", "single_pass", "methods", "vocabulary", "steps", "networks")
 _ONLY = flags.DEFINE_list("only", [*_TABLES], f"Of {', '.join(_TABLES)}.")
 _NAMES = flags.DEFINE_list("names", [], "Some rows alone.")
+_SIZES = flags.DEFINE_list("classes", [], "Of the table single_pass, some sizes alone: 1000, ...")
 _TOPOLOGIES = flags.DEFINE_list("topologies", ["v5e:2x4"], "Of libtpu: v5e:2x4, v6e:2x4, ...")
 
 _SHAPES = ((4096, 1000, jnp.float32), (1024, 32_000, jnp.bfloat16))
@@ -57,7 +58,10 @@ _NUMBERS = dict(
     top_k=_KL | dict(k=50),
     top_k_renormalised=_KL | dict(k=50),
     top_k_dropped=_KL | dict(k=50),
+    single_pass=_KL,
 )
+_OF_ONE_PASS = (*_SHAPES, (128, 128_256, jnp.bfloat16))
+_WITHOUT_KERNEL = ("single_pass", "adaptive_kl", "top_k", "top_k_dropped", "top_k_renormalised")
 _ROWS, _CLASSES, _WIDTH = 4096, 1000, 512  # of the methods
 _FEWER = {"sinkd": 1024}  # whose loss is of all pairs of rows
 _TOKENS, _VOCABULARY, _WIDTHS = 8192, 128_256, (2048, 4096)  # of student and teacher
@@ -96,6 +100,7 @@ class Program(NamedTuple):
 def main() -> None:
     """Prints the tables."""
     tables = {"divergences": _divergences, "methods": _methods}
+    tables |= {"single_pass": _single_pass}
     tables |= {"vocabulary": _vocabulary, "steps": _steps, "networks": _networks}
     for table in _ONLY.value:
         if table not in tables:
@@ -148,6 +153,26 @@ def _divergences(mesh: Mesh) -> Iterator[Program]:
             yield Program(name, batch, chips, compiled, units)
 
 
+def _single_pass(mesh: Mesh) -> Iterator[Program]:
+    """Values, summed, and student gradient of each divergence, as it is and in one pass."""
+    for rows, classes, dtype in _OF_ONE_PASS:
+        if _SIZES.value and f"{classes}" not in _SIZES.value:
+            continue
+        units = _units(rows * classes, jnp.dtype(dtype).itemsize)
+        logits = (jax.ShapeDtypeStruct((rows, classes), dtype),) * 2
+        placed = costs.shapes(logits, costs.part(mesh, 1), split=False)
+        for name in (x for x in names("divergence") if x not in _WITHOUT_KERNEL):
+            plain = bind(getattr(divergences, name), **_NUMBERS.get(name, {}))
+            in_one = bind(divergences.single_pass, divergence=plain)
+            both = {name: plain, f"single_pass({name})": in_one}
+            for title, divergence in both.items():
+                value = lambda s, t, divergence=divergence: jnp.sum(divergence(s, t))  # noqa: E731
+                compiled = functools.partial(costs.compiled, jax.value_and_grad(value), *placed)
+                batch = f"{rows} x {classes}, {jnp.dtype(dtype)}"
+                if _wanted(title):
+                    yield Program(title, batch, 1, compiled, units)
+
+
 def _methods(mesh: Mesh) -> Iterator[Program]:
     """Value and gradient of each method's terms in what the student shows."""
     length = ml_collections.ConfigDict(dict(batch_size=_ROWS, num_steps=1200))
@@ -190,11 +215,15 @@ def _vocabulary(mesh: Mesh) -> Iterator[Program]:
 
     On several chips the heads are split over all of them, as the rows are.
     """
-    for name, chips in itertools.product(("forward_kl", "alpha_beta"), (1, mesh.size)):
-        if not _wanted(name):
+    of_each = ("forward_kl", "alpha_beta"), (False, True), (1, mesh.size)
+    for name, in_one_pass, chips in itertools.product(*of_each):
+        title = f"single_pass({name})" if in_one_pass else name
+        if not _wanted(title):
             continue
         some = costs.part(mesh, chips, fsdp=chips)
         divergence = bind(getattr(divergences, name), **_NUMBERS.get(name, {}))
+        if in_one_pass:
+            divergence = bind(divergences.single_pass, divergence=divergence)
         loss = bind(losses.on_logits, divergence=divergence, temperature=1.0)
         terms = {"distill": Term(loss, 1.0, other="teacher")}
 
@@ -207,7 +236,7 @@ def _vocabulary(mesh: Mesh) -> Iterator[Program]:
         placed = jax.tree.map(lambda x: x.sharding, student)
         program = jax.value_and_grad(total), student, teacher, where
         compiled = functools.partial(costs.compiled, *program, out_shardings=(None, placed))
-        yield Program(name, f"{_TOKENS} x {_VOCABULARY}", chips, compiled, (1e9, 1e12, 1e6))
+        yield Program(title, f"{_TOKENS} x {_VOCABULARY}", chips, compiled, (1e9, 1e12, 1e6))
 
 
 def _unformed(width: int, mesh: Mesh) -> Outputs:

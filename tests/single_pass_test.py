@@ -2,13 +2,14 @@
 
 import functools
 import importlib.util
+import math
 
 import jax
 import numpy as np
 import pytest
 from jax import export
 from jax import numpy as jnp
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 from abkd_jax import bind, costs, divergences
 from abkd_jax.binding import at_step, schedule
@@ -332,6 +333,24 @@ def test_each_chip_of_a_mesh_has_its_own_rows(rows, calls):
         text = str(jax.make_jaxpr(passed(AB, interpret=False))(*logits))
     assert ("shard_map" in text) == ("pallas_call" in text) == calls
     assert not calls or f"f32[{rows // 8},256]" in text
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 8), (4, 2)])
+def test_inside_of_shard_map_a_chip_is_alone(sizes):
+    """One after the other: the trace of a block is none of its mesh."""
+    rows = PartitionSpec(("data", "fsdp"))
+    gradient = jax.grad(lambda s, t: jnp.sum(passed(AB, interpret=False)(s, t)))
+    specs = dict(mesh=mesh_of("TPU v5e", *sizes), in_specs=(rows, rows), out_specs=rows)
+    on_each = jax.shard_map(gradient, check_vma=False, **specs)
+    logits = (jax.ShapeDtypeStruct((8 * math.prod(sizes), 256), jnp.float32),) * 2
+    assert has_kernel(on_each, *logits)
+
+
+@pytest.mark.parametrize("kind,fits", [("TPU v5 lite", True), ("TPU v5p", False)])
+def test_a_vocabulary_fits_or_not(kind, fits):
+    logits = (jax.ShapeDtypeStruct((8, 128_256), jnp.bfloat16),) * 2
+    with jax.sharding.use_abstract_mesh(mesh_of(kind, 1)):
+        assert has_kernel(passed(forward_kl, interpret=False), *logits) == fits
 
 
 @pytest.mark.long

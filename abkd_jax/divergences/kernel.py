@@ -17,7 +17,7 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.extend import core
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from abkd_jax import numerics
 
@@ -25,8 +25,10 @@ _LANES = 128  # numbers in a row of a register, and at least in a row of an arra
 MIN_CLASSES = _LANES
 _SUBLANES = 8  # rows of a register
 _BLOCK = 1 << 16  # entries of a block, which has _SUBLANES rows at least: compiling unrolls it
-MAX_CLASSES = 153_600  # 8 rows of them, with what a divergence makes of them, fill _VMEM
-_VMEM = 100 << 20  # bytes of the 128 MB that a v5e or a v6e has
+_OF_CLASS = 682  # bytes of VMEM for 8 rows of a class, with what a divergence makes of them
+_VMEM = 100 << 20  # bytes of the 128 MB that these have
+_LARGE_VMEM = ("TPU v5e", "TPU v5 lite", "TPU v6")
+_USUAL_VMEM = 48 << 20  # of 64 MB
 _SMALL_VMEM = ("TPU v2", "TPU v3", "TPU v4")  # chips that have 16 MB
 _TRANSCENDENTAL = {"exp", "exp2", "expm1", "log", "log1p", "logistic", "pow", "rsqrt", "sqrt"}
 _CALLS = {"closed_call", "custom_jvp_call", "custom_vjp_call", "jit", "pjit"}
@@ -67,9 +69,7 @@ def axes_of_rows() -> tuple[str, ...] | None:
     there can be no kernel: without TPUs that have room for a block, or where they share rows by a
     mesh that is not the current one (`jax.set_mesh`), so that nobody knows how.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
-    kind = (device or jax.local_devices()[0]).device_kind
+    mesh, kind = jax.sharding.get_abstract_mesh(), _kind()
     if not kind.startswith("TPU") or kind.startswith(_SMALL_VMEM):
         return None
     if mesh.empty:
@@ -78,6 +78,24 @@ def axes_of_rows() -> tuple[str, ...] | None:
     if mesh.size == 1 or kinds == {AxisType.Manual}:
         return ()
     return mesh.axis_names if kinds == {AxisType.Auto} else None
+
+
+def most_classes() -> int:
+    """Of which a block fits."""
+    return _vmem() // _OF_CLASS
+
+
+def _vmem() -> int:
+    """Bytes for a block: as many as most TPUs have, or any machine that interprets the kernel."""
+    large = _kind().startswith(_LARGE_VMEM) or not _kind().startswith("TPU")
+    return _VMEM if large else _USUAL_VMEM
+
+
+def _kind() -> str:
+    """Of the devices: those of the current mesh, or this machine's."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return (device or jax.local_devices()[0]).device_kind
 
 
 @functools.lru_cache(maxsize=256)
@@ -106,7 +124,9 @@ def body(
 
     blocks = [jax.ShapeDtypeStruct((rows, classes), dtype) for dtype in dtypes]
     numbers = [jax.ShapeDtypeStruct((), jnp.float32)] * structure.num_leaves
-    with jax.enable_x64(False):  # literals of 64 bit, such as 1.0, have no lowering
+    nowhere = AbstractMesh((), ())  # one trace for all meshes: a block is on one device
+    # Literals of 64 bit, such as 1.0, have no lowering.
+    with jax.enable_x64(False), jax.sharding.use_abstract_mesh(nowhere):
         jaxpr = jax.make_jaxpr(evaluated)(*blocks, *numbers)
         for _ in range(2):  # what is put in a function's place may have calls in its turn
             flat = functools.partial(_inlined, jaxpr.jaxpr, jaxpr.consts)
@@ -176,7 +196,7 @@ def _called(body, scalars, student_logits, teacher_logits, interpret):
         in_specs=[in_smem, block, block],
         out_specs=[lanes, block][: len(shapes)],
         out_shape=shapes,
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_VMEM),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_vmem()),
         cost_estimate=_cost(body, [student_logits, teacher_logits, *shapes]),
         interpret=interpret,
     )(scalars, student_logits, teacher_logits)
@@ -253,4 +273,4 @@ def _log1p(x: Array) -> Array:
     return jnp.where(rounded == 1.0, x, jnp.log(rounded) * ratio)
 
 
-_REPLACED = {"expm1": _expm1, "log1p": _log1p, "reshard": lambda x: x}  # a block is on one device
+_REPLACED = {"expm1": _expm1, "log1p": _log1p}

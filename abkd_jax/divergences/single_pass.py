@@ -29,13 +29,18 @@ def single_pass(
 
     It is the same function, also in its derivatives; those in other arguments than the student's
     logits, and second ones, are the divergence's own. Where there is no such kernel, it is the
-    divergence itself: on CPUs and GPUs; for fewer than 128 classes or more than 153,600; for logits
-    of 64 bit, float16, or of two shapes; for numbers of which each row has its own; and for
-    divergences that sort or gather, `adaptive_kl` and those of the k likeliest classes.
+    divergence itself: on CPUs and GPUs; for fewer than 128 classes, or more than fit (153,750 on a
+    v5e or a v6e, 73,800 on a v5p or a v7x); for logits of 64 bit, float16, or of two shapes; for
+    numbers of which each row has its own; and for divergences that sort or gather, `adaptive_kl`
+    and those of the k likeliest classes.
 
     What is inside is one pass, so this is the outermost of several combinators; `tempered`, and so
-    a loss's temperature, goes inside by itself. A block of rows takes up to 100 MB of VMEM, which
-    TPUs before v5 do not have: there it is the divergence itself.
+    a loss's temperature, goes inside by itself. TPUs before v5 have no VMEM for a block of rows:
+    there it is the divergence itself. Several chips have a kernel each
+    in chunks of `losses.total`, inside of `jax.shard_map`, and where their mesh is the current one
+    (`jax.set_mesh`), over all of whose axes the rows are then split. A program is exported for TPUs
+    alone, or without a kernel. A gradient that is weighted by row, as a mean's is, takes another
+    pass, unless what reads it has the weights on its way, as products with a head do.
 
     Args:
         divergence: D, with its numbers bound; they may be traced.
@@ -82,7 +87,7 @@ def _has_kernel(structure, numbers, student_logits, teacher_logits, interpret) -
     classes, dtypes = student_logits.shape[-1], {student_logits.dtype, teacher_logits.dtype}
     sizes = jax.sharding.get_abstract_mesh().shape
     fits = student_logits.size // classes % math.prod(sizes[axis] for axis in axes) == 0
-    fits &= kernel.MIN_CLASSES <= classes <= kernel.MAX_CLASSES
+    fits &= kernel.MIN_CLASSES <= classes <= kernel.most_classes()
     fits &= dtypes <= set(map(jnp.dtype, _DTYPES)) and all(jnp.ndim(x) == 0 for x in numbers)
     return fits and _body(structure, student_logits, teacher_logits, gradient=True).lowers
 
