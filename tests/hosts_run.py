@@ -80,6 +80,7 @@ def stream(**changes):
                 distill=dict(learn=("student",), see=("teacher",)),
             ),
             plugins=("hosts_run",),
+            steps_per_call=3,  # whose batches a stream stacks
         )
         | changes
     )
