@@ -10,6 +10,10 @@ point alone. The workdir has sweep.csv (a row for each student), history.csv (sc
 and for two numbers heat_map.png, for one curve.png. A stopped sweep goes on by the same command.
 The student of a single run with the same numbers, seeds and teacher
 (--config="configs/digits.py:teacher='WORKDIR/teacher'") is that of the sweep.
+
+With --processes=4 the same command runs four times, on hosts that share the workdir or on one with
+devices for each: every process trains members that no other has, and those of a lost one are taken
+by the others.
 """
 
 import math
@@ -30,6 +34,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the sweep, which 
 _OVER = flags.DEFINE_multi_string("over", [], "PATH=START:END:STEP, or PATH=A,B,C.")
 _SEEDS = flags.DEFINE_integer("init_seeds", None, "How many init seeds; None: as the config has.")
 _CHUNK = flags.DEFINE_integer("chunk", 0, "Students at once; 0: as many as memory holds.")
+_PROCESSES = flags.DEFINE_integer("processes", 1, "How many share the sweep.", lower_bound=1)
 _PLANE = ("divergence.alpha", "divergence.beta")
 _MOST = 100_000  # values of one number
 
@@ -43,7 +48,8 @@ def main() -> None:
     over = dict(map(parsed, _OVER.value))
     if len(over) < len(_OVER.value):
         raise ValueError("--over names a path twice; give all its values at once.")
-    rows = sweep(_CONFIG.value, folder, over=over, init_seeds=_SEEDS.value, chunk=_CHUNK.value)
+    how = {"chunk": _CHUNK.value, "processes": _PROCESSES.value}
+    rows = sweep(_CONFIG.value, folder, over=over, init_seeds=_SEEDS.value, **how)
     winner = best(rows)
     score = next(key for key in winner if key not in over)  # that which selects
     task = resolve(_CONFIG.value).task

@@ -4,6 +4,7 @@ import ast
 import csv
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -47,6 +48,35 @@ def test_the_table_of_estimators_is_what_its_command_prints(tmp_path):
     *printed, _ = done.stdout.splitlines()
     assert len(printed) == 30 and (tmp_path / "figure.png").exists()
     assert "\n".join(printed) in (_ROOT / "experiments" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_processes_share_a_sweep_and_take_over_what_one_loses(tmp_path):
+    """One of two is killed among its members; the other ends with the table of one alone."""
+    over = f"--over={_DIVERGENCE}.alpha=0:1:0.5"
+    command = "experiments.sweep", "--config=configs/digits.py:runlocal", over, "--init_seeds=2"
+    alone = run(*command, f"--workdir={tmp_path / 'alone'}", "--chunk=3")
+    assert alone.returncode == 0, alone.stderr
+    shared = tmp_path / "shared"
+    command = sys.executable, "-m", *command, f"--workdir={shared}", "--processes=2"
+    how = dict(cwd=_ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    def started():
+        process = subprocess.Popen(command, **how, text=True)
+        line = next((x for x in process.stderr if x.startswith("students")), "")
+        return process, line.partition(" step")[0]
+
+    lost, first = started()
+    lost.send_signal(signal.SIGSTOP)  # it keeps its lock
+    other, second = started()
+    lost.kill()
+    _, told = other.communicate(timeout=300)
+    lost.communicate()
+    assert other.returncode == 0, told
+    assert (first, second) == ("students 1 to 3 of 6", "students 4 to 6 of 6")
+    assert first in told and "computed once" not in told
+    for name in ("sweep.csv", "history.csv"):
+        assert (shared / name).read_text() == (tmp_path / "alone" / name).read_text()
 
 
 @pytest.mark.nightly

@@ -81,13 +81,16 @@ class Run(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened(plan: Plan, workdir: str | os.PathLike, *, profile: bool = False) -> Iterator[Run]:
+def opened(
+    plan: Plan, workdir: str | os.PathLike, *, profile: bool = False, shared: bool = False
+) -> Iterator[Run]:
     """A run that is alone in its workdir, its data read, until the context ends.
 
     Args:
         plan: of the run.
         workdir: its folder, which is made and locked.
         profile: whether to trace some steps of the last phase.
+        shared: whether others that share it may be in the workdir, too.
 
     Yields:
         The run.
@@ -99,7 +102,7 @@ def opened(plan: Plan, workdir: str | os.PathLike, *, profile: bool = False) -> 
     folder, mesh = folders.path_of(workdir), plan.mesh()
     if jax.process_count() > 1:
         hosts.equal(folders.of_all(plan.config) | hosts.versions())
-    with folders.locked_by_first(folder), _told_of_disks(folder):
+    with folders.locked_by_first(folder, shared=shared), _told_of_disks(folder):
         chunk = hosts.by_first(lambda: _chunk(plan, folder))
         plan = plan._replace(config=plan.config | {"chunk": chunk})
         _tell_of_padding(plan)

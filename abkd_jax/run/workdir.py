@@ -33,6 +33,10 @@ _LEFT_OPEN = ("config.chunk", 0)  # which a run fills in as it begins
 _PLACES = ("data.data_dir", "data.download", "data.cache_dir")
 
 
+class Busy(ValueError):
+    """Another process is at work in a folder."""
+
+
 class Loaded(NamedTuple):
     """A trained network.
 
@@ -234,8 +238,12 @@ def _told(differing: list[tuple[str, Any, Any]]) -> str:
 
 
 @contextlib.contextmanager
-def locked(workdir: pathlib.Path) -> Iterator[None]:
+def locked(workdir: pathlib.Path, *, shared: bool = False) -> Iterator[None]:
     """Keeps other processes out of the folder; the lock ends with the process, however it ends.
+
+    Args:
+        workdir: the folder, which is made.
+        shared: whether it keeps out those alone that do not share it.
 
     Raises:
         ValueError: if another process is at work in the folder, or it cannot be made.
@@ -247,19 +255,19 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         raise ValueError(f"workdir {workdir} cannot be written: {error.strerror}.") from None
     with handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process is at work in the workdir {workdir}.") from None
+            raise Busy(f"another process is at work in the workdir {workdir}.") from None
         except OSError:
             pass  # a file system without locks
         yield
 
 
 @contextlib.contextmanager
-def locked_by_first(workdir: pathlib.Path) -> Iterator[None]:
+def locked_by_first(workdir: pathlib.Path, *, shared: bool = False) -> Iterator[None]:
     """As `locked`, by process 0 for all processes of a run, which must share the folder."""
     with contextlib.ExitStack() as lock:
-        hosts.by_first(lambda: lock.enter_context(locked(workdir)))
+        hosts.by_first(lambda: lock.enter_context(locked(workdir, shared=shared)))
         hosts.check_shared(workdir)
         yield
 

@@ -9,6 +9,8 @@ import functools
 import itertools
 import math
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -40,6 +42,7 @@ from abkd_jax.train.checkpoint import FOLDER, Checkpoints
 
 TABLE = "sweep.csv"
 HISTORY = "history.csv"
+_COMMON = "common"  # the folder by whose lock processes that share a sweep take turns
 _EVALUATED = 1000  # rows of a batch of an evaluation: examples, or tokens
 
 
@@ -50,6 +53,7 @@ def sweep(
     over: Mapping[str, Sequence[float]],
     init_seeds: int | None = None,
     chunk: int = 0,
+    processes: int = 1,
     networks: Mapping[str, tuple[Callable, Any]] | None = None,
     data: datasets.DataSet | None = None,
 ) -> list[dict[str, float]]:
@@ -66,6 +70,9 @@ def sweep(
             "student.terms.distill.divergence.alpha" or "student.optimizer.learning_rate".
         init_seeds: how many, from the config's `init_seed` on; None for its `init_seeds`.
         chunk: how many members train at once; 0 for as many as memory holds.
+        processes: how many run this same call on a workdir that they share. Each trains the chunks
+            of members that no other has, without a word between them: where one is lost, the
+            others take its members from their newest checkpoint. All return the whole table.
         networks: as for `train_and_evaluate`.
         data: likewise.
 
@@ -81,8 +88,8 @@ def sweep(
         FloatingPointError: one sentence, if a teacher's training is not finite.
         SystemExit: if a signal asked to stop, after saving.
     """
-    handed = {"networks": networks, "data": data}
-    with opened(config, workdir, over=over, init_seeds=init_seeds, chunk=chunk, **handed) as found:
+    handed = {"chunk": chunk, "processes": processes, "networks": networks, "data": data}
+    with opened(config, workdir, over=over, init_seeds=init_seeds, **handed) as found:
         rows, folder = found.rows(), found.run.workdir
         table = [row["last"] for row in rows]
         write_csv(folder / TABLE, table)
@@ -98,6 +105,7 @@ def opened(
     over: Mapping[str, Sequence[float]],
     init_seeds: int | None = None,
     chunk: int = 0,
+    processes: int = 1,
     networks: Mapping[str, tuple[Callable, Any]] | None = None,
     data: datasets.DataSet | None = None,
 ) -> Iterator["Program"]:
@@ -110,21 +118,47 @@ def opened(
     init_seeds = config["init_seeds"] if init_seeds is None else init_seeds
     check_integer("init_seeds", init_seeds, least=1)
     check_integer("chunk", chunk, least=0)
+    check_integer("processes", processes, least=1)
     plan = resolve(needed(config) | {"init_seeds": 1}, networks=networks, data=data)
     expected = "0 in a sweep, whose members write nothing"
     require(not plan.task.responses, "task.responses", expected, plan.task.responses)
     *before, phase = plan.phases
     members = planned(plan, over, init_seeds)
-    with phases.opened(plan, workdir) as run:
+    with phases.opened(plan, workdir, shared=processes > 1) as run:
         states, results = phases.ready(run), {}
         run = phases.with_digests(run, states)
         values = [[path, list(map(float, numbers))] for path, numbers in members.over.items()]
         identity = {"over": values, "init_seeds": init_seeds, "chunk": chunk}
-        folders.claim(run.workdir, phases.identity(run, phase) | {"sweep": identity})
-        for part in before:
-            results[part.name] = run_phase(run, part, states, results)
-            states |= results[part.name].last
-        yield Program(run, phase, states, members, chunk)
+        with _in_turn(run) if processes > 1 else contextlib.nullcontext():
+            folders.claim(run.workdir, phases.identity(run, phase) | {"sweep": identity})
+            for part in before:
+                results[part.name] = run_phase(run, part, states, results)
+                states |= results[part.name].last
+            program = Program(run, phase, states, members, chunk, processes)
+        yield program
+
+
+@contextlib.contextmanager
+def _in_turn(run: Run) -> Iterator[None]:
+    """Where one process of those that share a sweep works for all, and the others wait for it."""
+    with contextlib.ExitStack() as lock:
+        for wait in itertools.count():
+            try:
+                lock.enter_context(folders.locked(run.workdir / _COMMON))
+                break
+            except folders.Busy:
+                if not wait:
+                    print(f"{run.workdir}: waits for another process to begin.", file=sys.stderr)
+                _pause(run)
+        yield
+
+
+def _pause(run: Run) -> None:
+    """Some seconds, or less if a signal asks to stop."""
+    for _ in range(20):
+        if (stops := run.interruption.requested) is not None:
+            raise SystemExit(128 + stops)
+        time.sleep(0.1)
 
 
 class Program:
@@ -141,13 +175,20 @@ class Program:
         programs: over stacked members, see `train.Programs`.
         frozen: the networks that they see.
         feed: of their examples, see `data.Feed`.
+        size: how many of them train at once.
     """
 
     def __init__(
-        self, run: Run, phase: Phase, states: train.Networks, members: Members, chunk: int
+        self,
+        run: Run,
+        phase: Phase,
+        states: train.Networks,
+        members: Members,
+        chunk: int,
+        processes: int,
     ):
         self.run, self.phase, self.members = run, phase, members
-        self._states, self._chunk, config = states, chunk, run.plan.config
+        self._states, config = states, run.plan.config
         self.frozen = parallel.everywhere(phases.frozen_in(run, phase, states))
         self._statistics = phases.statistics(run, self.frozen)
         split, size = phases.seen_examples(run, phase, self.frozen)
@@ -157,14 +198,21 @@ class Program:
         sizes = {name: config[name] for name in ("micro_batches", "log_every", "chunk")}
         self._size, self._static = size, train.Static(**sizes)
         self.programs = train.Programs(phase.source, self._static, members=True)
+        path, each = run.workdir / "chunk.json", math.ceil(len(members.points) / processes)
+        self.size = memory.remembered(path, lambda: chunk or min(each, self._fitting()))
 
     def rows(self) -> list[dict[str, Any]]:
         """Trains all members, or goes on with them: {"last": a row, "history": rows} of each."""
-        path, count, rows = self.run.workdir / "chunk.json", len(self.members.points), []
-        size = memory.remembered(path, lambda: self._chunk or min(count, self._fitting()))
-        for start in range(0, count, size):
-            rows += self._trained(slice(start, min(start + size, count)))
-        return rows
+        count, found = len(self.members.points), {}
+        parts = [slice(x, min(x + self.size, count)) for x in range(0, count, self.size)]
+        while len(found) < len(parts):
+            before = len(found)
+            for part in parts:
+                if part.start not in found and (rows := self._trained(part)):
+                    found[part.start] = rows
+            if len(found) == before:  # others are at the rest; one may be lost
+                _pause(self.run)
+        return [row for start in sorted(found) for row in found[start]]
 
     def _fitting(self) -> int:
         """How many members memory holds at once."""
@@ -175,17 +223,24 @@ class Program:
         return memory.fitting(step, carry, objectives=objectives)
 
     def _trained(self, part: slice) -> list[dict[str, Any]]:
-        """Trains some of the members from where their folder stands; their rows."""
+        """Trains some of the members from where their folder stands; their rows.
+
+        None where another process is at it.
+        """
         folder = self.run.workdir / f"members_{part.start:05}"
         done, count = folder / "rows.json", part.stop - part.start
-        if len(rows := read_rows(done)) == count:
-            return rows
-        folder.mkdir(exist_ok=True)
-        with Checkpoints(folder / FOLDER) as checkpoints:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(folders.locked(folder))
+            except folders.Busy:
+                return []
+            if len(rows := read_rows(done)) == count:
+                return rows
+            checkpoints = stack.enter_context(Checkpoints(folder / FOLDER))
             recorder = _Recorder(self, checkpoints, count)
             carry = self._train(checkpoints, recorder, part)
-        folders.write_json(done, recorder.rows(carry, self.members.points[part]))
-        return read_rows(done)
+            folders.write_json(done, recorder.rows(carry, self.members.points[part]))
+            return read_rows(done)
 
     def _train(self, checkpoints: Checkpoints, recorder: "_Recorder", part: slice) -> train.Carry:
         """From a step to the last."""
