@@ -50,8 +50,9 @@ settings.load_profile("no clock")
 
 # The files that take longest begin first, so that no worker is left with one at the end.
 _FIRST = (
-    "survival language_run configs colabs divergences loop decouple sweep experiments accelerator "
-    "recomputed combinators chunk_run main feature_run relation step losses probing"
+    "survival language_run configs hosts colabs divergences loop decouple sweep experiments "
+    "single_pass accelerator recomputed combinators chunk_run main feature_run relation step "
+    "losses probing"
 ).split()
 
 
