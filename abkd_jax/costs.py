@@ -25,6 +25,7 @@ _COLLECTIVE = re.compile(
 _SHAPE = re.compile(r"\[([\d,]*)\]")
 _LOOP = re.compile(r"[ )]while\(")
 _PEAKS = {  # TFLOP/s of a device in bfloat16, of dense matrices, by its vendor's data sheet
+    "TPU v4 lite": 138.0,
     "TPU v4": 275.0,
     "TPU v5 lite": 197.0,
     "TPU v5e": 197.0,
@@ -37,6 +38,7 @@ _PEAKS = {  # TFLOP/s of a device in bfloat16, of dense matrices, by its vendor'
     "NVIDIA H100 PCIe": 756.0,
     "NVIDIA H100 80GB HBM3": 989.0,
     "NVIDIA H200": 989.0,
+    "NVIDIA H200 NVL": 835.0,
     "NVIDIA L4": 121.0,
     "NVIDIA L40S": 362.0,
 }

@@ -7,8 +7,9 @@ student's, half of the time; DistiLLM's) and divergence a sweep, whose members a
 Then each student goes on from the first halves of test rows, at temperature 1, and the teacher
 judges that. With --figure in place of the table: what alpha does over training and beta to
 Self-BLEU, on data (ABKD's figure 6 b and d), each a sweep. With --time: seconds of a training step
-of each source, refills among them, over those of the data, in one alternating run. A killed run
-goes on by the same command.
+of one student for each source, refills among them, over those of the data, in one alternating run;
+DistiLLM's with the share of written batches that it begins with. A killed run goes on by the same
+command.
 """
 
 import contextlib
@@ -18,9 +19,11 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 from absl import flags
+from jax import numpy as jnp
 
 from abkd_jax import figures, load, markdown, timing, train, train_and_evaluate
 from abkd_jax.config import command, resolve
@@ -110,29 +113,32 @@ def _figure(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 
 
 def _times(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """A step of all members of each source over one on data, refills among them."""
+    """A step of a student of each source over one on data, refills among them."""
     with contextlib.ExitStack() as stack:
         turns = {}
         for name, group in _SOURCES.items():
             made = _config(config, folder, group, _LOSSES["alpha_beta"])
-            own = opened(made, folder / f"time_{name}", over=_ALONE, init_seeds=_SEEDS.value)
+            own = opened(made, folder / f"time_{name}", over=_ALONE, init_seeds=1)
             turns[name] = _turn(stack.enter_context(own))
         seconds = timing.in_turn(turns, _ROUNDS)
-    print(f"{_SEEDS.value} students, {_ROUNDS} rounds of {_STEPS} steps: median [quartiles]")
+    print(f"one student, {_ROUNDS} rounds of {_STEPS} steps: median [quartiles]")
     for name, times in seconds.items():
         ratio = quartiles(times / seconds["data"], ".2f")
         print(f"{name:10}{quartiles(times / _STEPS, '.3f'):>24} s/step{ratio:>22} x data")
 
 
 def _turn(program: Program) -> Callable[[], Any]:
-    """A call that trains all members for some steps from step 0 on."""
+    """A call that trains the student for some steps from step 0 on.
+
+    By itself and not as a member: of members all write at each step, whether it is used or not.
+    """
+    carry, objectives = jax.tree.map(lambda x: x[0], program.stacked(slice(None)))
+    plain = program.programs._replace(members=False)
     how = {"data_seed": 0, "end": _STEPS}
 
     def call() -> Any:
-        carry, objectives = program.stacked(slice(None))
-        return train.run_steps(
-            program.programs, carry, program.frozen, objectives, program.feed, **how
-        )
+        own = jax.tree.map(jnp.copy, carry)  # whose buffers are taken
+        return train.run_steps(plain, own, program.frozen, objectives, program.feed, **how)
 
     return call
 

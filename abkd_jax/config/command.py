@@ -126,7 +126,8 @@ def keep_programs() -> None:
 
     told = jax.config.jax_compilation_cache_dir is not None
     if not told and jax.config.jax_enable_compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(_programs()))
+        with contextlib.suppress(RuntimeError):  # of a user without a home
+            jax.config.update("jax_compilation_cache_dir", str(_programs()))
 
 
 def _programs() -> pathlib.Path:

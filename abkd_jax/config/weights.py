@@ -90,7 +90,7 @@ def run(*, workdir: str, network: str = "", best: bool = False, member: int = -1
 
 def _newest(folder: pathlib.Path, best: bool = False) -> dict[str, Any]:
     """What the newest checkpoint of a folder holds, or the best."""
-    with Checkpoints(folder / FOLDER) as checkpoints:
+    with Checkpoints(folder / FOLDER, reads=True) as checkpoints:
         found = checkpoints.best() if best else checkpoints.restore()
         if found is None:
             raise ValueError(f"{folder} has no checkpoint{' that was evaluated' if best else ''}.")

@@ -87,6 +87,7 @@ def train_and_evaluate(
             state are saved in workdir/nonfinite.
     """
     folder = folders.path_of(workdir)
+    hosts.equal({"--evaluate": evaluate_only, "--profile": profile})
     done = None
     if not (evaluate_only or profile):
         done = hosts.by_first(lambda: _done(folder, identified(config, data)))

@@ -103,7 +103,7 @@ def opened(
     if jax.process_count() > 1:
         hosts.equal(folders.of_all(plan.config) | hosts.versions())
     with folders.locked_by_first(folder, shared=shared), _told_of_disks(folder):
-        chunk = hosts.by_first(lambda: _chunk(plan, folder))
+        chunk = hosts.by_first(lambda: chunk_of(plan, folder))
         plan = plan._replace(config=plan.config | {"chunk": chunk})
         _tell_of_padding(plan)
         # To read it may take long, and loses no step.
@@ -128,7 +128,7 @@ def _told_of_data(data: datasets.DataSet) -> dict[str, Any]:
     return found | {f"data ({name})": checksum for name, checksum in data.contents}
 
 
-def _chunk(plan: Plan, workdir: pathlib.Path) -> int:
+def chunk_of(plan: Plan, workdir: pathlib.Path) -> int:
     """The config's `chunk`, or where it leaves that open the one that the run began with."""
     if not plan.leaves_chunk_open:
         return plan.config["chunk"]

@@ -104,7 +104,10 @@ def _pace(
     objectives: Objectives,
     size: int,
 ) -> Pace:
-    """The feed of a phase, whose products are counted where the devices' peak is known."""
+    """The feed of a phase, whose products are counted where the devices' peak is known.
+
+    Not where a source has some of its own, for what a network writes is of no known length.
+    """
     shapes, seed = jax.eval_shape(lambda: carry), run.plan.config["data_seed"]
     of_example = run.plan.description.labels.shape
 
@@ -116,7 +119,8 @@ def _pace(
         return programs.products(shapes, frozen, objectives, examples, seed, 0)
 
     known = costs.peak(run.mesh.devices.flat[0].device_kind) is not None
-    return Pace(feed, rows=rows, flops=flops if known else None)
+    counts = known and programs.source.refill is None
+    return Pace(feed, rows=rows, flops=flops if counts else None)
 
 
 @dataclasses.dataclass

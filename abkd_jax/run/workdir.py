@@ -238,12 +238,13 @@ def _told(differing: list[tuple[str, Any, Any]]) -> str:
 
 
 @contextlib.contextmanager
-def locked(workdir: pathlib.Path, *, shared: bool = False) -> Iterator[None]:
+def locked(workdir: pathlib.Path, *, shared: bool = False, needed: bool = False) -> Iterator[None]:
     """Keeps other processes out of the folder; the lock ends with the process, however it ends.
 
     Args:
         workdir: the folder, which is made.
         shared: whether it keeps out those alone that do not share it.
+        needed: whether a file system without locks is refused, as one for `shared` is.
 
     Raises:
         ValueError: if another process is at work in the folder, or it cannot be made.
@@ -258,8 +259,12 @@ def locked(workdir: pathlib.Path, *, shared: bool = False) -> Iterator[None]:
             fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Busy(f"another process is at work in the workdir {workdir}.") from None
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:  # a file system without locks
+            if shared or needed:
+                raise ValueError(
+                    f"workdir {workdir} is on a file system without locks ({error.strerror}); "
+                    "processes that share it need some: choose another folder."
+                ) from None
         yield
 
 

@@ -92,8 +92,9 @@ def sweep(
     with opened(config, workdir, over=over, init_seeds=init_seeds, **handed) as found:
         rows, folder = found.rows(), found.run.workdir
         table = [row["last"] for row in rows]
-        write_csv(folder / TABLE, table)
-        write_csv(folder / HISTORY, [line for row in rows for line in row["history"]])
+        with _in_turn(found.run, processes):
+            write_csv(folder / TABLE, table)
+            write_csv(folder / HISTORY, [line for row in rows for line in row["history"]])
         return table
 
 
@@ -129,22 +130,23 @@ def opened(
         run = phases.with_digests(run, states)
         values = [[path, list(map(float, numbers))] for path, numbers in members.over.items()]
         identity = {"over": values, "init_seeds": init_seeds, "chunk": chunk}
-        with _in_turn(run) if processes > 1 else contextlib.nullcontext():
+        with _in_turn(run, processes):
+            of_all = {"chunk": phases.chunk_of(plan, run.workdir)}  # as the first process chose it
+            run = run._replace(plan=run.plan._replace(config=run.plan.config | of_all))
             folders.claim(run.workdir, phases.identity(run, phase) | {"sweep": identity})
             for part in before:
                 results[part.name] = run_phase(run, part, states, results)
                 states |= results[part.name].last
-            program = Program(run, phase, states, members, chunk, processes)
-        yield program
+        yield Program(run, phase, states, members, chunk, processes)
 
 
 @contextlib.contextmanager
-def _in_turn(run: Run) -> Iterator[None]:
+def _in_turn(run: Run, processes: int) -> Iterator[None]:
     """Where one process of those that share a sweep works for all, and the others wait for it."""
     with contextlib.ExitStack() as lock:
-        for wait in itertools.count():
+        for wait in itertools.count() if processes > 1 else ():
             try:
-                lock.enter_context(folders.locked(run.workdir / _COMMON))
+                lock.enter_context(folders.locked(run.workdir / _COMMON, needed=True))
                 break
             except folders.Busy:
                 if not wait:
@@ -199,12 +201,20 @@ class Program:
         self._size, self._static = size, train.Static(**sizes)
         self.programs = train.Programs(phase.source, self._static, members=True)
         path, each = run.workdir / "chunk.json", math.ceil(len(members.points) / processes)
-        self.size = memory.remembered(path, lambda: chunk or min(each, self._fitting()))
+        with _in_turn(run, processes):
+            self.size = memory.remembered(path, lambda: chunk or min(each, self._fitting()))
+        self._processes = processes
 
     def rows(self) -> list[dict[str, Any]]:
         """Trains all members, or goes on with them: {"last": a row, "history": rows} of each."""
         count, found = len(self.members.points), {}
         parts = [slice(x, min(x + self.size, count)) for x in range(0, count, self.size)]
+        if len(parts) < self._processes:
+            print(
+                f"{self.run.workdir}: of {self._processes} processes {len(parts)} train, for the "
+                f"sweep began with {self.size} members at once.",
+                file=sys.stderr,
+            )
         while len(found) < len(parts):
             before = len(found)
             for part in parts:
@@ -231,7 +241,7 @@ class Program:
         done, count = folder / "rows.json", part.stop - part.start
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(folders.locked(folder))
+                stack.enter_context(folders.locked(folder, needed=self._processes > 1))
             except folders.Busy:
                 return []
             if len(rows := read_rows(done)) == count:

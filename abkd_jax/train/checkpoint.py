@@ -34,11 +34,12 @@ _UNKNOWN = -1e30  # the score of a state that was saved without an evaluation: n
 class Checkpoints:
     """The checkpoints of one phase of a run, by step."""
 
-    def __init__(self, directory: pathlib.Path):
+    def __init__(self, directory: pathlib.Path, *, reads: bool = False):
         """Opens the folder, which is made at the first save.
 
         Args:
             directory: that holds them.
+            reads: whether nothing is saved, and another process may be at work in the folder.
         """
         self.directory = pathlib.Path(directory).resolve()
         hosts.by_first(lambda: _hide_unreadable_scores(self.directory))
@@ -47,7 +48,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=kept,
             best_fn=_score,
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not reads,
             # Else threads wait 300 s for a folder that could not be made, and the process for them.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
@@ -171,7 +172,8 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(target), about=ocp.args.JsonRestore()
         )
-        restored = self._manager.restore(step, args=items)
+        # What one process cannot read none goes on to compare, which takes all of them.
+        restored = hosts.everyone(lambda: self._manager.restore(step, args=items))
         tree = jax.tree.map(_here, restored.state)
         if _about(tree, self._manager.metrics(step)) != restored.about:
             raise ValueError("it is not what was saved")

@@ -167,7 +167,7 @@ def everyone(function: Callable[[], Any]) -> Any:
         found = function()
     except (Refused, Failed):  # inside of the function: nobody waits for another word
         raise
-    except (ValueError, OSError) as error:
+    except Exception as error:  # of any kind, for the others wait
         _exchanged(failure=error)
         raise
     _exchanged()
@@ -187,7 +187,7 @@ def by_first(function: Callable[[], Any]) -> Any:
         return _exchanged()[0]
     try:
         found = function()
-    except (ValueError, OSError) as error:
+    except Exception as error:
         _exchanged(failure=error)
         raise
     return _exchanged(found)[0]
@@ -355,6 +355,7 @@ def _end_with_others(ending: threading.Event) -> None:
             continue
         if not ending.wait(_GRACE_SECONDS):
             print(told, file=sys.stderr, flush=True)
+            time.sleep(_GRACE_SECONDS if is_first() else 0)  # which keeps the store, for the others
             _leave()
 
 
