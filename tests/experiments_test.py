@@ -17,7 +17,7 @@ from abkd_jax import models
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _THE_CALLER = "abkd_jax/train/advance.py"
-_OF_THE_BARE_STEP = ("benchmark_loop", "benchmark_losses")
+_OF_THE_BARE_STEP = ("benchmark_loop", "benchmark_losses", "accelerator/language")
 _DIVERGENCE = "student.terms.distill.divergence"
 
 

@@ -593,6 +593,7 @@ KD = bind(on_logits, divergence=forward_kl)
 OF_KL = {
     "tempered": dict(temperature=2.0),
     "standardized": {},
+    "single_pass": {},
     "powered": dict(teacher_power=0.5),
     "prior_shifted": dict(log_prior=np.linspace(0, 1, K)),
     "top_k": dict(k=2),
