@@ -115,12 +115,7 @@ def body(
     rows = min(rows, count)
 
     def evaluated(student_logits, teacher_logits, *numbers):
-        divergence = jax.tree.unflatten(structure, numbers)
-        of_student = lambda logits: divergence(logits, teacher_logits)  # noqa: E731
-        if not gradient:
-            return of_student(student_logits)
-        values, pullback = jax.vjp(of_student, student_logits)
-        return values, *pullback(jnp.ones_like(values))
+        return by_itself(structure, gradient, numbers, student_logits, teacher_logits)
 
     blocks = [jax.ShapeDtypeStruct((rows, classes), dtype) for dtype in dtypes]
     numbers = [jax.ShapeDtypeStruct((), jnp.float32)] * structure.num_leaves
@@ -132,6 +127,22 @@ def body(
             flat = functools.partial(_inlined, jaxpr.jaxpr, jaxpr.consts)
             jaxpr = jax.make_jaxpr(flat)(*blocks, *numbers)
         return Body(jaxpr, rows, gradient)
+
+
+def by_itself(
+    structure: Any,
+    gradient: bool,
+    numbers: Sequence[Array],
+    student_logits: Array,
+    teacher_logits: Array,
+) -> tuple[Array, ...]:
+    """What a kernel finds, without one: see `evaluate`, and `body` for the structure."""
+    divergence = jax.tree.unflatten(structure, numbers)
+    of_student = lambda logits: divergence(logits, teacher_logits)  # noqa: E731
+    if not gradient:
+        return (of_student(student_logits),)
+    values, pullback = jax.vjp(of_student, student_logits)
+    return values, *pullback(jnp.ones_like(values))
 
 
 def evaluate(

@@ -98,10 +98,6 @@ def _body(structure, student_logits, teacher_logits, *, gradient: bool) -> kerne
     return kernel.body(structure, (math.prod(leading), classes), dtypes, gradient=gradient)
 
 
-def _plain(structure, numbers, student_logits, teacher_logits):
-    return jax.tree.unflatten(structure, numbers)(student_logits, teacher_logits)
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _values(options, numbers, student_logits, teacher_logits):
     """The values, by a kernel that finds no gradient."""
@@ -114,7 +110,8 @@ def _values_jvp(options, primals, tangents):
     d_numbers, d_student, d_teacher = tangents
     if not all(map(is_zero, (*d_numbers, d_teacher))):
         solid = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if is_zero(x) else x, tangents)
-        return jax.jvp(functools.partial(_plain, options[0]), primals, solid)
+        values = lambda *x: kernel.by_itself(options[0], False, *x)[0]  # noqa: E731
+        return jax.jvp(values, primals, solid)
     values, gradient = _evaluated(options, True, *primals)
     if is_zero(d_student):
         return values, jnp.zeros_like(values)
@@ -133,22 +130,13 @@ def _evaluated(options, gradient, numbers, student_logits, teacher_logits) -> tu
     arguments = numbers, student_logits, teacher_logits
     if interpret:
         return by_kernel(*arguments)
-    by_itself = functools.partial(_by_itself, structure, gradient)
+    by_itself = functools.partial(kernel.by_itself, structure, gradient)
     return jax.lax.platform_dependent(*arguments, tpu=by_kernel, default=by_itself)
 
 
 @_evaluated.defjvp
 def _evaluated_jvp(options, gradient, primals, tangents):
-    return jax.jvp(functools.partial(_by_itself, options[0], gradient), primals, tangents)
-
-
-def _by_itself(structure, gradient, numbers, student_logits, teacher_logits):
-    """What the kernel finds, without it."""
-    of_student = lambda logits: _plain(structure, numbers, logits, teacher_logits)  # noqa: E731
-    if not gradient:
-        return (of_student(student_logits),)
-    values, pullback = jax.vjp(of_student, student_logits)
-    return values, *pullback(jnp.ones_like(values))
+    return jax.jvp(functools.partial(kernel.by_itself, options[0], gradient), primals, tangents)
 
 
 def _by_kernel(structure, gradient, interpret, numbers, student_logits, teacher_logits):
