@@ -1,10 +1,12 @@
 """Convolutions and batch norms as PyTorch has them: padding, initialisation, running statistics."""
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from flax import linen as nn
-from jax import Array
+from jax import Array, lax
 from jax import numpy as jnp
 
 from abkd_jax.checks import require
@@ -49,8 +51,28 @@ def convolution(
         use_bias=use_bias,
         dtype=jnp.dtype(dtype),
         kernel_init=kernel_init,
+        conv_general_dilated=_convolved,
         name=name,
     )
+
+
+def _convolved(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
+    """`lax.conv_general_dilated`; on a CPU, a large batch in 8 parts.
+
+    The gradient of a kernel over a whole batch falls out of the CPU's caches there: a step of
+    ResNet-20 on 128 images of 32 x 32 takes up to three times as long.
+    """
+    count = math.gcd(len(x), 8) if len(x) >= 64 and jax.local_device_count() == 1 else 1
+
+    def whole(x: Array, kernel: Array) -> Array:
+        return lax.conv_general_dilated(x, kernel, *args, **options)
+
+    def in_parts(x: Array, kernel: Array) -> Array:
+        return jnp.concatenate([whole(part, kernel) for part in jnp.split(x, count)])
+
+    if count == 1:
+        return whole(x, kernel)
+    return lax.platform_dependent(x, kernel, cpu=in_parts, default=whole)
 
 
 def batch_norm(train: bool, dtype: str, name: str) -> nn.Module:
