@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from abkd_jax import binding, data, models
+from abkd_jax.models.convolution import convolution
 from abkd_jax.types import Outputs
 
 K = 5
@@ -279,3 +280,31 @@ def test_a_projection_is_beside_the_network():
     np.testing.assert_allclose(outputs.projected["hidden"], by_hand, rtol=1e-5, atol=1e-5)
     assert outputs.features.keys() == {"layer0", "layer1"}
     assert models.without_projections(alone) is alone
+
+
+@pytest.mark.parametrize("batch", [63, 64, 100])
+def test_one_cpu_takes_a_large_batch_in_parts(batch, monkeypatch):
+    x, module = images(batch, channels=3), convolution(4, 3, 2, dtype="float32", name="conv")
+    kernel = module.init(jax.random.key(0), x[:1])["params"]["kernel"]
+
+    def ours(kernel, x):
+        return module.apply({"params": {"kernel": kernel}}, x)
+
+    def whole(kernel, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=numbers
+        )
+
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+    cosine = jnp.cos(jnp.arange(batch * 4 * 4 * 4).reshape(batch, 4, 4, 4))  # a cotangent
+    (found, back), (expected, expected_back) = (
+        jax.vjp(jax.jit(fn), kernel, x) for fn in (ours, whole)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    for gradient, of_whole in zip(back(cosine), expected_back(cosine), strict=True):
+        np.testing.assert_allclose(gradient, of_whole, rtol=1e-4, atol=1e-4)
+    parts = {63: 1, 64: 8, 100: 4}
+    for platform, count in ("cpu", parts[batch]), ("tpu", 1):
+        lowered = jax.jit(ours).trace(kernel, x).lower(lowering_platforms=(platform,))
+        assert lowered.as_text().count("stablehlo.convolution") == count
