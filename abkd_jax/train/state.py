@@ -188,7 +188,7 @@ def _learner(apply_fn, params, batch_stats, *, optimizer, ema_decay) -> TrainSta
         apply_fn=apply_fn,
         params=params,
         tx=tx,
-        opt_state=tx.init(params)._replace(hyperparams=numbers, inner_state=inner),
+        opt_state=tx.init({})._replace(hyperparams=numbers, inner_state=inner),
         batch_stats=batch_stats,
         hyperparams=dict(optimizer.numbers),
         ema_decay=ema_decay,
