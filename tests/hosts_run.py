@@ -7,9 +7,11 @@ It writes what it saw to FOLDER/seen_PROCESS_ID.json.
 
 import json
 import pathlib
+import runpy
 import shutil
 import signal
 import sys
+from unittest import mock
 
 import jax
 import numpy as np
@@ -20,7 +22,8 @@ from abkd_jax.data.digits import digits
 from abkd_jax.data.options import Found, Options, data_set
 from abkd_jax.train import hosts
 
-STEPS = 6
+STEPS = 20
+TEXT = pathlib.Path(__file__).parents[1] / "configs" / "text.py"
 
 
 class Records:
@@ -48,10 +51,21 @@ def streamed(*, data_seed: int, options: Options) -> Found:
     return digits.describe(**how), read
 
 
+@data_set
+def others(*, data_seed: int, options: Options) -> Found:
+    """Digits, of which each process has others to train on."""
+    how = dict(data_seed=data_seed, validation=97)
+    own = dict(how, data_seed=data_seed + jax.process_index())
+    return digits.describe(**how), lambda: digits(**how).replace(train=digits(**own).train)
+
+
+def sgd():
+    return dict(fn="sgd", learning_rate=0.05, momentum=0.9)
+
+
 def network(model, **terms):
     task = dict(fn="cross_entropy", weight=1.0)
-    sgd = dict(fn="sgd", learning_rate=0.05, momentum=0.9)
-    return dict(model=model, optimizer=sgd, terms=dict(task=task, **terms))
+    return dict(model=model, optimizer=sgd(), terms=dict(task=task, **terms))
 
 
 def online(**changes):
@@ -94,12 +108,34 @@ def split(**changes):
     return _config(data=data, student=network(model), phases=alone, fsdp=4) | changes
 
 
+def decoder(**changes):
+    """A decoder that learns in chunks of tokens, and is split over two of each four devices."""
+    return _text("", chunk=16, fsdp=2, **changes)
+
+
+def on_policy(**changes):
+    """A decoder that learns more and more on its own text."""
+    return _text(",source=generated('student',fraction=linear(0,1))", **changes)
+
+
+def _text(argument, **changes):
+    made = runpy.run_path(str(TEXT))["get_config"](f"runlocal{argument}")
+    with made.unlocked():
+        del made.baseline, made.phases["baseline"]
+        made.phases.teacher.num_steps = 4
+        made.teacher.optimizer, made.student.optimizer = sgd(), sgd()
+        made.update(dict(num_steps=STEPS, **INTERVALS) | changes)
+    return made
+
+
+INTERVALS = dict(checkpoint_every=10, log_every=10, steps_per_call=1)
+
+
 def _config(**groups):
-    intervals = dict(checkpoint_every=3, log_every=3, steps_per_call=1)
-    return dict(batch_size=64, num_steps=STEPS, **intervals) | groups
+    return dict(batch_size=64, num_steps=STEPS, **INTERVALS) | groups
 
 
-RUNS = dict(online=online, stream=stream, split=split)
+RUNS = dict(online=online, stream=stream, split=split, decoder=decoder, on_policy=on_policy)
 
 
 def told(function):
@@ -113,6 +149,7 @@ def told(function):
 def agreements(folder):
     """What the processes say to each other, by what is asked."""
     own = jax.process_index()
+    of_each = dict(data=dict(fn="hosts_run.others"), plugins=("hosts_run",))
 
     def refuses(*processes, kind=ValueError):
         if own in processes:
@@ -137,7 +174,11 @@ def agreements(folder):
         "shared": told(lambda: hosts.check_shared(folder)),
         "not shared": told(lambda: hosts.check_shared(folder / f"of_{own}", seconds=1)),
         "config": told(lambda: train_and_evaluate(online(batch_size=64 << own), folder / "none")),
+        "data": told(lambda: train_and_evaluate(online(**of_each), folder / "none")),
     }
+    version = {"the version of jax": f"0.10.{own}"}
+    with mock.patch.object(hosts, "versions", lambda: version):
+        found["version"] = told(lambda: train_and_evaluate(online(), folder / "none"))
     mesh = parallel.mesh(0, batch_size=8)
     rows = parallel.joined(np.arange(4.0) + 4 * own, mesh)
     found["rows"] = parallel.fetched(rows).tolist()

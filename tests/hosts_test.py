@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import random
 import re
 import shutil
 import signal
@@ -165,6 +166,12 @@ def test_what_the_processes_say_to_each_other(pair):
         assert found["unequal"] == ["Refused", same + told]
         told = "config.batch_size is 64 on process 0 and 128 on process 1."
         assert found["config"] == ["Refused", same + told]
+        told = "the version of jax is 0.10.0 on process 0 and 0.10.1 on process 1."
+        assert found["version"] == ["Refused", same + told]
+        kind, sentence = found["data"]
+        sha = "[0-9a-f]{12}"
+        told = rf"data.train \(its SHA-256\) is {sha} on process 0 and {sha} on process 1\."
+        assert kind == "Refused" and re.fullmatch(same + told, sentence), sentence
         kind, sentence = found["not shared"]
         assert kind == "Refused"
         assert re.fullmatch(
@@ -198,10 +205,10 @@ def several(workdir, logs, *flags):
     return [started(*command, f"--process_id={i}", log=log) for i, log in enumerate(logs)]
 
 
-def reached(workdir, step, processes):
-    """Returns when the teacher of a run has made some steps."""
+def reached(workdir, step, processes, phase="teacher"):
+    """Returns when a phase of a run has made some steps."""
     waiting = threading.Event()
-    while not any(row["step"] >= step for row in read(workdir / "teacher")):
+    while not any(row["step"] >= step for row in read(workdir / phase)):
         assert all(process.poll() is None for process in processes)
         waiting.wait(0.1)
 
@@ -230,6 +237,25 @@ def test_where_one_is_killed_the_other_ends_with_a_sentence(tmp_path):
     (first, _), (second, log) = ended(both, logs)
     assert first == -signal.SIGKILL and second not in (0, -signal.SIGKILL)
     assert log.splitlines()[-1].endswith("The same commands go on from what is saved.")
+
+
+@pytest.mark.slow
+def test_both_killed_again_and_again_end_as_if_they_had_not_been(tmp_path):
+    logs, runs = [tmp_path / f"log_{i}" for i in range(2)], [tmp_path / x for x in ("run", "whole")]
+    drawn, flags = random.Random(0), ("--config.num_steps=80",)
+    for phase in ("teacher", "baseline", "."):
+        both = several(runs[0], logs, *flags)
+        reached(runs[0], drawn.randrange(1, 40), both, phase)
+        threading.Event().wait(drawn.random() / 2)
+        for process in both:
+            process.kill()
+            process.wait()
+    for run in runs:
+        found = ended(several(run, logs, *flags), logs)
+        assert [status for status, _ in found] == [0, 0], found
+    results = [json.loads((run / "result.json").read_text())["networks"] for run in runs]
+    shas = [{name: network["sha256"] for name, network in result.items()} for result in results]
+    assert shas[0] == shas[1]
 
 
 def refused(tmp_path, *flags):

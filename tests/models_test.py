@@ -304,6 +304,12 @@ def test_one_cpu_takes_a_large_batch_in_parts(batch, monkeypatch):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     for gradient, of_whole in zip(back(cosine), expected_back(cosine), strict=True):
         np.testing.assert_allclose(gradient, of_whole, rtol=1e-4, atol=1e-4)
+    both, found = jnp.stack([kernel, 2 * kernel]), []  # of members, differentiated twice
+    for fn in (ours, whole):
+        slope = jax.grad(lambda kernel, fn=fn: jnp.sum(fn(kernel, x) ** 3))
+        curve = jax.jit(jax.vmap(lambda kernel, of=slope: jax.jvp(of, (kernel,), (kernel,))[1]))
+        found.append(curve(both))
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-4 * jnp.max(jnp.abs(found[1])))
     parts = {63: 1, 64: 8, 100: 4}
     for platform, count in ("cpu", parts[batch]), ("tpu", 1):
         lowered = jax.jit(ours).trace(kernel, x).lower(lowering_platforms=(platform,))

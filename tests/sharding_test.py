@@ -1,17 +1,21 @@
 """Networks split over devices: what lies where, and that it changes no number."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from abkd_jax import optimizers, parallel, train_and_evaluate
 from abkd_jax.binding import bind
-from abkd_jax.train import create
+from abkd_jax.losses import cross_entropy
+from abkd_jax.train import create, train_step
 from abkd_jax.train.checkpoint import Checkpoints
 from abkd_jax.train.sharding import sharded, shardings
-from abkd_jax.types import Outputs, named_leaves
+from abkd_jax.types import Outputs, Term, named_leaves
 
 
 @pytest.mark.parametrize(
@@ -78,6 +82,52 @@ def test_states_are_born_split(mesh):
         assert {x.data.shape for x in kernel.addressable_shards} == {(256, 64)}
     same = jax.tree.map(lambda a, b: np.array_equal(a, b), whole.params, split.params)
     assert all(jax.tree.leaves(same))
+
+
+def on_each(arrays):
+    """The bytes of some arrays that each device holds."""
+    found = dict.fromkeys(jax.devices(), 0)
+    for x in arrays:  # a look at the parts of one would make arrays of them
+        for device in x.devices():
+            found[device] += math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    return found
+
+
+def test_no_device_holds_more_than_its_share(mesh, tmp_path):
+    def grown(before):
+        now = on_each(jax.live_arrays())
+        return {now[device] - before[device] for device in now}
+
+    before = on_each(jax.live_arrays())
+    split = state(mesh)
+    leaves = named_leaves(split)
+    parts = {path: parallel.partition(path, x.shape, 4) != P() for path, x in leaves.items()}
+    share = sum(x.nbytes // (4 if parts[path] else 1) for path, x in leaves.items())
+    assert share < sum(x.nbytes for x in leaves.values()) / 2
+    assert share - 100 < min(grown(before)) <= max(grown(before)) <= share  # some numbers on one
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, split)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), split)
+    del split, leaves
+    assert grown(before) == {0}
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = sharded(checkpoints.restore(like)[1], mesh)
+    assert grown(before) == {share}
+    batch = {"inputs": jnp.ones((16, 64)), "labels": jnp.zeros(16, int)}
+    terms = {"it": {"task": Term(bind(cross_entropy), jnp.asarray(1.0))}}
+
+    def step(networks, batch):
+        return train_step(networks, batch, terms, mesh=mesh)[0]
+
+    args = {"it": restored}, parallel.split(batch, mesh)
+    compiled = jax.jit(step, donate_argnums=0).lower(*args).compile()
+    needed, rows = compiled.memory_analysis(), sum(x.nbytes for x in jax.tree.leaves(batch)) // 8
+    assert share + rows - 100 < needed.argument_size_in_bytes <= share + rows
+    assert needed.output_size_in_bytes < share + 1000  # with a table of its parts
+    before = on_each(jax.live_arrays())
+    networks = compiled(*args)
+    assert max(grown(before)) < share / 20  # in place of those before, but for small ones
+    assert jax.tree.structure(networks["it"]) == jax.tree.structure(restored)
 
 
 def test_small_arrays_are_whole(mesh):
