@@ -28,6 +28,7 @@ from abkd_jax.divergences import (
     prior_shifted,
     renyi,
     reverse_kl,
+    single_pass,
     skew_forward_kl,
     skew_reverse_kl,
     standardized,

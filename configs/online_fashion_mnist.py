@@ -27,7 +27,7 @@ def _network(method: str, *, learns: str, widths: tuple[int, ...]) -> dict:
         gated = dict(fn="entropy_gated", gain=2.0, forward=_kl("forward_kl"))
         terms["distill"] = gated | dict(reverse=_kl("reverse_kl"), weight=1.0)
     elif method != "independent":
-        # What BD-KD calls the teacher's reverse KL, from the student's side: see DESIGN.
+        # What BD-KD calls the teacher's reverse KL, from the student's side.
         terms["distill"] = _kl("forward_kl") | dict(weight=1.0)
     optimizer = dict(fn="sgd", learning_rate=dict(fn="cosine", start=0.05, end=0.0))
     optimizer |= dict(momentum=0.9, weight_decay=5e-4)

@@ -47,7 +47,7 @@ def started(*command, log):
 def ended(processes, logs):
     """(exit status, what it said) of each."""
     try:
-        statuses = [process.wait(timeout=240) for process in processes]
+        statuses = [process.wait(timeout=600) for process in processes]
     finally:
         for process in processes:
             process.kill()
