@@ -33,7 +33,7 @@ from abkd_jax.config import command
 from abkd_jax.run.log import writer
 
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds, each with a turn of both.", lower_bound=2)
-_STEPS = flags.DEFINE_integer("steps", 400, "Steps in a turn.", lower_bound=200)
+_STEPS = flags.DEFINE_integer("steps", 400, "Steps in a turn.", lower_bound=200, upper_bound=429)
 _OTHER = flags.DEFINE_string("other", None, "Another worktree of the project, to compare with.")
 _ROOT = pathlib.Path(__file__).parents[1]
 _TURNS = ("bare step", "train_and_evaluate")

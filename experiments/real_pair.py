@@ -65,6 +65,9 @@ def main() -> None:
     pairs = folder / "pairs.jsonl"
     if not pairs.exists():
         pairs.write_text("".join(_chosen(pathlib.Path(_PAIRS.value))))
+    questions = folder / "questions.jsonl"
+    if _QUESTIONS.value and not questions.exists():
+        questions.write_text("".join(_questions(pathlib.Path(_QUESTIONS.value))))
     train_and_evaluate(_config(pairs), folder / "run")
     rows = [row for row in writer.read(folder / "run") if "time/examples_per_second" in row]
     rate = sorted(row["time/examples_per_second"] for row in rows)[len(rows) // 2]
@@ -72,19 +75,16 @@ def main() -> None:
     print(_tables((folder / "run" / "report.md").read_text()))
     print(f"{rate * _LENGTH.value:.0f} tokens/s, peak {peak:.2f} GiB")
     if _QUESTIONS.value:
-        print(_tables(_answers(folder, pairs)))
+        print(_tables(_answers(folder, pairs, questions)))
 
 
-def _answers(folder: pathlib.Path, pairs: pathlib.Path) -> str:
+def _answers(folder: pathlib.Path, pairs: pathlib.Path, questions: pathlib.Path) -> str:
     """Trains on, and the page of what is answered then."""
     networks = {"teacher": _FOLDER.value}
     networks |= {name: f"{folder / 'run'}@{name}" for name in ("labels", *_ON)}
     for name in _ON:
         networks[f"{name}, on-policy"] = f"{folder / name}"
         train_and_evaluate(_on_policy(pairs, folder / "run", name), folder / name)
-    questions = folder / "questions.jsonl"
-    if not questions.exists():
-        questions.write_text("".join(_questions(pathlib.Path(_QUESTIONS.value))))
     how = {"seeds": _SEEDS, "judge": "teacher"}
     return compared(networks, [f"{questions}"], folder / "samples", _ANSWERS, **how)
 

@@ -54,7 +54,7 @@ _LOSSES = {
 _TERM = "student.terms.distill"
 _ALONE = {f"{_TERM}.weight": [1.0]}  # the config's own: the seeds alone are swept
 _ALPHAS, _BETAS = [0.25, 0.5, 0.75, 1.0], [0.0, 0.25, 0.5, 0.75]  # the other one as above
-_ROUNDS, _STEPS = 5, 30  # of a timing; a turn's steps
+_ROUNDS, _STEPS = 3, 60  # of a timing; a turn's steps
 
 
 def main() -> None:
@@ -93,7 +93,7 @@ def _figure(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     for alpha in _ALPHAS:
         own = [row for row in on_the_way if row[alphas] == alpha]
         steps = sorted({row["step"] for row in own})
-        nlls = [[row["validation_nll"] for row in own if row["step"] == step] for step in steps]
+        nlls = [[_nll(row) for row in own if row["step"] == step] for step in steps]
         curves[f"alpha {alpha:g}"] = np.asarray(steps), np.mean(nlls, axis=1)
     found = _learned(made, folder / "betas", {betas: _BETAS})
     bleu = np.reshape([100 * row["self_bleu"] for row in found], (len(_BETAS), -1))
@@ -112,8 +112,15 @@ def _figure(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     print(figures.save(figures.lines(panels, height=3.6), _OUT.value))
 
 
+def _nll(row: Mapping[str, Any]) -> float:
+    return -row["validation_log_likelihood"]
+
+
 def _times(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """A step of a student of each source over one on data, refills among them."""
+    """A step of a student of each source over one on data, refills among them.
+
+    On data the teacher's outputs are computed once, before the first step, as in a run.
+    """
     with contextlib.ExitStack() as stack:
         turns = {}
         for name, group in _SOURCES.items():

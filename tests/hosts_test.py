@@ -239,7 +239,7 @@ def test_where_one_is_killed_the_other_ends_with_a_sentence(tmp_path):
     assert log.splitlines()[-1].endswith("The same commands go on from what is saved.")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_both_killed_again_and_again_end_as_if_they_had_not_been(tmp_path):
     logs, runs = [tmp_path / f"log_{i}" for i in range(2)], [tmp_path / x for x in ("run", "whole")]
     drawn, flags = random.Random(0), ("--config.num_steps=80",)
