@@ -33,7 +33,7 @@ def main() -> None:
         seconds, statuses, words = zip(*found, strict=True)
         spread = f"{statistics.median(seconds):.1f} [{min(seconds):.1f}, {max(seconds):.1f}]"
         status = ", ".join(sorted({f"{x}" for x in statuses}))
-        print(f"{f'process {killed}':<12}{spread:<28}{status:<10}{words[-1]}", flush=True)
+        print(f"{f'process {killed}':<12}{spread:<28}{status:<10}{words[-1][:60]} ...", flush=True)
 
 
 def _round(killed: int) -> tuple[float, int, str]:

@@ -59,8 +59,7 @@ def convolution(
 def _convolved(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
     """`lax.conv_general_dilated`; on a CPU, a large batch in 8 parts.
 
-    The gradient of a kernel over a whole batch falls out of the CPU's caches there: a step of
-    ResNet-20 on 128 images of 32 x 32 takes up to three times as long.
+    XLA's gradient of a kernel over a whole batch falls out of the caches there.
     """
     count = math.gcd(len(x), 8) if len(x) >= 64 and jax.local_device_count() == 1 else 1
 
