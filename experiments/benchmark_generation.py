@@ -51,9 +51,14 @@ def main() -> None:
             speed = timing.quartiles(rows * _NEW / times, ".1f")
             ratio = timing.quartiles(seconds.get(_THEIRS, times) / times, ".2f")
             print(f"{f'{name}, {rows} rows':24}{speed:>26}{ratio:>22}", flush=True)
-    ids = np.random.default_rng(0).integers(module.architecture.num_classes, size=(1, _PROMPT))
+    shape = 16, _PROMPT
+    ids = np.random.default_rng(0).integers(module.architecture.num_classes, size=shape)
+    ids, stop = _longest(ids, np.asarray(_written(module, variables, ids, _NEW)[0].ids))
     calls = {
-        f"a cache of {places}": _with_room(module, variables, ids, places) for places in _PLACES
+        f"a cache of {x}": functools.partial(
+            _written, module, variables, ids, x - _PROMPT, stop=stop
+        )
+        for x in _PLACES
     }
     seconds = timing.in_turn(calls, _ROUNDS.value)
     first = next(iter(seconds.values()))
@@ -71,12 +76,13 @@ def _written(module: Any, variables: Any, ids: np.ndarray, new: int, **how: Any)
     return generate(module, variables, prompts, **how)
 
 
-def _with_room(module: Any, variables: Any, ids: np.ndarray, places: int) -> Callable[[], Any]:
-    """A call that stops before the smaller cache is full, at the last token that is new there."""
-    first = np.asarray(_written(module, variables, ids, _NEW)[0].ids[0, _PROMPT:])
-    last = max(index for index, token in enumerate(first) if token not in first[:index])
-    stop = first[last : last + 1]
-    return functools.partial(_written, module, variables, ids, places - _PROMPT, stop=stop)
+def _longest(prompts: np.ndarray, written: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of some prompts the one `[1, _PROMPT]`, and a token `[1]`, by which it stops the latest."""
+    found = []
+    for row in written[:, _PROMPT:]:
+        found.append(max(n for n, token in enumerate(row) if token not in row[:n]))
+    row = int(np.argmax(found))
+    return prompts[row : row + 1], written[row, _PROMPT + found[row] :][:1]
 
 
 def _in_transformers(ids: np.ndarray) -> Callable[[], Any]:
