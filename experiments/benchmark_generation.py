@@ -40,9 +40,7 @@ def main() -> None:
     print(f"{_PROMPT} + {_NEW} tokens, float32, {jax.default_backend()}; {load}")
     print(f"{'':24}{'tokens/s':>26}{'/ transformers':>22}")
     for rows in map(int, _ROWS.value):
-        ids = np.random.default_rng(0).integers(
-            module.architecture.num_classes, size=(rows, _PROMPT)
-        )
+        ids = _prompts(module, rows)
         calls = {_OURS: functools.partial(_written, module, variables, ids, _NEW)}
         if importlib.util.find_spec("transformers"):
             calls[_THEIRS] = _in_transformers(ids)
@@ -51,8 +49,7 @@ def main() -> None:
             speed = timing.quartiles(rows * _NEW / times, ".1f")
             ratio = timing.quartiles(seconds.get(_THEIRS, times) / times, ".2f")
             print(f"{f'{name}, {rows} rows':24}{speed:>26}{ratio:>22}", flush=True)
-    shape = 16, _PROMPT
-    ids = np.random.default_rng(0).integers(module.architecture.num_classes, size=shape)
+    ids = _prompts(module, 16)
     ids, stop = _longest(ids, np.asarray(_written(module, variables, ids, _NEW)[0].ids))
     calls = {
         f"a cache of {x}": functools.partial(
@@ -69,6 +66,11 @@ def main() -> None:
         print(f"{name:24}{cells[0]:>26}{cells[1]:>22}{filled:10}")
 
 
+def _prompts(module: Any, rows: int) -> np.ndarray:
+    drawn = np.random.default_rng(0)
+    return drawn.integers(module.architecture.num_classes, size=(rows, _PROMPT))
+
+
 def _written(module: Any, variables: Any, ids: np.ndarray, new: int, **how: Any) -> Any:
     places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     prompts = Tokens(jnp.asarray(ids), places, jnp.ones(ids.shape, int))
@@ -78,11 +80,10 @@ def _written(module: Any, variables: Any, ids: np.ndarray, new: int, **how: Any)
 
 def _longest(prompts: np.ndarray, written: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of some prompts the one `[1, _PROMPT]`, and a token `[1]`, by which it stops the latest."""
-    found = []
-    for row in written[:, _PROMPT:]:
-        found.append(max(n for n, token in enumerate(row) if token not in row[:n]))
-    row = int(np.argmax(found))
-    return prompts[row : row + 1], written[row, _PROMPT + found[row] :][:1]
+    new = written[:, _PROMPT:]
+    last = [max(n for n, token in enumerate(row) if token not in row[:n]) for row in new]
+    row = int(np.argmax(last))
+    return prompts[[row]], new[row, [last[row]]]
 
 
 def _in_transformers(ids: np.ndarray) -> Callable[[], Any]:

@@ -2,21 +2,21 @@
 
     python -m experiments.lost_process --rounds=3
 
-Both run configs/digits.py on this machine; the one is killed in the middle of training.
+Both run configs/digits.py on this machine; the one is killed (SIGKILL) in the middle of training.
 """
 
 import pathlib
-import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 
+import numpy as np
 from absl import flags
 
+from abkd_jax import timing
 from abkd_jax.config import command
 from abkd_jax.run.log import writer
 
@@ -27,28 +27,26 @@ _FLAGS = ("--config.num_steps=1000000", "--config.log_every=10", "--config.check
 
 def main() -> None:
     """Prints a line for each process that is killed."""
-    print(f"{'killed':<12}{'the other ended after, s':<28}{'status':<10}its last words")
+    print(f"{'killed':<12}{'s until the other ended':<28}{'status':<10}its last words")
     for killed in (0, 1):
         found = [_round(killed) for _ in range(_ROUNDS.value)]
         seconds, statuses, words = zip(*found, strict=True)
-        spread = f"{statistics.median(seconds):.1f} [{min(seconds):.1f}, {max(seconds):.1f}]"
+        took = timing.quartiles(np.asarray(seconds), ".1f")
         status = ", ".join(sorted({f"{x}" for x in statuses}))
-        print(f"{f'process {killed}':<12}{spread:<28}{status:<10}{words[-1][:60]} ...", flush=True)
+        print(f"{f'process {killed}':<12}{took:<28}{status:<10}{words[-1][:60]} ...", flush=True)
 
 
 def _round(killed: int) -> tuple[float, int, str]:
     """Seconds from the signal to the end of the other, its status, and its last line."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
-        found.close()
+    port = _free_port()
+    with tempfile.TemporaryDirectory() as folder:
         workdir = pathlib.Path(folder, "run")
         logs = [pathlib.Path(folder, f"log_{i}") for i in range(2)]
         both = [_started(port, i, workdir, log) for i, log in enumerate(logs)]
         try:
             _await_steps(workdir, both, logs)
             start = time.perf_counter()
-            both[killed].send_signal(signal.SIGKILL)
+            both[killed].kill()
             status = both[1 - killed].wait()
             took = time.perf_counter() - start
         finally:
@@ -56,6 +54,12 @@ def _round(killed: int) -> tuple[float, int, str]:
                 process.kill()
                 process.wait()
         return took, status, logs[1 - killed].read_text().rstrip().splitlines()[-1]
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
 
 
 def _started(port: int, process: int, workdir: pathlib.Path, log: pathlib.Path) -> subprocess.Popen:

@@ -90,10 +90,11 @@ def _figure(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     alphas, betas = f"{_TERM}.divergence.alpha", f"{_TERM}.divergence.beta"
     sweep(made, folder / "alphas", over={alphas: _ALPHAS}, init_seeds=_SEEDS.value)
     on_the_way, curves = _history(folder / "alphas"), {}
+    likelihood = "validation_log_likelihood"
     for alpha in _ALPHAS:
         own = [row for row in on_the_way if row[alphas] == alpha]
         steps = sorted({row["step"] for row in own})
-        nlls = [[_nll(row) for row in own if row["step"] == step] for step in steps]
+        nlls = [[-row[likelihood] for row in own if row["step"] == step] for step in steps]
         curves[f"alpha {alpha:g}"] = np.asarray(steps), np.mean(nlls, axis=1)
     found = _learned(made, folder / "betas", {betas: _BETAS})
     bleu = np.reshape([100 * row["self_bleu"] for row in found], (len(_BETAS), -1))
@@ -110,10 +111,6 @@ def _figure(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         {"title": titles[1], "x": "beta", "y": "Self-BLEU", "curves": last},
     ]
     print(figures.save(figures.lines(panels, height=3.6), _OUT.value))
-
-
-def _nll(row: Mapping[str, Any]) -> float:
-    return -row["validation_log_likelihood"]
 
 
 def _times(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:

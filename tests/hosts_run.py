@@ -23,6 +23,7 @@ from abkd_jax.data.options import Found, Options, data_set
 from abkd_jax.train import hosts
 
 STEPS = 20
+INTERVALS = dict(checkpoint_every=10, log_every=10, steps_per_call=1)
 TEXT = pathlib.Path(__file__).parents[1] / "configs" / "text.py"
 
 
@@ -126,9 +127,6 @@ def _text(argument, **changes):
         made.teacher.optimizer, made.student.optimizer = sgd(), sgd()
         made.update(dict(num_steps=STEPS, **INTERVALS) | changes)
     return made
-
-
-INTERVALS = dict(checkpoint_every=10, log_every=10, steps_per_call=1)
 
 
 def _config(**groups):

@@ -181,6 +181,7 @@ def _learner(apply_fn, params, batch_stats, *, optimizer, ema_decay) -> TrainSta
         )
     tx, numbers = optimizers.of(optimizer), at_step(dict(optimizer.numbers), 0)
     inner = optimizer.replace(numbers=numbers)().init(params)  # some start from their numbers
+    outer = tx.init({})  # of no parameters: the moments are those of `inner`
     if not (ema_decay is None or isinstance(ema_decay, Schedule)):
         ema_decay = as_number(ema_decay, "ema_decay", domain_of(Decay))
     return TrainState(
@@ -188,7 +189,7 @@ def _learner(apply_fn, params, batch_stats, *, optimizer, ema_decay) -> TrainSta
         apply_fn=apply_fn,
         params=params,
         tx=tx,
-        opt_state=tx.init({})._replace(hyperparams=numbers, inner_state=inner),
+        opt_state=outer._replace(hyperparams=numbers, inner_state=inner),
         batch_stats=batch_stats,
         hyperparams=dict(optimizer.numbers),
         ema_decay=ema_decay,
