@@ -5,8 +5,9 @@
 The folder is one of the Hugging Face hub, with its tokenizer; the file is JSON Lines with prompt
 and response, of which those with responses of at least 11 words are taken. All students start from
 the same layers and learn at once, as learners of one step that share the teacher's forward pass. A
-killed run goes on by the same command. What is printed are the tables of test scores out of
-WORKDIR/run/report.md, tokens per second and the peak of memory.
+killed run goes on by the same command; other pairs or questions need another workdir. What is
+printed are the tables of test scores out of WORKDIR/run/report.md, tokens per second and the peak
+of memory.
 
 With --questions=FILE, JSON Lines with prompt and response or as Self-Instruct has them, of which
 the first --count of at most 256 characters are taken, the students of forward KL and alpha-beta go
@@ -63,10 +64,9 @@ def main() -> None:
     folder = pathlib.Path(_WORKDIR.value)
     folder.mkdir(parents=True, exist_ok=True)
     pairs = folder / "pairs.jsonl"
-    if not pairs.exists():
-        pairs.write_text("".join(_chosen(pathlib.Path(_PAIRS.value))))
+    pairs.write_text("".join(_chosen(pathlib.Path(_PAIRS.value))))
     questions = folder / "questions.jsonl"
-    if _QUESTIONS.value and not questions.exists():
+    if _QUESTIONS.value:
         questions.write_text("".join(_questions(pathlib.Path(_QUESTIONS.value))))
     train_and_evaluate(_config(pairs), folder / "run")
     rows = [row for row in writer.read(folder / "run") if "time/examples_per_second" in row]

@@ -19,7 +19,7 @@ from abkd_jax.checks import require
 from abkd_jax.data import Tokenizer, read_tokenizer
 from abkd_jax.generate import generate
 from abkd_jax.models import Decoder, decoder_in, load_decoder
-from abkd_jax.run.workdir import load
+from abkd_jax.run.workdir import load, write_json
 from abkd_jax.train.checkpoint import FOLDER, digest
 from abkd_jax.types import Tokens
 
@@ -232,7 +232,7 @@ def _claim(path: pathlib.Path, settings: Mapping[str, Any], out: pathlib.Path) -
     if not path.exists():
         require(not out.exists(), f"{out}", "a new file, or one with its settings beside it", out)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=1) + "\n")
+        write_json(path, settings)
     found = json.loads(path.read_text())
     for name, value in json.loads(json.dumps(settings)).items():
         expected = f"{found.get(name)!r}, as in {path} (or choose another file)"

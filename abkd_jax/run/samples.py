@@ -18,6 +18,7 @@ from abkd_jax.data import Tokenizer
 from abkd_jax.metrics import text
 from abkd_jax.models import decoder_in
 from abkd_jax.run.responses import Writing, opened, prompt_ids, respond
+from abkd_jax.run.workdir import write_json
 from abkd_jax.tasks import Column
 from abkd_jax.types import Tokens
 
@@ -79,7 +80,7 @@ def compared(
             found.setdefault(stem, {}).setdefault(name, []).append(numbers)
     about = f"{seeds} seeds from {writing.seed} on; {writing}."
     text = page(found, written, f"{about} The judge is {judge}." if judge else about)
-    (workdir / "samples.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_json(workdir / "samples.json", found)
     (workdir / "samples.md").write_text(text)
     return text
 
