@@ -95,9 +95,10 @@ def _measured(tree: pathlib.Path) -> list[float]:
     argv += ["--rounds=2", f"--steps={_STEPS.value}"]
     there = {"cwd": tree, "env": os.environ | {"PYTHONPATH": f"{tree}"}}
     done = subprocess.run(argv, **there, stdout=subprocess.PIPE, text=True, check=False)
-    found = [re.search(rf"^{name} +([\d,]+) \[", done.stdout, re.MULTILINE) for name in _TURNS]
+    found = [re.search(rf"^{name} +([\d,]+) \[.*", done.stdout, re.MULTILINE) for name in _TURNS]
     if None in found:
         raise ValueError(f"{tree} does not print a table of benchmark_loop; see above.")
+    print(f"{tree}: {', '.join(row[0] for row in found)}", file=sys.stderr, flush=True)
     return [float(row[1].replace(",", "")) for row in found]
 
 

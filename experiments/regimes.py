@@ -12,7 +12,6 @@ DistiLLM's with the share of written batches that it begins with. A killed run g
 command.
 """
 
-import contextlib
 import csv
 import json
 import pathlib
@@ -118,13 +117,12 @@ def _times(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 
     On data the teacher's outputs are computed once, before the first step, as in a run.
     """
-    with contextlib.ExitStack() as stack:
-        turns = {}
-        for name, group in _SOURCES.items():
-            made = _config(config, folder, group, _LOSSES["alpha_beta"])
-            own = opened(made, folder / f"time_{name}", over=_ALONE, init_seeds=1)
-            turns[name] = _turn(stack.enter_context(own))
-        seconds = timing.in_turn(turns, _ROUNDS)
+    turns = {}
+    for name, group in _SOURCES.items():
+        made = _config(config, folder, group, _LOSSES["alpha_beta"])
+        with opened(made, folder / f"time_{name}", over=_ALONE, init_seeds=1) as program:
+            turns[name] = _turn(program)
+    seconds = timing.in_turn(turns, _ROUNDS)
     print(f"one student, {_ROUNDS} rounds of {_STEPS} steps: median [quartiles]")
     for name, times in seconds.items():
         ratio = quartiles(times / seconds["data"], ".2f")
