@@ -3,8 +3,8 @@
 Each function takes plain arrays and returns a matplotlib Figure, ready to be shown or saved.
 """
 
+import io
 import math
-import pathlib
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -21,6 +21,8 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullFormatter
 from matplotlib.transforms import offset_copy
+
+from abkd_jax import files
 
 WIDTH = 8.0  # inches, of every figure
 DPI = 150
@@ -314,8 +316,10 @@ def save(figure: Figure, path: Any) -> Any:
     Returns:
         The path, as it was given.
     """
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})  # no version of matplotlib
+    place, content = files.path_of(path), io.BytesIO()
+    figure.savefig(content, dpi=DPI, metadata={"Software": None})  # no version of matplotlib
+    place.parent.mkdir(parents=True, exist_ok=True)
+    files.write(place, content.getvalue())
     return path
 
 

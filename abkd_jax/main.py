@@ -6,13 +6,13 @@ command goes on where the workdir stands.
 """
 
 import functools
-import pathlib
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from absl import app, flags
 
+from abkd_jax import files
 from abkd_jax.config import command
 from abkd_jax.run import loop, needs, one_run
 from abkd_jax.train import hosts
@@ -59,7 +59,7 @@ def _tell(result: Mapping[str, Any]) -> None:
         published = network.get("published")
         said = "" if published is None else f" (published: {published:.4f})"
         print(f"{name}: {score} {found} on the test set{said}")
-    report = pathlib.Path(_WORKDIR.value) / "report.md"
+    report = files.path_of(_WORKDIR.value) / "report.md"
     print(f"report: {report}" if report.exists() else "Nothing was trained, and no result is kept.")
 
 

@@ -18,6 +18,7 @@ FLOORS = {
     "numerics": 0,
     "schedules": 0,
     "figures": 0,
+    "files": 0,
     "markdown": 0,
     "timing": 0,
     "costs": 0,

@@ -164,7 +164,7 @@ def test_an_interrupted_cut_leaves_the_old_file(tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writer.os, "replace", interrupted)
+    monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cut(tmp_path, 1)
     assert read(tmp_path) == [{"step": 1}, {"step": 2}]
@@ -190,7 +190,7 @@ def test_tensorboard_has_the_scalars_and_hides_those_of_before(tmp_path):
 
 def test_sync_reaches_the_disk_and_closing_twice_is_harmless(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(writer.os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
     rows = Writer(tmp_path, 0)
     synced.clear()
     rows.write(1, {"x": 1.0})

@@ -148,6 +148,7 @@ def _programs() -> pathlib.Path:
 def silence() -> None:
     """Leaves to a command's own sentence what orbax and tensorstore log, for it is raised, too."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("fsspec").setLevel(logging.WARNING)  # of a bucket: a line for each file
     sys.unraisablehook = _unraisable
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from abkd_jax import files
 from abkd_jax.checks import require
 from abkd_jax.models import (
     Encoder,
@@ -59,7 +60,7 @@ def run(*, workdir: str, network: str = "", best: bool = False, member: int = -1
     Raises:
         ValueError: one sentence, if there is no such run, network, member or checkpoint.
     """
-    folder = pathlib.Path(workdir)
+    folder = files.path_of(workdir)
     about = read_about(folder)
     learners, network = about["learners"], network or about["select"]
     if network is None:

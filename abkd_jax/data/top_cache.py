@@ -10,6 +10,7 @@ little-endian.
 import contextlib
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -24,6 +25,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from abkd_jax import files
 from abkd_jax.checks import require
 from abkd_jax.data.augment import Preprocess
 from abkd_jax.data.batches import evaluation_batches
@@ -322,11 +324,11 @@ def _claim(cache: TopCache, hashes: np.ndarray) -> None:
     if not is_new:
         read_top_cache(cache.folder).check(cache.about, "or choose another folder")
     if is_new or not rows.exists():
-        with _replacing(rows) as temporary, temporary.open("wb") as file:
-            np.save(file, hashes)
+        content = io.BytesIO()
+        np.save(content, hashes)
+        files.write(rows, content.getvalue())
     if is_new:
-        with _replacing(path) as temporary:
-            temporary.write_text(json.dumps(cache.about, indent=1) + "\n")
+        files.write(path, f"{json.dumps(cache.about, indent=1)}\n".encode())
 
 
 def _write(path: pathlib.Path, records: Iterator[bytes]) -> None:

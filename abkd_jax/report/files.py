@@ -1,6 +1,7 @@
 """What the files of a workdir say of a run."""
 
 import dataclasses
+import io
 import itertools
 import json
 import zipfile
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from abkd_jax import figures
+from abkd_jax import figures, files
 from abkd_jax.run.log import writer
 from abkd_jax.run.workdir import of_seed
 
@@ -100,9 +101,9 @@ def load(workdir: Path) -> Report:
     Raises:
         ValueError: one sentence that names a file that is missing, unreadable or incomplete.
     """
-    workdir = Path(workdir)
-    files = ("config.json", "result.json", "examples.npz")
-    origin, result, examples = (_read(workdir / name) for name in files)
+    workdir = files.path_of(workdir)
+    names = ("config.json", "result.json", "examples.npz")
+    origin, result, examples = (_read(workdir / name) for name in names)
     rows = {
         phase["name"]: [
             writer.read(of_seed(workdir / phase["folder"], seed)) for seed in range(phase["seeds"])
@@ -131,7 +132,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         if path.suffix == ".json":
             return _Group(path, "", dict(json.loads(path.read_text(encoding="utf-8"))))
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
             return _Group(path, "", dict(arrays))
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is missing or unreadable ({error}).") from error

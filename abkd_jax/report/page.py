@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from abkd_jax import figures, markdown
+from abkd_jax import figures, files, markdown
 from abkd_jax.report import curves
 from abkd_jax.report.files import Report, load
-from abkd_jax.run.log.writer import replacing
 from abkd_jax.tasks.task import Task
 
 _OF_TERMS = ("weight", "where", "other")  # what a term's group has besides its loss
@@ -39,14 +38,13 @@ def write(workdir: Path, task: Task) -> Path:
         ValueError: one sentence that names a file that is missing, unreadable or incomplete.
         OSError: if a file cannot be written.
     """
-    workdir = Path(workdir)
+    workdir = files.path_of(workdir)
     report = load(workdir)
     pictures = _pictures(report, task)
     text = page(report, task, {name: caption for name, (_, caption) in pictures.items()})
     for name, (figure, _) in pictures.items():
         figures.save(figure, workdir / "figures" / f"{name}.png")
-    with replacing(workdir / "report.md", "wb") as file:  # last, which says that all is there
-        file.write(text.encode())
+    files.write(workdir / "report.md", text.encode())  # last, which says that all is there
     return workdir / "report.md"
 
 

@@ -9,7 +9,7 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from abkd_jax import parallel
+from abkd_jax import files, parallel
 from abkd_jax.checks import require
 from abkd_jax.config.schema import resolve
 from abkd_jax.data import TopCache, vocabulary_hash, write_top_cache
@@ -61,7 +61,8 @@ def cache_teacher(
     require(len(shape) == 1, "data.fn", "of text, such as 'topics'", plan.config["data"]["fn"])
     plan = plan._replace(networks={network: plan.networks[network]})
     own = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    mesh, folder = plan.mesh(jax.local_devices()), folders.path_of(folder)
+    mesh, folder = plan.mesh(jax.local_devices()), files.path_of(folder)
+    require(not files.in_bucket(folder), "folder", "one on a disk", f"{folder}")
     with folders.locked(folder / f".process_{own['process_index']}"):
         run = phases.Run(plan, folder, plan.data(), mesh, Interruption())
         state = frozen(phases.ready(run)[network])

@@ -14,7 +14,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from abkd_jax import data as datasets
-from abkd_jax import models, parallel
+from abkd_jax import files, models, parallel
 from abkd_jax.config.plan import Phase
 from abkd_jax.config.schema import identified, resolve
 from abkd_jax.run import phases
@@ -86,7 +86,7 @@ def train_and_evaluate(
         FloatingPointError: one sentence, if a term or gradient is not finite; the batch and the
             state are saved in workdir/nonfinite.
     """
-    folder = folders.path_of(workdir)
+    folder = files.path_of(workdir)
     hosts.equal({"--evaluate": evaluate_only, "--profile": profile})
     done = None
     if not (evaluate_only or profile):
@@ -338,7 +338,8 @@ def _write_examples(run: Run, rows: Rows, texts: Answers | None) -> None:
     choice = {"positions": positions, "candidates": np.asarray(count)}
     arrays |= texts.arrays(_EXAMPLES) if texts else {}
     if hosts.is_first():
-        np.savez(run.workdir / "examples.npz", **(arrays | choice if task.notable else arrays))
+        arrays |= choice if task.notable else {}
+        files.write_arrays(run.workdir / "examples.npz", arrays)
 
 
 def _examples_at(run: Run, positions: np.ndarray) -> Batch:

@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from abkd_jax import data as datasets
-from abkd_jax import models, parallel
+from abkd_jax import files, models, parallel
 from abkd_jax.binding import Statistic
 from abkd_jax.checks import require
 from abkd_jax.config.adapted import whole
@@ -99,7 +99,9 @@ def opened(
         ValueError: one sentence, if the workdir or the data cannot be used.
         OSError: one sentence for what the operating system refuses, also later in the context.
     """
-    folder, mesh = folders.path_of(workdir), plan.mesh()
+    folder, mesh = files.path_of(workdir), plan.mesh()
+    expected = f"False for a workdir in a bucket, such as {workdir}"
+    require(not (profile and files.in_bucket(folder)), "profile", expected, profile)
     if jax.process_count() > 1:
         hosts.equal(folders.of_all(plan.config) | hosts.versions())
     with folders.locked_by_first(folder, shared=shared), _told_of_disks(folder):

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from abkd_jax import costs, parallel
+from abkd_jax import costs, files, parallel
 from abkd_jax import data as datasets
 from abkd_jax.config.plan import Phase
 from abkd_jax.run import probing
@@ -165,7 +165,7 @@ class _Recorder:
         arrays = named_leaves(parallel.fetched(arrays))
         if hosts.is_first():
             folder.mkdir(exist_ok=True)
-            np.savez(folder / f"batch_{bad_step}.npz", **arrays)
+            files.write_arrays(folder / f"batch_{bad_step}.npz", arrays)
         with Checkpoints(folder / FOLDER) as saved:
             saved.save(bad_step, carry)
             saved.wait()

@@ -15,7 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax import numpy as jnp
 
-from abkd_jax import models
+from abkd_jax import files, models
 from abkd_jax.checks import require
 from abkd_jax.config import weights
 from abkd_jax.config.adapted import adapted, whole
@@ -23,7 +23,6 @@ from abkd_jax.config.build import Builder
 from abkd_jax.config.dry_run import taking
 from abkd_jax.config.schema import check_integer
 from abkd_jax.models import split_variables
-from abkd_jax.run.log.writer import replacing
 from abkd_jax.train import hosts
 from abkd_jax.types import Outputs, dotted, named_leaves
 
@@ -94,9 +93,9 @@ def load(
             factors are beside other weights than when they learned.
     """
     check_integer("seed", seed, least=0)
-    folder = of_seed(pathlib.Path(workdir), seed)
+    folder = of_seed(files.path_of(workdir), seed)
     if seed:
-        weights.read_about(pathlib.Path(workdir))  # refuses what is no run
+        weights.read_about(files.path_of(workdir))  # refuses what is no run
         expected = f"0, or that of a folder seed_1, seed_2, ... of {workdir}"
         require((folder / "config.json").exists(), "seed", expected, seed)
     which = {"network": name or "", "best": best, "member": member}
@@ -141,17 +140,6 @@ def unlike(there: Any, here: Any) -> list[tuple[str, Any, Any]]:
     ]
     found = [(path, *(shapes.get(path) for shapes in pairs)) for path in {**pairs[0], **pairs[1]}]
     return [(path, there, here) for path, there, here in found if there != here]
-
-
-def path_of(workdir: str | os.PathLike) -> pathlib.Path:
-    """The folder of a run.
-
-    Raises:
-        ValueError: if it is no path.
-    """
-    is_path = isinstance(workdir, str | os.PathLike) and workdir != ""
-    require(is_path, "workdir", "the path of a folder", workdir)
-    return pathlib.Path(workdir)
 
 
 def of_seed(folder: pathlib.Path, seed: int) -> pathlib.Path:
@@ -248,7 +236,17 @@ def locked(workdir: pathlib.Path, *, shared: bool = False, needed: bool = False)
 
     Raises:
         ValueError: if another process is at work in the folder, or it cannot be made.
+        OSError: if it is in a bucket, where there are no locks, and cannot be written.
     """
+    if files.in_bucket(workdir):
+        if shared or needed:
+            raise ValueError(
+                f"workdir {workdir} is in a bucket, which has no locks; processes that share it "
+                "need some: choose a folder."
+            )
+        files.write(workdir / ".lock", b"")
+        yield
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         handle = (workdir / ".lock").open("w")
@@ -286,9 +284,7 @@ def of_all(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes the file as a whole or not at all; NaN becomes null."""
-    with replacing(path) as file:
-        json.dump(_plain(value), file, indent=1, allow_nan=False)
-        file.write("\n")
+    files.write(path, f"{json.dumps(_plain(value), indent=1, allow_nan=False)}\n".encode())
 
 
 def _plain(value: Any) -> Any:

@@ -33,7 +33,7 @@ def remembered(path: pathlib.Path, size: Callable[[], int]) -> int:
     """
     if not path.exists():
         folders.write_json(path, size())
-    found = path.read_text(errors="replace").strip()
+    found = path.read_bytes().decode(errors="replace").strip()
     if not found.isdecimal() or int(found) < 1:
         raise ValueError(f"{path} must hold the size of a chunk, a positive integer; restore it.")
     return int(found)

@@ -1,6 +1,7 @@
 """The tables of a sweep: a row for each member, means over seeds, the best point."""
 
 import csv
+import io
 import json
 import math
 import pathlib
@@ -9,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from abkd_jax import files
 from abkd_jax.binding import nearest
 from abkd_jax.config.plan import Phase
-from abkd_jax.run.log.writer import replacing
 
 _SPLITS = ("validation_", "test_")
 
@@ -110,7 +111,8 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes the table as a whole or not at all."""
-    with replacing(path, newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    files.write(path, text.getvalue().encode())

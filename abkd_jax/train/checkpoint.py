@@ -24,7 +24,7 @@ from orbax.checkpoint.checkpoint_managers import (
     LatestN,
 )
 
-from abkd_jax import parallel
+from abkd_jax import files, parallel
 from abkd_jax.train import hosts
 
 FOLDER = "checkpoints"  # of a run, or of a part of it
@@ -41,7 +41,8 @@ class Checkpoints:
             directory: that holds them.
             reads: whether nothing is saved, and another process may be at work in the folder.
         """
-        self.directory = pathlib.Path(directory).resolve()
+        directory = files.path_of(directory)
+        self.directory = directory if files.in_bucket(directory) else directory.resolve()
         hosts.by_first(lambda: _hide_unreadable_scores(self.directory))
         # `max_to_keep` with `best_fn` would delete the newest steps whenever the score falls.
         kept = AnyPreservationPolicy([LatestN(2), BestN(get_metric_fn=_score, n=1)])
@@ -191,6 +192,8 @@ class Checkpoints:
     def _set_aside(self, step: int) -> str:
         aside = self.directory.with_name(f"{self.directory.name}_damaged")
         aside.mkdir(exist_ok=True)
+        # In a bucket it exists from the first file on.
+        files.write(aside / "about.txt", b"Checkpoints that could not be read.\n")
         name, number = str(step), 1
         while (aside / name).exists():
             name, number = f"{step}_{number}", number + 1

@@ -30,6 +30,7 @@ from jax import numpy as jnp
 from jax._src import distributed  # the client has no public name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from abkd_jax import files
 from abkd_jax.parallel import BATCH
 
 HEARTBEAT_SECONDS = 20  # without a sign of a process, after which the others end
@@ -250,7 +251,7 @@ def check_shared(folder: pathlib.Path, seconds: float = _VISIBLE_SECONDS) -> Non
     Raises:
         ValueError: on all processes.
     """
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 or files.in_bucket(folder):
         return
     token = agree(secrets.token_hex(8))
     path = folder / f".hosts_{token}"

@@ -3,10 +3,11 @@
 import contextlib
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from abkd_jax import files
 
 FILE = "metrics.jsonl"
 
@@ -30,11 +31,10 @@ class Writer(contextlib.AbstractContextManager):
         """
         from abkd_jax.run.log.events import Events  # tensorboardX imports torch where there is one
 
-        directory = Path(directory)
+        directory = files.path_of(directory)
         directory.mkdir(parents=True, exist_ok=True)
         cut(directory, step)
-        # Unbuffered: a row is the operating system's at once, and a full disk shows at its row.
-        self._file = open(directory / FILE, "ab", buffering=0)
+        self._file = files.appended(directory / FILE)
         self._events = Events(directory / "tensorboard", step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -66,7 +66,7 @@ class Writer(contextlib.AbstractContextManager):
         Raises:
             OSError: if the file cannot be written.
         """
-        os.fsync(self._file.fileno())
+        self._file.sync()
         self._events.flush()
 
     def close(self) -> None:
@@ -90,7 +90,7 @@ def read(directory: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: one sentence that names the file and the line that is no row.
     """
-    return [row for row, _ in _rows(Path(directory) / FILE)]
+    return [row for row, _ in _rows(files.path_of(directory) / FILE)]
 
 
 def cut(directory: Path, step: int) -> None:
@@ -107,33 +107,9 @@ def cut(directory: Path, step: int) -> None:
         ValueError: one sentence that names the file and the line that is no row.
         OSError: if the file cannot be read or written.
     """
-    path = Path(directory) / FILE
+    path = files.path_of(directory) / FILE
     kept = [line for row, line in _rows(path) if row["step"] <= step]
-    with replacing(path, "wb") as file:
-        file.write(b"".join(line + b"\n" for line in kept))
-
-
-@contextlib.contextmanager
-def replacing(path: Path, mode: str = "w", newline: str | None = None) -> Iterator[IO]:
-    """A file that takes a path's place as a whole, when the context ends, or not at all.
-
-    Args:
-        path: of the file.
-        mode: in which it is opened.
-        newline: as `open` has it.
-
-    Yields:
-        The file.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open(mode, newline=newline) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    files.write(path, b"".join(line + b"\n" for line in kept))
 
 
 def _rows(path: Path) -> list[tuple[dict[str, Any], bytes]]:
