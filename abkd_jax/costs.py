@@ -20,8 +20,9 @@ from abkd_jax.parallel import BATCH
 
 _COLLECTIVE = re.compile(
     r" = (.*?[ )])(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
-    r"(?:-start)?\((?:.*?chain_id=\"(\d+)\")?"
+    r"(-start)?\((.*)"
 )
+_CHAIN = re.compile(r"chain_id=\"\d+\"")
 _SHAPE = re.compile(r"\[([\d,]*)\]")
 _LOOP = re.compile(r"[ )]while\(")
 _PEAKS = {  # TFLOP/s of a device in bfloat16, of dense matrices, by its vendor's data sheet
@@ -50,10 +51,13 @@ class Exchange(NamedTuple):
     Attributes:
         kind: "all-gather", "all-reduce", "all-to-all", "collective-permute" or "reduce-scatter".
         shapes: of the arrays that it makes; where it only starts, also of those that it takes.
+        overlapped: whether the device computes beside it: its start and its end are apart, or its
+            parts are fused with products. Else the device waits.
     """
 
     kind: str
     shapes: tuple[tuple[int, ...], ...]
+    overlapped: bool
 
 
 class Costs(NamedTuple):
@@ -83,6 +87,12 @@ class Costs(NamedTuple):
     def collectives(self) -> dict[str, int]:
         """{kind: how many} of the exchanges."""
         return dict(sorted(collections.Counter(one.kind for one in self.exchanges).items()))
+
+    @property
+    def overlapped(self) -> dict[str, int]:
+        """{kind: how many} of those that are overlapped."""
+        overlapped = (one.kind for one in self.exchanges if one.overlapped)
+        return dict(sorted(collections.Counter(overlapped).items()))
 
     @property
     def memory(self) -> int:
@@ -236,7 +246,9 @@ def _repeats(name: str, params: Any) -> int:
 def exchanges_of(text: str) -> tuple[Exchange, ...]:
     """Those of a compiled program, by its text; a chain of parts counts once."""
     found = {}
-    for index, (result, kind, chain) in enumerate(_COLLECTIVE.findall(text)):
-        sizes = [tuple(map(int, filter(None, x.split(",")))) for x in _SHAPE.findall(result)]
-        found.setdefault(f"chain {chain}" if chain else index, Exchange(kind, tuple(sizes)))
+    for index, (result, kind, starts, rest) in enumerate(_COLLECTIVE.findall(text)):
+        sizes = tuple(tuple(map(int, filter(None, x.split(",")))) for x in _SHAPE.findall(result))
+        chain, named = _CHAIN.search(rest), "async_collective_name=" in rest
+        overlapped = bool(starts or chain or named) and '"is_sync":true' not in rest
+        found.setdefault(chain[0] if chain else index, Exchange(kind, sizes, overlapped))
     return tuple(found.values())

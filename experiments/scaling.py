@@ -2,9 +2,11 @@
 
     python -m experiments.scaling
     python -m experiments.scaling --topologies=v5e:16x16 --teachers=llama_1b
+    python -m experiments.scaling --compiler_options=xla_tpu_enable_async_collective_fusion=false
 
 Nothing runs, and no TPU is needed: libtpu (the extra `[tpu]`) compiles a training step of abstract
-shapes, networks and optimiser split over all chips (`fsdp`). A row takes minutes.
+shapes, networks and optimiser split over all chips (`fsdp`). A row takes minutes. Of collectives it
+tells how many are overlapped: the chip computes beside them.
 """
 
 import os
@@ -30,6 +32,7 @@ _TOKENS = flags.DEFINE_list("tokens", ["8192"], "A step's, on each chip.")
 _CLASSES = flags.DEFINE_list("classes", ["32000"], "Of the vocabulary.")
 _CHUNK = flags.DEFINE_integer("chunk", 1024, "Tokens whose logits are there at a time.")
 _SINGLE_PASS = flags.DEFINE_bool("single_pass", False, "Whether the divergence is.")
+_OPTIONS = flags.DEFINE_list("compiler_options", [], "NAME=VALUE of the TPU's compiler.")
 
 _LENGTH = 2048
 _MEMORY = 16e9  # bytes of a v5e
@@ -42,8 +45,8 @@ _NETWORKS = dict(
 def main() -> None:
     """Prints the table."""
     columns = ["parameters, optimiser, GB", "temporaries, GB", "memory", "TFLOP", "traffic, GB"]
-    header = ["student", "teacher", "chips", "tokens a chip", "vocabulary", *columns]
-    print(markdown.table([*header, "loops", "collectives", "compiled in s"], []))
+    header = ["student", "teacher", "chips", "tokens a chip", "vocabulary", *columns, "loops"]
+    print(markdown.table([*header, "collectives (overlapped)", "compiled in s"], []))
     names = _TOPOLOGIES.value, _STUDENTS.value, _TEACHERS.value
     numbers = map(int, _TOKENS.value), map(int, _CLASSES.value)
     for topology, student, teacher, tokens, classes in itertools.product(*names, *numbers):
@@ -57,8 +60,7 @@ def main() -> None:
             share = f"{100 * found.memory / _MEMORY:.0f} % of 16 GB"
             sizes = f"{found.arguments / 1e9:.2f}", f"{found.temporaries / 1e9:.2f}"
             work = f"{found.flops / 1e12:.1f}", f"{found.traffic / 1e9:.0f}", f"{found.loops}"
-            exchanges = ", ".join(f"{count} {kind}" for kind, count in found.collectives.items())
-            cells += [sizes[0], sizes[1], share, *work, exchanges or "-", f"{found.seconds:.0f}"]
+            cells += [*sizes, share, *work, _exchanges(found), f"{found.seconds:.0f}"]
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
@@ -70,7 +72,16 @@ def _compiled(student, teacher, mesh, tokens, classes) -> costs.Costs:
     text = data.from_arrays(train=examples, validation=None, test=examples, num_classes=classes)
     config = _config(student, teacher) | dict(batch_size=rows, fsdp=mesh.size, chunk=_CHUNK.value)
     plan = configs.resolve(config, data=text)
-    return compiled_step(plan, plan.phases[-1], plan.mesh([*mesh.devices.flat]))
+    options = dict(option.split("=", 1) for option in _OPTIONS.value)
+    chips = plan.mesh([*mesh.devices.flat])
+    return compiled_step(plan, plan.phases[-1], chips, compiler_options=options)
+
+
+def _exchanges(found: costs.Costs) -> str:
+    """Of each kind how many, and how many of them are overlapped."""
+    overlapped = found.overlapped
+    told = [f"{n} {kind} ({overlapped.get(kind, 0)})" for kind, n in found.collectives.items()]
+    return ", ".join(told) or "-"
 
 
 def _config(student: str, teacher: str) -> ml_collections.ConfigDict:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from bucket import served
+from hosts_test import ended, several
 from own_process import environment
 
 from abkd_jax import files, load, train_and_evaluate
@@ -216,3 +217,15 @@ def test_a_run_that_is_killed_at_a_request_goes_on(bucket, pair, tmp_path, count
     expected = train_and_evaluate(_CONFIG, tmp_path / "alone")["networks"]
     for name, network in expected.items():
         assert result["networks"][name]["sha256"] == network["sha256"]
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_bucket_without_more(bucket, tmp_path):
+    logs = [tmp_path / f"log_{i}" for i in range(2)]
+    for workdir in ("gs://bucket/several", tmp_path / "several"):
+        found = ended(several(workdir, logs, "--config.num_steps=6"), logs)
+        assert [status for status, _ in found] == [0, 0], found
+    here = json.loads((tmp_path / "several" / "result.json").read_text())
+    there = json.loads(bucket.objects["several/result.json"][0])
+    assert there["networks"] == here["networks"]
+    assert "several/report.md" in bucket.objects

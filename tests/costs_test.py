@@ -54,13 +54,40 @@ def test_one_device_s_part_and_its_collectives():
     alone, shared = (of(jnp.sum, (SIZE, SIZE), count=n, split=True) for n in (1, 8))
     assert alone.collectives == {} and shared.collectives == {"all-reduce": 1}
     assert shared.flops == pytest.approx(alone.flops / 8, rel=1e-2)
-    assert shared.exchanges == (costs.Exchange("all-reduce", ((),)),)
+    assert shared.exchanges == (costs.Exchange("all-reduce", ((),), overlapped=False),)
     columns = of(lambda x: (x.sum(0), x.sum()), (SIZE, SIZE), count=8, split=True)
     assert set(columns.collectives) == {"all-reduce"}
     assert {shape for one in columns.exchanges for shape in one.shapes} == {(SIZE,), ()}
     gathered = of(lambda x: jnp.sort(x, axis=0), (SIZE, SIZE), count=8, split=True)
     assert set(gathered.collectives) <= {"all-gather", "all-to-all", "all-reduce"}
     assert gathered.collectives
+
+
+_TEXT = """
+  %a = f32[8,4]{1,0} all-gather(%p), channel_id=1, dimensions={0}
+  %b.1 = bf16[8,4]{1,0} all-gather(%q), channel_id=2, frontend_attributes={chain_id="0"}
+  %b.2 = bf16[8,4]{1,0} all-gather(%q), channel_id=2, frontend_attributes={chain_id="0"}
+  %b.3 = bf16[2,4]{1,0} all-gather(%r), channel_id=3, frontend_attributes={chain_id="1"}
+  %c = s32[16]{0} all-gather(%s), frontend_attributes={async_collective_name="all-gather-start.3"}
+  %d = (f32[2]{0}, f32[3]{0}) all-reduce-start(%t, %u), channel_id=4
+  %e = (f32[2]{0}, f32[3]{0}) all-reduce-done(%d)
+  %f = f32[5]{0} all-reduce-start(%v), backend_config={"collective_backend_config":{"is_sync":true}}
+"""
+
+
+def test_what_is_overlapped():
+    found = costs.exchanges_of(_TEXT)
+    assert [(one.kind, one.shapes, one.overlapped) for one in found] == [
+        ("all-gather", ((8, 4),), False),
+        ("all-gather", ((8, 4),), True),
+        ("all-gather", ((2, 4),), True),
+        ("all-gather", ((16,),), True),
+        ("all-reduce", ((2,), (3,)), True),
+        ("all-reduce", ((5,),), False),
+    ]
+    told = of(jnp.sum, (SIZE,))._replace(exchanges=found)
+    assert told.collectives == {"all-gather": 4, "all-reduce": 2}
+    assert told.overlapped == {"all-gather": 3, "all-reduce": 1}
 
 
 def test_arrays_without_axes_are_everywhere():

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from abkd_jax.run.log import events as tensorboard
-from abkd_jax.run.log import writer
 from abkd_jax.run.log.writer import Writer, cut, read
 
 

@@ -182,20 +182,22 @@ def _compiled(plan: Plan, mesh: Mesh, where: str, memory: float) -> str:
     return markdown.table(header, [row])
 
 
-def compiled_step(plan: Plan, phase: Phase, mesh: Mesh) -> costs.Costs:
+def compiled_step(plan: Plan, phase: Phase, mesh: Mesh, **options: Any) -> costs.Costs:
     """The costs of a step of a phase, its networks split over the mesh as in a run.
 
     Args:
         plan: of the run.
         phase: one of its phases.
         mesh: of devices that need not be there.
+        **options: of `jax.jit`.
     """
     step, learners, seen, batch = one_step(plan, phase, mesh)
     put = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)  # noqa: E731
     placed = lambda tree: jax.tree.map(put, tree, shardings(tree, mesh))  # noqa: E731
     key = costs.shapes(batch.pop("key"), mesh, split=False)
     batch = costs.shapes(batch, mesh, split=True) | {"key": key}
-    return costs.compiled(step, placed(learners), placed(seen), batch, donate_argnums=0)
+    arguments = placed(learners), placed(seen), batch
+    return costs.compiled(step, *arguments, donate_argnums=0, **options)
 
 
 def _megabytes(count: float) -> str:
