@@ -138,6 +138,20 @@ def test_bounds_and_gradients_over_a_grid():
         check(gradients["cosine_with_forward_kl"], i, cosine(gradient, reference))
 
 
+@pytest.mark.parametrize("points", [3, 11])
+def test_several_devices_share_the_points(points, monkeypatch):
+    student, teacher = draw(0), draw(1)
+    alphas, betas = np.linspace(0, 1, points), np.linspace(1, 0.2, points)
+    fn = bind(reassignment_summary, divergence=grid(alphas, betas), learning_rate=0.3)
+    assert jax.local_device_count() == 8
+    shared = over_grid(fn, student, teacher, chunk=7)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+    alone = over_grid(fn, student, teacher, chunk=7)
+    assert {x.shape for x in jax.tree.leaves(shared)} == {(points,)}
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, shared, alone)
+
+
 def test_another_grid_is_no_other_compile():
     student, teacher = draw(0), draw(1)
     traces = []

@@ -8,7 +8,7 @@ from flax import struct
 from jax import Array
 from jax import numpy as jnp
 
-from abkd_jax import checks
+from abkd_jax import checks, parallel
 from abkd_jax.analysis.checks import check_cached
 from abkd_jax.analysis.effects import tightness, upper_bound
 from abkd_jax.analysis.flow import (
@@ -61,7 +61,8 @@ def over_grid(
     with `alphas` and `betas` `[G]`, their points laid out by `jnp.meshgrid(...)` and raveled, is
     one compile, and another grid of G points none. The rows are visited in chunks, all points of
     the grid at once in each, and only sums are kept: the memory is that of the logits themselves
-    and of G x chunk x K numbers, several times.
+    and of G x chunk x K numbers, several times. Several local devices share the points, and each
+    has all logits.
 
     Args:
         fn: student_logits `[n, K]`, teacher_logits `[n, K]` -> {name: `[n]`}, bound.
@@ -86,11 +87,20 @@ def over_grid(
     checks.require(is_count, "chunk", "an integer of at least 1", chunk)
     networks = _checked(student_logits, teacher_logits)
     where = checks.check_where(where, jax.eval_shape(_logits, networks)[0].shape[:-1])
-    sizes = {leaf.shape for leaf in jax.tree.leaves(fn)} - {()}
+    if not where.size:  # which XLA cannot share
+        row = lambda x: jnp.zeros((1, *x.shape[where.ndim :]), x.dtype)  # noqa: E731
+        networks, where = tuple(x.map_rows(row) for x in networks), jnp.zeros(1, bool)
+    leaves, structure = jax.tree.flatten(fn)
+    sizes = {leaf.shape for leaf in leaves} - {()}
     is_grid = len(sizes) == 1 and len(min(sizes)) == 1
     expected = "scalars and at least one array, all arrays [G]"
     checks.require(is_grid, "the numbers of fn", expected, sorted(map(list, sizes)))
-    return _over_grid(fn, networks, where, chunk=chunk)
+    varies = tuple(leaf.ndim == 1 for leaf in leaves)
+    points, fixed = (
+        [x for x, y in zip(leaves, varies, strict=True) if y is z] for z in (True, False)
+    )
+    at_point = _at_point(structure, varies, chunk)
+    return parallel.spread(at_point, points, fixed, networks, where)
 
 
 def _checked(*given: Array | Outputs) -> tuple[Outputs, Outputs]:
@@ -114,22 +124,32 @@ def _logits(networks: tuple[Outputs, Outputs]) -> tuple[Array, Array]:
     return checks.check_logits(*(x.formed().logits for x in networks))
 
 
-@functools.partial(jax.jit, static_argnames="chunk")
-def _over_grid(fn, networks, where, *, chunk):
-    axes = jax.tree.map(lambda leaf: 0 if leaf.ndim else None, fn)
-    at_all_points = jax.vmap(lambda f, s, t: f(s, t), in_axes=(axes, None, None))
+@functools.lru_cache
+def _at_point(structure, varies, chunk):
+    """The summaries at one point: one function for equal arguments, which compiles once."""
+
+    def at_point(numbers, fixed, networks, where):
+        numbers, fixed = iter(numbers), iter(fixed)
+        fn = structure.unflatten([next(numbers if x else fixed) for x in varies])
+        return _over_rows(fn, networks, where, chunk)
+
+    return at_point
+
+
+def _over_rows(fn, networks, where, chunk):
+    """A `Summary` by name, at one point."""
 
     def step(carry, part):
         *rows, kept = part
         shown = (x.replace(head=network.head) for x, network in zip(rows, networks, strict=True))
-        values = at_all_points(fn, *_logits(tuple(shown)))
+        values = fn(*_logits(tuple(shown)))
         return {n: _joined(carry[n], _moments(v, kept)) for n, v in values.items()}, None
 
     split = functools.partial(chunked, leading=where.ndim, chunk=chunk)
     parts = jax.tree.map(split, (*(x.replace(head=None) for x in networks), where))
     some = jax.eval_shape(_logits, networks)[0]
     some = jax.ShapeDtypeStruct((chunk, some.shape[-1]), some.dtype)  # there may be no rows
-    shapes = jax.eval_shape(at_all_points, fn, some, some)
+    shapes = jax.eval_shape(fn, some, some)
     nothing = jnp.zeros(chunk, bool)
     start = {n: _moments(jnp.zeros(v.shape, v.dtype), nothing) for n, v in shapes.items()}
     moments, _ = jax.lax.scan(step, start, parts)
@@ -142,10 +162,10 @@ def _over_grid(fn, networks, where, *, chunk):
 def _moments(values, kept):
     """Count, mean, sum of squared deviations, minimum and maximum over the rows that are kept."""
     count = jnp.sum(kept).astype(values.dtype)
-    mean = jnp.sum(jnp.where(kept, values, 0.0), axis=-1) / jnp.maximum(count, 1.0)
-    square = jnp.sum(jnp.where(kept, jnp.square(values - mean[:, None]), 0.0), axis=-1)
-    lowest = jnp.min(jnp.where(kept, values, jnp.inf), axis=-1)
-    return count, mean, square, lowest, jnp.max(jnp.where(kept, values, -jnp.inf), axis=-1)
+    mean = jnp.sum(jnp.where(kept, values, 0.0)) / jnp.maximum(count, 1.0)
+    square = jnp.sum(jnp.where(kept, jnp.square(values - mean), 0.0))
+    lowest = jnp.min(jnp.where(kept, values, jnp.inf))
+    return count, mean, square, lowest, jnp.max(jnp.where(kept, values, -jnp.inf))
 
 
 def _joined(a, b):
