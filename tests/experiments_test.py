@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import itertools
 import json
 import pathlib
 import signal
@@ -21,9 +22,15 @@ _OF_THE_BARE_STEP = ("benchmark_loop", "benchmark_losses", "accelerator/language
 _DIVERGENCE = "student.terms.distill.divergence"
 
 
-def run(*arguments, timeout=300):
+def on_devices(count):
+    found = environment()
+    flags = f"{found['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+    return found | {"XLA_FLAGS": flags}
+
+
+def run(*arguments, timeout=300, devices=1):
     command, kept = [sys.executable, "-m", *arguments], dict(capture_output=True, text=True)
-    return subprocess.run(command, cwd=_ROOT, env=environment(), timeout=timeout, **kept)
+    return subprocess.run(command, cwd=_ROOT, env=on_devices(devices), timeout=timeout, **kept)
 
 
 @pytest.mark.slow
@@ -55,11 +62,13 @@ def test_processes_share_a_sweep_and_take_over_what_one_loses(tmp_path):
     """One of two is killed among its members; the other ends with the table of one alone."""
     over = f"--over={_DIVERGENCE}.alpha=0:1:0.5"
     command = "experiments.sweep", "--config=configs/digits.py:runlocal", over, "--init_seeds=2"
-    alone = run(*command, f"--workdir={tmp_path / 'alone'}", "--chunk=3")
-    assert alone.returncode == 0, alone.stderr
+    for devices in (2, 4):
+        where = f"--workdir={tmp_path / f'alone_{devices}'}"
+        alone = run(*command, where, "--chunk=3", devices=devices)
+        assert alone.returncode == 0, alone.stderr
     shared = tmp_path / "shared"
     command = sys.executable, "-m", *command, f"--workdir={shared}", "--processes=2"
-    how = dict(cwd=_ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    how = dict(cwd=_ROOT, env=on_devices(2), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
     def started():
         process = subprocess.Popen(command, **how, text=True)
@@ -76,7 +85,11 @@ def test_processes_share_a_sweep_and_take_over_what_one_loses(tmp_path):
     assert (first, second) == ("students 1 to 3 of 6", "students 4 to 6 of 6")
     assert first in told and "computed once" not in told
     for name in ("sweep.csv", "history.csv"):
-        assert (shared / name).read_text() == (tmp_path / "alone" / name).read_text()
+        assert (shared / name).read_text() == (tmp_path / "alone_2" / name).read_text()
+        tables = [list(csv.reader((x / name).open())) for x in (shared, tmp_path / "alone_4")]
+        assert len(tables[0]) == len(tables[1]) > 6
+        for a, b in zip(*map(itertools.chain.from_iterable, tables), strict=True):
+            assert a == b or float(a) == pytest.approx(float(b), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.nightly
