@@ -316,8 +316,10 @@ def save(figure: Figure, path: Any) -> Any:
     Returns:
         The path, as it was given.
     """
-    place, content = files.path_of(path), io.BytesIO()
-    figure.savefig(content, dpi=DPI, metadata={"Software": None})  # no version of matplotlib
+    place, content = files.path_of(path, "path"), io.BytesIO()
+    kind = place.suffix.removeprefix(".") or "png"
+    own = {"Software": None} if kind == "png" else {}  # no version of matplotlib
+    figure.savefig(content, dpi=DPI, format=kind, metadata=own)
     place.parent.mkdir(parents=True, exist_ok=True)
     files.write(place, content.getvalue())
     return path

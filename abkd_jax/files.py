@@ -19,21 +19,46 @@ from abkd_jax.checks import require
 _BUCKET = "gs://"
 
 
-def path_of(path: str | os.PathLike) -> pathlib.Path | epath.Path:
+def path_of(path: str | os.PathLike, name: str = "workdir") -> pathlib.Path | epath.Path:
     """The path of a folder or a file, on a disk or in a bucket.
+
+    Args:
+        path: a folder's or a file's, or gs://BUCKET/FOLDER as text, for pathlib drops a slash.
+        name: what refusals call it.
 
     Raises:
         ValueError: if it is none, or what reads and writes buckets is not installed.
+        OSError: if it is in a bucket that cannot be read.
     """
     is_path = isinstance(path, str | os.PathLike) and path != ""
-    require(is_path, "workdir", "the path of a folder", path)
-    scheme, found, _ = os.fspath(path).partition("://")
-    if not found:
+    require(is_path, name, "the path of a folder", path)
+    if in_bucket(path):
+        return path
+    text = os.fspath(path)
+    if "://" not in text and not text.startswith("gs:/"):
         return pathlib.Path(path)
-    require(f"{scheme}://" == _BUCKET, "workdir", f"a folder, or one of {_BUCKET}", f"{path}")
+    require(text.startswith(_BUCKET), name, f"a folder, or one of {_BUCKET}, as text", text)
     if not importlib.util.find_spec("gcsfs"):
-        raise ValueError(f"workdir {path} needs gcsfs: pip install -e '.[gcs]'.")
-    return epath.Path(path)
+        raise ValueError(f"{name} {text} needs gcsfs: pip install -e '.[gcs]'.")
+    import fsspec
+
+    # Not what an earlier listing had: tensorstore and other processes write there, too.
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    os.environ.setdefault("EPATH_USE_TF", "false")  # by gcsfs, also where TensorFlow is installed
+    found = epath.Path(text)
+    with _refusing(found, "read"):
+        found.exists()
+    return found
+
+
+def on_disk(path: str | os.PathLike, name: str) -> pathlib.Path:
+    """The path of what cannot be in a bucket.
+
+    Raises:
+        ValueError: if it is in one.
+    """
+    require(":/" not in os.fspath(path), name, "on a disk", f"{path}")
+    return pathlib.Path(path)
 
 
 def in_bucket(path: pathlib.Path | epath.Path) -> bool:
@@ -48,7 +73,7 @@ def write(path: pathlib.Path | epath.Path, content: bytes) -> None:
         OSError: if it cannot be written.
     """
     if in_bucket(path):
-        with _refusing(path):
+        with _refusing(path, "written"):
             path.write_bytes(content)
         return
     temporary = path.with_name(path.name + ".tmp")
@@ -79,30 +104,32 @@ class OnDisk(io.FileIO):
         os.fsync(self.fileno())
 
 
-class InBucket(io.BytesIO):
+class InBucket:
     """Written as a whole at each `sync` and at the end."""
 
     def __init__(self, path: epath.Path):
         """With what is there."""
-        super().__init__()
         self._path = path
-        self.write(path.read_bytes() if path.exists() else b"")
+        with _refusing(path, "read"):
+            self._content = bytearray(path.read_bytes() if path.exists() else b"")
+
+    def write(self, content: bytes) -> int:
+        """Appends; how many bytes, all."""
+        self._content += content
+        return len(content)
 
     def sync(self) -> None:
         """Brings all to the bucket."""
-        write(self._path, self.getvalue())
+        write(self._path, bytes(self._content))
 
-    def close(self) -> None:
-        if not self.closed:
-            self.sync()
-        super().close()
+    close = sync
 
 
 @contextlib.contextmanager
-def _refusing(path: epath.Path) -> Iterator[None]:
+def _refusing(path: epath.Path, done: str) -> Iterator[None]:
     """One sentence for what the library of a bucket raises, which need be no OSError."""
     try:
         yield
     except Exception as error:
         reason = f"{error}".strip().partition("\n")[0].rstrip(".") or type(error).__name__
-        raise OSError(f"{path} cannot be written ({reason}).") from error
+        raise OSError(f"{path} cannot be {done} ({reason}).") from error

@@ -20,12 +20,13 @@ import gzip
 import json
 import pathlib
 import resource
+from collections.abc import Iterable
 
 import ml_collections
 from absl import flags
 
 from abkd_jax import config as configs
-from abkd_jax import train_and_evaluate
+from abkd_jax import files, train_and_evaluate
 from abkd_jax.config import command
 from abkd_jax.run.log import writer
 from abkd_jax.run.responses import Writing
@@ -64,10 +65,10 @@ def main() -> None:
     folder = pathlib.Path(_WORKDIR.value)
     folder.mkdir(parents=True, exist_ok=True)
     pairs = folder / "pairs.jsonl"
-    pairs.write_text("".join(_chosen(pathlib.Path(_PAIRS.value))))
+    _keep(pairs, _chosen(pathlib.Path(_PAIRS.value)), "--pairs")
     questions = folder / "questions.jsonl"
     if _QUESTIONS.value:
-        questions.write_text("".join(_questions(pathlib.Path(_QUESTIONS.value))))
+        _keep(questions, _questions(pathlib.Path(_QUESTIONS.value)), "--questions")
     train_and_evaluate(_config(pairs), folder / "run")
     rows = [row for row in writer.read(folder / "run") if "time/examples_per_second" in row]
     rate = sorted(row["time/examples_per_second"] for row in rows)[len(rows) // 2]
@@ -76,6 +77,14 @@ def main() -> None:
     print(f"{rate * _LENGTH.value:.0f} tokens/s, peak {peak:.2f} GiB")
     if _QUESTIONS.value:
         print(_tables(_answers(folder, pairs, questions)))
+
+
+def _keep(path: pathlib.Path, lines: Iterable[str], flag: str) -> None:
+    """Writes a file, or finds that it has these lines."""
+    text = "".join(lines).encode()
+    if path.exists() and path.read_bytes() != text:
+        raise ValueError(f"{path} has other lines than {flag} gives; choose another --workdir.")
+    files.write(path, text)
 
 
 def _answers(folder: pathlib.Path, pairs: pathlib.Path, questions: pathlib.Path) -> str:

@@ -7,14 +7,13 @@ start; every image is attacked once.
 """
 
 import functools
-import pathlib
 
 import jax
 import numpy as np
 from absl import flags
 from jax import numpy as jnp
 
-from abkd_jax import data, load, metrics, train_and_evaluate
+from abkd_jax import data, files, load, metrics, train_and_evaluate
 from abkd_jax.config import command, resolve
 
 _CONFIG = command.define_config()
@@ -31,7 +30,7 @@ def main() -> None:
     print(f"{'accuracy %':<16}{'clean':>8}{'FGSM':>8}{f'PGD-{_STEPS.value}':>8}")
     for phase in plan.phases:
         for name in phase.learners:
-            loaded = load(pathlib.Path(_WORKDIR.value) / phase.folder, name)
+            loaded = load(files.path_of(_WORKDIR.value) / phase.folder, name)
             right = sum(
                 np.asarray(_right(loaded.module, loaded.variables, batch))
                 for batch in data.evaluation_batches(test, 200)

@@ -24,7 +24,7 @@ import time
 import numpy as np
 from absl import flags
 
-from abkd_jax import figures
+from abkd_jax import figures, files
 from abkd_jax.config import command, resolve
 from abkd_jax.sweep import averaged, best, spread, sweep
 from abkd_jax.tasks import Column
@@ -44,7 +44,7 @@ def main() -> None:
     for name, value in (("config", _CONFIG.value), ("workdir", _WORKDIR.value)):
         if not value:
             sys.exit(f"--{name} is missing.")
-    started, folder = time.monotonic(), pathlib.Path(_WORKDIR.value)
+    started, folder = time.monotonic(), files.path_of(_WORKDIR.value)
     over = dict(map(parsed, _OVER.value))
     if len(over) < len(_OVER.value):
         raise ValueError("--over names a path twice; give all its values at once.")

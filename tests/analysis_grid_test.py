@@ -184,6 +184,7 @@ def test_moments_far_from_0_keep_their_digits():
         (1.0, 0.5, r"\[\]"),
         (np.ones(3), np.ones(2), r"\[\[2\], \[3\]\]"),
         (np.ones((2, 2)), 1.0, r"\[\[2, 2\]\]"),
+        (np.ones(0), 1.0, r"\[\[0\]\]"),
     ],
 )
 def test_numbers_that_make_no_grid_are_refused(alpha, beta, found):

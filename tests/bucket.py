@@ -25,6 +25,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         path, query = self._asked()
+        if self.server.unreadable:
+            self._json(403, {"error": {"code": 403, "message": "no permission"}})
+            return
         match = _OBJECT.fullmatch(path)
         if match is None:
             self._json(200, self._listed(query) if path.endswith("/o") else {"name": "bucket"})
@@ -167,6 +170,7 @@ class Bucket(http.server.ThreadingHTTPServer):
     Attributes:
         objects: {name: (content, generation)}.
         refusing: whether nothing may be written.
+        unreadable: whether nothing may be read.
         hook: called with the method and the path of each request.
     """
 
@@ -174,7 +178,7 @@ class Bucket(http.server.ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("localhost", 0), _Handler)
-        self.objects, self.parts, self.refusing = {}, {}, False
+        self.objects, self.parts, self.refusing, self.unreadable = {}, {}, False, False
         self.hook = lambda method, path: None
         self.lock, self.generation = threading.RLock(), 0
 
@@ -202,7 +206,6 @@ def served():
                 "TENSORSTORE_GCS_HTTP_URL": address,
                 "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
                 "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks for credentials
-                "EPATH_USE_TF": "false",
             },
         )
         server.shutdown()

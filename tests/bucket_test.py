@@ -1,5 +1,6 @@
 """A workdir in a bucket, gs://BUCKET/FOLDER, against a stand-in that gcsfs and tensorstore ask."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -18,6 +19,7 @@ from own_process import environment
 from abkd_jax import files, load, train_and_evaluate
 from abkd_jax.config import resolve
 from abkd_jax.run.log.writer import Writer, read
+from abkd_jax.run.responses import opened
 from abkd_jax.run.workdir import locked
 from abkd_jax.sweep import sweep
 from abkd_jax.train.checkpoint import FOLDER, Checkpoints
@@ -86,6 +88,9 @@ def test_what_a_bucket_has_is_loaded_and_teaches(pair, tmp_path):
     for name, folder in (("student", ""), ("first", "/first")):
         own = load(f"{there}{folder}", name), load(f"{here}{folder}", name)
         jax.tree.map(np.testing.assert_array_equal, *(network.variables for network in own))
+    for model in (there, f"{there}@student"):
+        variables = opened(model)[1]
+        jax.tree.map(np.testing.assert_array_equal, variables, load(here, "student").variables)
     weights = dict(weights=dict(fn="run", workdir=f"{there}/first"))
     config = _CONFIG | dict(
         first=dict(model=_NETWORK["model"]) | weights,
@@ -149,14 +154,67 @@ def test_rows_reach_the_bucket_at_each_sync_as_a_whole(bucket):
     assert len(events) == 2 and len(events[0]) > len(events[1]) > 0
 
 
+def test_rows_are_kept_where_they_cannot_be_read_again(bucket, monkeypatch):
+    folder = files.path_of("gs://bucket/kept")
+    with Writer(folder, -1) as writer:
+        writer.write(0, {"loss": 1.0})
+    kept = bucket.objects["kept/metrics.jsonl"]
+    with monkeypatch.context() as patch:
+        patch.setattr(bucket, "unreadable", True)
+        with pytest.raises(OSError, match=r"kept/metrics\.jsonl cannot be read \(Forbidden"):
+            files.appended(folder / "metrics.jsonl")
+    gc.collect()
+    assert bucket.objects["kept/metrics.jsonl"] == kept
+
+
+def test_events_that_a_bucket_does_not_take_are_a_warning_and_what_ends_a_run_stays(
+    bucket, monkeypatch
+):
+    folder = files.path_of("gs://bucket/refusing")
+    with (
+        monkeypatch.context() as patch,
+        pytest.warns(UserWarning) as warned,
+        pytest.raises(SystemExit, match="143"),
+        Writer(folder, -1) as writer,
+    ):
+        writer.write(0, {"loss": 1.0})
+        patch.setattr(bucket, "refusing", True)
+        writer._events.flush()
+        raise SystemExit(143)
+    told = [f"{warning.message}" for warning in warned]
+    assert [x for x in told if x.startswith(f"{folder}/tensorboard gets no more events")]
+    assert [x for x in told if "metrics.jsonl cannot be written (Forbidden" in x]
+
+
+def test_what_others_write_meanwhile_is_seen(bucket):
+    folder = files.path_of("gs://bucket/others")
+    assert not (folder / "it").exists() and [*folder.glob("*")] == []
+    bucket.put("others/it", b"1")
+    assert (folder / "it").exists() and [x.name for x in folder.glob("*")] == ["it"]
+    bucket.put("others/that", b"2")
+    assert sorted(x.name for x in folder.glob("*")) == ["it", "that"]
+    del bucket.objects["others/it"]
+    assert not (folder / "it").exists() and [x.name for x in folder.glob("*")] == ["that"]
+
+
 def test_what_cannot_be_is_one_sentence(bucket, monkeypatch):
-    with pytest.raises(ValueError, match=r"^workdir must be a folder, or one of gs://; found 's3:"):
-        train_and_evaluate(_CONFIG, "s3://bucket/run")
+    for path in ("s3://bucket/run", pathlib.Path("gs://bucket/run")):  # which drops a slash
+        sentence = r"^workdir must be a folder, or one of gs://, as text; found '(s3://|gs:/)bucket"
+        with pytest.raises(ValueError, match=sentence):
+            train_and_evaluate(_CONFIG, path)
+    for path in ("gs://bucket/out", pathlib.Path("gs://bucket/out")):
+        with pytest.raises(ValueError, match=r"^out must be on a disk; found 'gs:/+bucket/out'"):
+            files.on_disk(path, "out")
     with pytest.raises(ValueError, match=r"^profile must be False for a workdir in a bucket"):
         train_and_evaluate(_CONFIG, "gs://bucket/profile", profile=True)
     sentence = "^workdir gs://bucket/two is in a bucket, which has no locks; processes that share"
     with pytest.raises(ValueError, match=sentence):
         sweep(_CONFIG, "gs://bucket/two", over={"student.terms.task.weight": [1.0]}, processes=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(bucket, "unreadable", True)
+        sentence = r"^gs://bucket/refused cannot be read \(Forbidden: "
+        with pytest.raises(OSError, match=sentence):
+            load("gs://bucket/refused")
     with monkeypatch.context() as patch:
         patch.setattr(bucket, "refusing", True)
         sentence = r"^gs://bucket/refused/.lock cannot be written \(Forbidden: "

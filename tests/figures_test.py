@@ -325,3 +325,5 @@ def test_a_saved_figure_has_its_width_in_pixels(tmp_path):
     figures.save(figures.new(2.0), tmp_path / "a.png")
     pixels = image.imread(tmp_path / "a.png")
     assert pixels.shape[:2] == (2 * figures.DPI, 8 * figures.DPI)
+    figures.save(figures.new(2.0), tmp_path / "a.pdf")
+    assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")

@@ -15,6 +15,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+from etils import epath
 from jax import numpy as jnp
 
 from abkd_jax import data, parallel, train_and_evaluate
@@ -170,6 +171,8 @@ def agreements(folder):
         "equal": told(lambda: hosts.equal({"config.x": 1, "config.y": 2})),
         "unequal": told(lambda: hosts.equal({"config.x": 1, "config.y": own})),
         "shared": told(lambda: hosts.check_shared(folder)),
+        "buckets": told(lambda: hosts.check_shared(epath.Path(f"gs://bucket/of_{own}"))),
+        "kinds": told(lambda: hosts.check_shared([folder, epath.Path("gs://bucket/run")][own])),
         "not shared": told(lambda: hosts.check_shared(folder / f"of_{own}", seconds=1)),
         "config": told(lambda: train_and_evaluate(online(batch_size=64 << own), folder / "none")),
         "data": told(lambda: train_and_evaluate(online(**of_each), folder / "none")),

@@ -166,6 +166,10 @@ def test_what_the_processes_say_to_each_other(pair):
         assert found["unequal"] == ["Refused", same + told]
         told = "config.batch_size is 64 on process 0 and 128 on process 1."
         assert found["config"] == ["Refused", same + told]
+        told = "the workdir is gs://bucket/of_0 on process 0 and gs://bucket/of_1 on process 1."
+        assert found["buckets"] == ["Refused", same + told]
+        told = "the workdir is a folder on process 0 and gs://bucket/run on process 1."
+        assert found["kinds"] == ["Refused", same + told]
         told = "the version of jax is 0.10.0 on process 0 and 0.10.1 on process 1."
         assert found["version"] == ["Refused", same + told]
         kind, sentence = found["data"]

@@ -62,7 +62,7 @@ def over_grid(
     one compile, and another grid of G points none. The rows are visited in chunks, all points of
     the grid at once in each, and only sums are kept: the memory is that of the logits themselves
     and of G x chunk x K numbers, several times. Several local devices share the points, and each
-    has all logits.
+    has all logits: not to be called inside `jit`.
 
     Args:
         fn: student_logits `[n, K]`, teacher_logits `[n, K]` -> {name: `[n]`}, bound.
@@ -92,8 +92,8 @@ def over_grid(
         networks, where = tuple(x.map_rows(row) for x in networks), jnp.zeros(1, bool)
     leaves, structure = jax.tree.flatten(fn)
     sizes = {leaf.shape for leaf in leaves} - {()}
-    is_grid = len(sizes) == 1 and len(min(sizes)) == 1
-    expected = "scalars and at least one array, all arrays [G]"
+    is_grid = len(sizes) == 1 and len(min(sizes)) == 1 and 0 not in min(sizes)
+    expected = "scalars and at least one array, all arrays [G], not empty"
     checks.require(is_grid, "the numbers of fn", expected, sorted(map(list, sizes)))
     varies = tuple(leaf.ndim == 1 for leaf in leaves)
     points, fixed = (

@@ -61,8 +61,7 @@ def cache_teacher(
     require(len(shape) == 1, "data.fn", "of text, such as 'topics'", plan.config["data"]["fn"])
     plan = plan._replace(networks={network: plan.networks[network]})
     own = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    mesh, folder = plan.mesh(jax.local_devices()), files.path_of(folder)
-    require(not files.in_bucket(folder), "folder", "one on a disk", f"{folder}")
+    mesh, folder = plan.mesh(jax.local_devices()), files.on_disk(folder, "folder")
     with folders.locked(folder / f".process_{own['process_index']}"):
         run = phases.Run(plan, folder, plan.data(), mesh, Interruption())
         state = frozen(phases.ready(run)[network])

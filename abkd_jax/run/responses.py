@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from abkd_jax import files
 from abkd_jax.checks import require
 from abkd_jax.data import Tokenizer, read_tokenizer
 from abkd_jax.generate import generate
@@ -83,7 +84,7 @@ def respond(
     """
     _check(writing)
     module = decoder_in(module)
-    prompts, out = pathlib.Path(prompts), pathlib.Path(out)
+    prompts, out = pathlib.Path(prompts), files.on_disk(out, "out")
     lines = [*_lines(prompts)]
     require(lines, f"{prompts}", "a file with a prompt", "none")
     network = digest(variables["params"])[:12]
@@ -183,8 +184,11 @@ def opened(model: str) -> tuple[Any, Any, Tokenizer, str]:
     Raises:
         ValueError: one sentence, if it is neither.
     """
-    model, _, network = (model, "", "") if os.path.exists(model) else model.rpartition("@")
-    if not pathlib.Path(model, FOLDER).exists():
+    folder, _, network = model.rpartition("@")
+    if not folder or files.path_of(model, "model").exists():
+        folder, network = model, ""
+    model = folder
+    if not (files.path_of(model, "model") / FOLDER).exists():
         (module, variables), tokenizer = load_decoder(model), read_tokenizer(model)
         count = min(tokenizer.size, module.architecture.num_classes)
         module = Decoder(dataclasses.replace(module.architecture, num_classes=count))

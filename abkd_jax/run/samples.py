@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jax import numpy as jnp
 
-from abkd_jax import markdown
+from abkd_jax import files, markdown
 from abkd_jax.data import Tokenizer
 from abkd_jax.metrics import text
 from abkd_jax.models import decoder_in
@@ -61,7 +61,7 @@ def compared(
     Raises:
         ValueError: one sentence, if a network or a set cannot be used.
     """
-    found, written, workdir = {}, {}, pathlib.Path(workdir)
+    found, written, workdir = {}, {}, files.on_disk(workdir, "workdir")
     by = opened(networks[judge]) if judge else None
     for name, folder in networks.items():
         *network, tokenizer, template = by if name == judge else opened(folder)

@@ -251,7 +251,10 @@ def check_shared(folder: pathlib.Path, seconds: float = _VISIBLE_SECONDS) -> Non
     Raises:
         ValueError: on all processes.
     """
-    if jax.process_count() == 1 or files.in_bucket(folder):
+    if jax.process_count() == 1:
+        return
+    equal({"the workdir": folder if files.in_bucket(folder) else "a folder"})
+    if files.in_bucket(folder):
         return
     token = agree(secrets.token_hex(8))
     path = folder / f".hosts_{token}"

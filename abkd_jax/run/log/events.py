@@ -62,16 +62,16 @@ class Events:
 
     @contextlib.contextmanager
     def _one_failure(self) -> Iterator[None]:
-        """The first OSError becomes a warning, after which there are no records."""
+        """The first failure, of a disk or a bucket, is a warning: then there are no records."""
         try:
             yield
-        except OSError as error:
+        except Exception as error:
             warnings.warn(
                 f"{self._directory} gets no more events, for they could not be written ({error}); "
                 f"the metrics file goes on.",
                 stacklevel=1,
             )
             records, self._records = self._records, None
-            with contextlib.suppress(OSError):  # it writes what is left, but it does close
+            with contextlib.suppress(Exception):  # it writes what is left, but it does close
                 if records:
                     records.close()

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,12 +71,19 @@ class Writer(contextlib.AbstractContextManager):
         self._events.flush()
 
     def close(self) -> None:
-        """Closes the files; closing twice does nothing."""
-        self._file.close()
-        self._events.close()
+        """Closes the files; closing twice changes nothing."""
+        try:
+            self._file.close()
+        finally:
+            self._events.close()
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            self.close()
+        except OSError as error:
+            if kind is None:
+                raise
+            warnings.warn(f"{error}; the last rows are lost.", stacklevel=2)  # what ends it goes on
 
 
 def read(directory: Path) -> list[dict[str, Any]]:
