@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import importlib
 import itertools
 import json
 import pathlib
@@ -215,6 +216,17 @@ def test_the_only_caller_of_the_step_is_advance():
     callers = {f"{path}" for path, count in found.items() if count}
     allowed = {f"experiments/{name}.py" for name in _OF_THE_BARE_STEP}
     assert callers - allowed == {_THE_CALLER}
+
+
+def test_what_is_imported_of_the_library_is_there():
+    for path, source in sources():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("abkd_jax"):
+                module = importlib.import_module(node.module)
+                missing = {x.name for x in node.names if not hasattr(module, x.name)}
+                folder = _ROOT / node.module.replace(".", "/")
+                missing = {x for x in missing if not (folder / f"{x}.py").exists()}
+                assert not missing, f"{path} imports {missing} of {node.module}"
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs m
 import jax
 from absl import flags
 
+from abkd_jax import files
 from abkd_jax.config import command
-from abkd_jax.run.log.writer import replacing
 from abkd_jax.run.workdir import locked
 from experiments.accelerator import divergences, language, training
 from experiments.accelerator.rows import Ledger, Part, Row, answers, eta, measured
@@ -99,8 +99,7 @@ def write(folder: pathlib.Path, ledger: Ledger, parts: Iterable[Part]) -> None:
         left = len(part.rows) - len(found)
         missing = f"\n\nNot measured yet: {left} of {len(part.rows)} rows." if left else ""
         sections.append(f"## {part.title}\n\n{part.text}{missing}\n\n{part.table(found)}")
-    with replacing(folder / _PAGE) as file:
-        file.write("\n\n".join(sections) + "\n")
+    files.write(folder / _PAGE, ("\n\n".join(sections) + "\n").encode())
 
 
 def _version(package: str) -> str:

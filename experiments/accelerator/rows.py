@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from abkd_jax import timing
-from abkd_jax.run.log.writer import replacing
+from abkd_jax import files, timing
 
 FILE = "rows.jsonl"
 _ATTEMPTS = 2  # at a row that ends the process; a time limit may have been the first one's end
@@ -124,8 +123,8 @@ class Ledger:
                 f"{self._path} was measured under other conditions ({told}); choose another --out, "
                 "or delete that file to measure anew."
             )
-        with replacing(self._path) as file:  # without a torn last line
-            file.writelines(json.dumps(line) + "\n" for line in [there, *self._lines])
+        lines = (json.dumps(line) + "\n" for line in [there, *self._lines])
+        files.write(self._path, "".join(lines).encode())  # without a torn last line
         self.found = {line["row"]: line for line in self._lines if "seconds" in line}
 
     @contextlib.contextmanager
