@@ -9,9 +9,11 @@ from flax import linen as nn
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from abkd_jax import optimizers, parallel, train_and_evaluate
+from abkd_jax import load, optimizers, parallel, train_and_evaluate
 from abkd_jax.binding import bind
+from abkd_jax.config import resolve
 from abkd_jax.losses import cross_entropy
+from abkd_jax.run import phases
 from abkd_jax.train import create, train_step
 from abkd_jax.train.checkpoint import Checkpoints
 from abkd_jax.train.sharding import sharded, shardings
@@ -128,6 +130,33 @@ def test_no_device_holds_more_than_its_share(mesh, tmp_path):
     networks = compiled(*args)
     assert max(grown(before)) < share / 20  # in place of those before, but for small ones
     assert jax.tree.structure(networks["it"]) == jax.tree.structure(restored)
+
+
+def test_what_is_imported_takes_no_more_than_its_share(tmp_path):
+    """A network of another run, and its optimiser once it learns; nor does any device at first."""
+    train_and_evaluate(plugin_config(num_steps=3), tmp_path / "there")
+    weights = dict(fn="run", workdir=f"{tmp_path / 'there' / 'teacher'}")
+    config = plugin_config(devices=8, fsdp=4)
+    config["teacher"] = dict(model=config["teacher"]["model"], weights=weights)
+    config["student"] |= dict(weights=weights)
+    config["phases"] = dict(distill=dict(learn=("student",), see=("teacher",)))
+    plan = resolve(config)
+    with phases.opened(plan, tmp_path / "here") as run:
+        before = on_each(jax.live_arrays())
+        found = phases.ready(run)
+        now = on_each(jax.live_arrays())
+        whole = sum(x.nbytes for x in jax.tree.leaves(found["student"].params))
+        share = whole - 4 * 256 * 256 * 3 // 4  # of the one kernel that is split
+        grown = {now[device] - before[device] for device in now}
+        assert 2 * share <= min(grown) <= max(grown) < 2 * share + 100  # and some numbers on one
+        learner = phases.learners_of(run, plan.phases[-1], found)["student"]
+        large = [x for x in jax.tree.leaves(learner.opt_state) if x.size == 256 * 256]
+        assert len(large) == 2  # moments
+        for x in large:
+            assert {shard.data.shape for shard in x.addressable_shards} == {(256, 64)}
+    found = load(tmp_path / "there" / "teacher").variables
+    own = parallel.fetched(learner.params)
+    jax.tree.map(np.testing.assert_array_equal, own, parallel.fetched(found["params"]))
 
 
 def test_small_arrays_are_whole(mesh):

@@ -217,14 +217,15 @@ def ready(run: Run) -> Networks:
     found = {}
     for name, network in run.plan.networks.items():
         if network.given:
-            found[name] = adopt(*network.given)
+            found[name] = adopt(*network.given, mesh=run.mesh)
         elif network.weights:
             try:
                 weights = whole(network.weights(), run.plan.builder)
                 variables = _fitting(run, name, weights)
             except ValueError as error:
                 raise ValueError(f"{name}.weights: {error}") from None
-            found[name] = adopt(models.base_of(network.module).apply, variables)
+            apply = models.base_of(network.module).apply
+            found[name] = adopt(apply, variables, mesh=run.mesh)
     return found
 
 

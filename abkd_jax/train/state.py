@@ -22,7 +22,7 @@ from abkd_jax.models import (
     learned,
     split_variables,
 )
-from abkd_jax.train.sharding import shardings
+from abkd_jax.train.sharding import sharded, shardings
 from abkd_jax.types import Outputs
 
 Decay = Annotated[float | Array, Domain(0, 1, open_high=True)]
@@ -147,6 +147,7 @@ def adopt(
     *,
     optimizer: Bound | None = None,
     ema_decay: Decay | Schedule | None = None,
+    mesh: Mesh | None = None,
 ) -> TrainState:
     """A network written elsewhere, with the variables that it has.
 
@@ -155,6 +156,8 @@ def adopt(
         variables: its first argument, a pytree.
         optimizer: a function of `abkd_jax.optimizers`, bound; None freezes the network.
         ema_decay: in [0, 1), of a moving average of the parameters; None for none.
+        mesh: over whose axis `fsdp` the variables are split, of which no device ever has more than
+            its part; None for none.
 
     Returns:
         The state at step 0.
@@ -165,7 +168,10 @@ def adopt(
             cannot learn (`models.check_learner`), or the decay lies outside of its domain.
     """
     params, batch_stats = split_variables(apply_fn, variables)
-    params, batch_stats = jax.tree.map(jnp.asarray, (params, batch_stats))
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        params, batch_stats = jax.tree.map(jnp.asarray, (params, batch_stats))
+    else:
+        params, batch_stats = sharded((params, batch_stats), mesh)
     apply = as_outputs(apply_fn)
     if optimizer is None:
         return _inert(apply, params, batch_stats)
