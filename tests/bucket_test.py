@@ -148,8 +148,10 @@ def test_rows_reach_the_bucket_at_each_sync_as_a_whole(bucket):
         assert [row["loss"] for row in read(folder)] == [0.0, 0.25, 0.5]
         writer.write(3, {"loss": 1.0})
     assert [row["step"] for row in read(folder)] == [0, 1, 2, 3]
-    with Writer(folder, 1):
+    with Writer(folder, 1) as writer:
         assert [row["step"] for row in read(folder)] == [0, 1]
+        writer.write(2, {"loss": 2.0})
+    assert [row["step"] for row in read(folder)] == [0, 1, 2]
     events = [bucket.objects[x][0] for x in bucket.objects if x.startswith("rows/tensorboard/")]
     assert len(events) == 2 and len(events[0]) > len(events[1]) > 0
 
