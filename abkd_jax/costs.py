@@ -7,7 +7,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -86,13 +86,12 @@ class Costs(NamedTuple):
     @property
     def collectives(self) -> dict[str, int]:
         """{kind: how many} of the exchanges."""
-        return dict(sorted(collections.Counter(one.kind for one in self.exchanges).items()))
+        return _by_kind(self.exchanges)
 
     @property
     def overlapped(self) -> dict[str, int]:
         """{kind: how many} of those that are overlapped."""
-        overlapped = (one.kind for one in self.exchanges if one.overlapped)
-        return dict(sorted(collections.Counter(overlapped).items()))
+        return _by_kind(one for one in self.exchanges if one.overlapped)
 
     @property
     def memory(self) -> int:
@@ -241,6 +240,10 @@ def _repeats(name: str, params: Any) -> int:
         shape = params["mesh"].shape
         return math.prod(shape[axis] for axis in params.get("newly_manual_axes", shape))
     return 1
+
+
+def _by_kind(exchanges: Iterable[Exchange]) -> dict[str, int]:
+    return dict(sorted(collections.Counter(one.kind for one in exchanges).items()))
 
 
 def exchanges_of(text: str) -> tuple[Exchange, ...]:

@@ -67,7 +67,7 @@ _TEXT = """
   %a = f32[8,4]{1,0} all-gather(%p), channel_id=1, dimensions={0}
   %b.1 = bf16[8,4]{1,0} all-gather(%q), channel_id=2, frontend_attributes={chain_id="0"}
   %b.2 = bf16[8,4]{1,0} all-gather(%q), channel_id=2, frontend_attributes={chain_id="0"}
-  %b.3 = bf16[2,4]{1,0} all-gather(%r), channel_id=3, frontend_attributes={chain_id="1"}
+  %b.3 = bf16[2,4]{1,0} all-gather(%r), channel_id=3, frontend_attributes={chain_id="12"}
   %c = s32[16]{0} all-gather(%s), frontend_attributes={async_collective_name="all-gather-start.3"}
   %d = (f32[2]{0}, f32[3]{0}) all-reduce-start(%t, %u), channel_id=4
   %e = (f32[2]{0}, f32[3]{0}) all-reduce-done(%d)

@@ -133,14 +133,16 @@ def test_no_device_holds_more_than_its_share(mesh, tmp_path):
 
 
 def test_what_is_imported_takes_no_more_than_its_share(tmp_path):
-    """A network of another run, and its optimiser once it learns; nor does any device at first."""
+    """What is given, and what is of another run with its optimiser, from the beginning."""
     train_and_evaluate(plugin_config(num_steps=3), tmp_path / "there")
     weights = dict(fn="run", workdir=f"{tmp_path / 'there' / 'teacher'}")
     config = plugin_config(devices=8, fsdp=4)
-    config["teacher"] = dict(model=config["teacher"]["model"], weights=weights)
+    given = load(tmp_path / "there" / "teacher")
+    given = given.module.apply, parallel.fetched(given.variables)
+    config["teacher"] = dict(model=dict(fn="given"))
     config["student"] |= dict(weights=weights)
     config["phases"] = dict(distill=dict(learn=("student",), see=("teacher",)))
-    plan = resolve(config)
+    plan = resolve(config, networks={"teacher": given})
     with phases.opened(plan, tmp_path / "here") as run:
         before = on_each(jax.live_arrays())
         found = phases.ready(run)
@@ -154,9 +156,8 @@ def test_what_is_imported_takes_no_more_than_its_share(tmp_path):
         assert len(large) == 2  # moments
         for x in large:
             assert {shard.data.shape for shard in x.addressable_shards} == {(256, 64)}
-    found = load(tmp_path / "there" / "teacher").variables
     own = parallel.fetched(learner.params)
-    jax.tree.map(np.testing.assert_array_equal, own, parallel.fetched(found["params"]))
+    jax.tree.map(np.testing.assert_array_equal, own, given[1]["params"])
 
 
 def test_small_arrays_are_whole(mesh):

@@ -95,12 +95,9 @@ def over_grid(
     is_grid = len(sizes) == 1 and len(min(sizes)) == 1 and 0 not in min(sizes)
     expected = "scalars and at least one array, all arrays [G], not empty"
     checks.require(is_grid, "the numbers of fn", expected, sorted(map(list, sizes)))
-    varies = tuple(leaf.ndim == 1 for leaf in leaves)
-    points, fixed = (
-        [x for x, y in zip(leaves, varies, strict=True) if y is z] for z in (True, False)
-    )
-    at_point = _at_point(structure, varies, chunk)
-    return parallel.spread(at_point, points, fixed, networks, where)
+    points = {place: leaf for place, leaf in enumerate(leaves) if leaf.ndim}
+    fixed = {place: leaf for place, leaf in enumerate(leaves) if not leaf.ndim}
+    return parallel.spread(_at_point(structure, chunk), points, fixed, networks, where)
 
 
 def _checked(*given: Array | Outputs) -> tuple[Outputs, Outputs]:
@@ -125,12 +122,12 @@ def _logits(networks: tuple[Outputs, Outputs]) -> tuple[Array, Array]:
 
 
 @functools.lru_cache
-def _at_point(structure, varies, chunk):
+def _at_point(structure, chunk):
     """The summaries at one point: one function for equal arguments, which compiles once."""
 
     def at_point(numbers, fixed, networks, where):
-        numbers, fixed = iter(numbers), iter(fixed)
-        fn = structure.unflatten([next(numbers if x else fixed) for x in varies])
+        leaves = numbers | fixed
+        fn = structure.unflatten([leaves[place] for place in sorted(leaves)])
         return _over_rows(fn, networks, where, chunk)
 
     return at_point
@@ -148,7 +145,7 @@ def _over_rows(fn, networks, where, chunk):
     split = functools.partial(chunked, leading=where.ndim, chunk=chunk)
     parts = jax.tree.map(split, (*(x.replace(head=None) for x in networks), where))
     some = jax.eval_shape(_logits, networks)[0]
-    some = jax.ShapeDtypeStruct((chunk, some.shape[-1]), some.dtype)  # there may be no rows
+    some = jax.ShapeDtypeStruct((chunk, some.shape[-1]), some.dtype)
     shapes = jax.eval_shape(fn, some, some)
     nothing = jnp.zeros(chunk, bool)
     start = {n: _moments(jnp.zeros(v.shape, v.dtype), nothing) for n, v in shapes.items()}

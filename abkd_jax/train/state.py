@@ -168,10 +168,10 @@ def adopt(
             cannot learn (`models.check_learner`), or the decay lies outside of its domain.
     """
     params, batch_stats = split_variables(apply_fn, variables)
-    if mesh is None or mesh.shape["fsdp"] == 1:
-        params, batch_stats = jax.tree.map(jnp.asarray, (params, batch_stats))
-    else:
+    if _splits(mesh):
         params, batch_stats = sharded((params, batch_stats), mesh)
+    else:
+        params, batch_stats = jax.tree.map(jnp.asarray, (params, batch_stats))
     apply = as_outputs(apply_fn)
     if optimizer is None:
         return _inert(apply, params, batch_stats)
@@ -225,6 +225,11 @@ def _inert(apply_fn, params, batch_stats) -> TrainState:
     )
 
 
+def _splits(mesh: Mesh | None) -> bool:
+    """Whether networks are split over the mesh."""
+    return mesh is not None and mesh.shape["fsdp"] > 1
+
+
 _IDENTITY = optax.identity()
 
 
@@ -234,6 +239,6 @@ def _variables(
 ) -> Mapping[str, Any]:
     variables = module.init(jax.random.key(init_seed), inputs, train=False)
     variables = {**variables, "params": learned(module, variables["params"])}
-    if mesh is None or mesh.shape["fsdp"] == 1:
+    if not _splits(mesh):
         return variables
     return jax.lax.with_sharding_constraint(variables, shardings(variables, mesh))
