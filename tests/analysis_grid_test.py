@@ -152,6 +152,17 @@ def test_several_devices_share_the_points(points, monkeypatch):
     jax.tree.map(close, shared, alone)
 
 
+def test_numbers_that_all_points_share_are_each_point_s():
+    student, teacher = draw(0), draw(1)
+    of = lambda alpha: over_grid(  # noqa: E731
+        bind(reassignment_summary, divergence=grid(alpha, BETAS), learning_rate=0.3),
+        student,
+        teacher,
+    )
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, of(0.8), of(np.full(3, 0.8)))  # alpha comes before beta
+
+
 def test_another_grid_is_no_other_compile():
     student, teacher = draw(0), draw(1)
     traces = []
