@@ -41,7 +41,10 @@ def transformers(torch):
     return found
 
 
-_LONG = set((pathlib.Path(__file__).parent / "long.txt").read_text().splitlines())
+_LISTED = {
+    mark: set((pathlib.Path(__file__).parent / f"{mark}.txt").read_text().splitlines())
+    for mark in ("long", "nightly")
+}
 
 
 settings.register_profile("no clock", deadline=None)  # which a busy machine misses
@@ -57,10 +60,11 @@ _FIRST = (
 
 
 def pytest_collection_modifyitems(items):
-    """Marks the tests of long.txt, and puts the longest files first."""
+    """Marks the tests of long.txt and nightly.txt, and puts the longest files first."""
     for item in items:
-        if item.nodeid in _LONG:
-            item.add_marker(pytest.mark.long)
+        for mark, listed in _LISTED.items():
+            if item.nodeid in listed:
+                item.add_marker(mark)
     place = {f"{name}_test": number for number, name in enumerate(_FIRST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(_FIRST)))
 

@@ -1,6 +1,6 @@
 """One process of a run of several, as `hosts_test.py` starts them, and the runs that it makes.
 
-    python hosts_run.py HOST:PORT NUM_PROCESSES PROCESS_ID FOLDER
+    python hosts_run.py HOST:PORT NUM_PROCESSES PROCESS_ID FOLDER RUN...
 
 It writes what it saw to FOLDER/seen_PROCESS_ID.json.
 """
@@ -190,32 +190,37 @@ def agreements(folder):
     return found
 
 
+def digests(config, workdir):
+    result = train_and_evaluate(config(), workdir)
+    return {name: network["sha256"] for name, network in result["networks"].items()}
+
+
+def damaged(folder):
+    """The digests of a run that goes on without its last checkpoint, of which a copy is left."""
+    run = folder / "online"
+    if hosts.is_first():  # as if it had been killed while it wrote that
+        for path in (run / "report.md", run / "result.json"):
+            path.unlink()
+        shutil.copytree(run, folder / "copy")
+        for path in (run / "checkpoints" / f"{STEPS}" / "state").rglob("*"):
+            if path.is_file():
+                path.write_bytes(b"")
+    hosts.barrier()
+    return digests(online, run)
+
+
 def main():
-    coordinator, *numbers, folder = sys.argv[1:]
-    place = hosts.Place(False, coordinator, *map(int, numbers), coordinator_timeout=60)
+    coordinator, count, own, folder, *names = sys.argv[1:]
+    place = hosts.Place(False, coordinator, int(count), int(own), coordinator_timeout=60)
     hosts.start(place)
-    folder, own = pathlib.Path(folder), jax.process_index()
+    folder = pathlib.Path(folder)
     (folder / f"of_{own}").mkdir()
     with hosts.together():
-        seen = agreements(folder)
-        shas = {}
-        for name, config in RUNS.items():
-            result = train_and_evaluate(config(), folder / name)
-            shas[name] = {n: x["sha256"] for n, x in result["networks"].items()}
-        seen["sha256"] = shas
-        run = folder / "online"
-        if own == 0:  # as if it had been killed while it wrote the last checkpoint
-            for path in (run / "report.md", run / "result.json"):
-                path.unlink()
-            shutil.copytree(run, folder / "copy")
-            for path in (run / "checkpoints" / f"{STEPS}" / "state").rglob("*"):
-                if path.is_file():
-                    path.write_bytes(b"")
-        hosts.barrier()
-        result = train_and_evaluate(online(), run)
-        seen["again"] = {n: x["sha256"] for n, x in result["networks"].items()}
+        seen = {"sha256": {name: digests(RUNS[name], folder / name) for name in names}}
+        if "online" in names:
+            seen |= agreements(folder) | {"again": damaged(folder)}
         (folder / f"seen_{own}.json").write_text(json.dumps(seen))
-        if own == 1:
+        if own == "1":
             raise ValueError("the data of process 1 are gone.")
         hosts.barrier()
 

@@ -1,5 +1,6 @@
 """Runs of two processes: the same numbers as one, one word for all, and one end."""
 
+import functools
 import json
 import os
 import pathlib
@@ -57,26 +58,47 @@ def ended(processes, logs):
 # --- one pair of processes, and one process with as many devices ----------------------------------
 
 
+# Of them continuous integration has two, by one pair of processes.
+_FIRST = ("online", "split")
+every_run = pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[pytest.mark.nightly] * (x not in _FIRST)) for x in hosts_run.RUNS],
+)
+
+
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """The folder of `hosts_run`, with how its processes ended."""
-    folder, port = tmp_path_factory.mktemp("pair"), free_port()
-    logs = [folder / f"log_{i}" for i in range(2)]
-    script, address = ROOT / "tests" / "hosts_run.py", f"localhost:{port}"
-    both = [started(script, address, 2, i, folder, log=log) for i, log in enumerate(logs)]
-    found = ended(both, logs)
-    seen = [folder / f"seen_{i}.json" for i in range(2)]
-    assert all(path.exists() for path in seen), found
-    return folder, [json.loads(path.read_text()) for path in seen], found
+def pair_of(tmp_path_factory):
+    """By run: the folder of `hosts_run`, what its processes saw, and how they ended."""
+
+    @functools.cache
+    def ran(names):
+        folder, port = tmp_path_factory.mktemp("pair"), free_port()
+        logs = [folder / f"log_{i}" for i in range(2)]
+        command = ROOT / "tests" / "hosts_run.py", f"localhost:{port}", 2
+        found = ended([started(*command, i, folder, *names, log=logs[i]) for i in range(2)], logs)
+        seen = [folder / f"seen_{i}.json" for i in range(2)]
+        assert all(path.exists() for path in seen), found
+        return folder, [json.loads(path.read_text()) for path in seen], found
+
+    return lambda name: ran(_FIRST if name in _FIRST else (name,))
+
+
+@pytest.fixture(scope="module")
+def pair(pair_of):
+    return pair_of("online")
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A folder of the same runs by this process, on four devices."""
-    folder = tmp_path_factory.mktemp("alone")
-    for name, config in hosts_run.RUNS.items():
-        train_and_evaluate(config(devices=4), folder / name)
-    return folder
+    """By run: the same by this process, on four devices."""
+
+    @functools.cache
+    def ran(name):
+        folder = tmp_path_factory.mktemp("alone") / name
+        train_and_evaluate(hosts_run.RUNS[name](devices=4), folder)
+        return folder
+
+    return ran
 
 
 def carry(folder, step=None):
@@ -96,31 +118,32 @@ def assert_close(there, here):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", hosts_run.RUNS)
-def test_two_processes_train_as_one_on_as_many_devices(pair, alone, name):
-    folder, *_ = pair
-    assert_close(carry(folder / name)["learners"], carry(alone / name)["learners"])
+@every_run
+def test_two_processes_train_as_one_on_as_many_devices(pair_of, alone, name):
+    folder, *_ = pair_of(name)
+    assert_close(carry(folder / name)["learners"], carry(alone(name))["learners"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", hosts_run.RUNS)
-def test_two_processes_evaluate_as_one(pair, alone, name):
-    found, expected = (json.loads((x / name / "result.json").read_text()) for x in (pair[0], alone))
+@every_run
+def test_two_processes_evaluate_as_one(pair_of, alone, name):
+    both = pair_of(name)[0] / name, alone(name)
+    found, expected = (json.loads((x / "result.json").read_text()) for x in both)
     for network, there in expected["networks"].items():
         scores = found["networks"][network]["last"]
         assert jax.tree.structure(scores) == jax.tree.structure(there["last"])
         for a, b in zip(jax.tree.leaves(scores), jax.tree.leaves(there["last"]), strict=True):
             assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
-    logged, rows = read(pair[0] / name), read(alone / name)
+    logged, rows = map(read, both)
     assert [row["step"] for row in logged] == [row["step"] for row in rows]
     for row, there in zip(logged, rows, strict=True):
         timed = {key for key in there if key.startswith("time/")}
         assert row.keys() == there.keys()
         numbers = {key: x for key, x in there.items() if key not in timed}
         assert {key: row[key] for key in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-5)
-    examples = [np.load(x / name / "examples.npz") for x in (pair[0], alone)]
+    examples = [np.load(x / "examples.npz") for x in both]
     np.testing.assert_array_equal(*[x["positions"] for x in examples])
-    assert (pair[0] / name / "report.md").exists()
+    assert (both[0] / "report.md").exists()
 
 
 @pytest.mark.slow
@@ -137,14 +160,14 @@ def test_what_two_processes_saved_goes_on_in_one(pair, alone, tmp_path):
     shutil.copytree(pair[0] / "copy", tmp_path / "run")
     longer = hosts_run.STEPS + 3
     train_and_evaluate(hosts_run.online(num_steps=longer), tmp_path / "run")  # eight devices
-    shutil.copytree(alone / "online", tmp_path / "alone")
+    shutil.copytree(alone("online"), tmp_path / "alone")
     train_and_evaluate(hosts_run.online(num_steps=longer, devices=4), tmp_path / "alone")
     assert_close(carry(tmp_path / "run")["learners"], carry(tmp_path / "alone")["learners"])
 
 
 @pytest.mark.slow
 def test_a_network_that_two_processes_split_is_loaded_whole(pair, alone):
-    found, expected = (load(folder / "split").variables for folder in (pair[0], alone))
+    found, expected = (load(x).variables for x in (pair[0] / "split", alone("split")))
     assert_close(jax.tree.map(np.asarray, found), jax.tree.map(np.asarray, expected))
 
 
