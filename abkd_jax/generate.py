@@ -82,13 +82,18 @@ def generate(
     require(isinstance(module, Decoder), "module", "a decoder", type(module).__name__)
     require(max_new_tokens >= 1, "max_new_tokens", "at least 1", max_new_tokens)
     require(samples >= 1, "samples", "at least 1", samples)
-    length, most = prompts.ids.shape[-1] + max_new_tokens, module.architecture.max_length
-    fits = module.architecture.positions != "learned" or length <= most
-    expected = f"at most the {most} learned positions"
-    require(fits, "the prompts' length and max_new_tokens together", expected, length)
+    check_length(module, prompts.ids.shape[-1] + max_new_tokens)
     numbers = temperature, top_k, top_p, jnp.asarray(stop, jnp.int32).reshape(-1)
     static = {"max_new_tokens": max_new_tokens, "samples": samples}
     return _generate(module, variables["params"], prompts, key, *numbers, **static)
+
+
+def check_length(module: Decoder, length: int) -> None:
+    """Refuses prompts and responses that together are longer than a decoder's positions."""
+    most = module.architecture.max_length
+    fits = module.architecture.positions != "learned" or length <= most
+    expected = f"at most the {most} learned positions"
+    require(fits, "the prompts' length and max_new_tokens together", expected, length)
 
 
 @functools.partial(jax.jit, static_argnames=("module", "max_new_tokens", "samples"))

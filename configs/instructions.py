@@ -14,8 +14,9 @@ is a file of JSON Lines with prompt and response, or messages; corpus, a file of
 paper's language-modelling term; layers=(0, 2, 4), which layers of its folder the student keeps;
 adapter=lora(rank=16, lora_alpha=64.), that it learns low-rank factors alone; method, one of
 `get_language_methods` in configs/methods.py; source=NAME(...), where its text comes from; and any
-number of the student's distill term. method=sft needs no teacher. Data and steps are those for
-Dolly, of whose lines the first 1,000 validate and the next 500 test; each number below is also a
+number of the student's distill term. method=sft is twenty epochs on the labels and needs no
+teacher. Data and steps are those for Dolly, of whose lines the first 1,000 validate and the next
+500 test; with a corpus each batch has as many rows of that besides. Each number below is also a
 flag: --config.data.validation=20.
 """
 
@@ -50,8 +51,8 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
         if not isinstance(path, str):
             raise ValueError(f"{key} must be a path in quotation marks, {key}='...'.")
     methods = _METHODS(batch_size=32, num_steps=20 * EPOCH)
-    name = method["fn"] if isinstance(method, dict) else method
-    if name not in methods:
+    name = configs.method_name(method)
+    if not isinstance(name, str) or name not in methods:
         raise ValueError(f"method must be one of {', '.join(methods)}; found {name!r}.")
     terms, source = methods[name]["terms"], methods[name].get("source")
     needed = ("student", "train") if name == "sft" else ("teacher", "student", "train")
@@ -64,8 +65,9 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
         terms = {key: {"where": "instructions"} | term for key, term in terms.items()}
         source = source and source | {"where": "instructions"}
         terms["lm"] = dict(fn="cross_entropy", weight=1.0, where="corpus")
-        if isinstance(options.get("source"), dict):
-            options["source"].setdefault("where", "instructions")
+        given = options.get("source")
+        if isinstance(given, dict) and given["fn"] != "dataset":
+            given.setdefault("where", "instructions")
     config = configs.defaults()
     config.update(
         task=dict(fn="language"),
@@ -87,7 +89,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
             warm=dict(learn=("student",), num_steps=3 * EPOCH, student=dict(terms=labels)),
             distill=dict(learn=("student",), see=("teacher",), start="best"),
         ),
-        batch_size=32,
+        batch_size=64 if folders["corpus"] else 32,  # as many rows of the corpus as instructions
         num_steps=20 * EPOCH,
         checkpoint_every=EPOCH,
         log_every=50,
@@ -97,7 +99,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     if source:
         config.phases.distill = config.phases.distill.to_dict() | dict(source=source)
     if name == "sft":
-        config.phases.distill.see = ()
+        config.phases = dict(distill=dict(learn=("student",)))
         del config["teacher"]
     if local:
         _shrink(config)
@@ -135,6 +137,7 @@ def _shrink(config: ml_collections.ConfigDict) -> None:
         config.phases = dict(
             teacher=dict(learn=("teacher",), num_steps=8), warm=warm, distill=distill
         )
-    config.phases.warm.num_steps = 8
+    if "warm" in config.phases:
+        config.phases.warm.num_steps = 8
     config.update(batch_size=8, num_steps=10, checkpoint_every=5, log_every=5)
     config.data_seed = 776  # whose ten topics to test are short

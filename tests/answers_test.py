@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from instructions_test import write_tokenizer
 
-from abkd_jax import train_and_evaluate
+from abkd_jax import Outputs, train_and_evaluate
+from abkd_jax import data as datasets
 from abkd_jax.config import resolve
 from abkd_jax.metrics.text import rouge_l
 from abkd_jax.sweep import sweep
@@ -104,3 +106,54 @@ def test_refused(task, sentence, tmp_path):
     values = config(tmp_path) | dict(task=dict(fn="language") | task)
     with pytest.raises(ValueError, match=sentence.replace(".", r"\.")):
         resolve(values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (dict(pack=True), "data.pack must be False where task.responses are written; found True."),
+        (
+            dict(loss_on="all"),
+            "data.loss_on must be 'response' where a network writes responses (of documents all "
+            "counts all the same); found 'all'.",
+        ),
+    ],
+)
+def test_data_that_are_refused(changes, sentence, tmp_path):
+    values = config(tmp_path)
+    values["data"] |= changes
+    with pytest.raises(ValueError) as refused:
+        resolve(values)
+    assert f"{refused.value}" == sentence
+
+
+def test_a_teacher_that_is_known_by_its_outputs_alone_is_refused(tmp_path):
+    """It writes nothing; that is found before a step, and not when the run would end."""
+    values, path = config(tmp_path), tmp_path / "outputs.npz"
+    parts = [getattr(resolve(values).data(), name).inputs for name in ("full", "test")]
+    nothing = [Outputs(logits=np.zeros((*x.ids.shape, 257), np.float32)) for x in parts]
+    datasets.save_outputs(path, *zip(parts, nothing, strict=True))
+    values["teacher"] = dict(model=dict(fn="cached", path=str(path)))
+    values["phases"]["alone"]["see"] = ("teacher",)
+    with pytest.raises(ValueError, match=r"^task\.responses must be 0 where teacher is no decoder"):
+        resolve(values)
+
+
+def test_the_reference_of_a_conversation_is_its_first_answer(tmp_path):
+    folder = tmp_path / "tokenizer"
+    write_tokenizer(folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message['role'][0] }}:"
+        "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}"
+        "{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}|{% endfor %}"
+    )
+    turns = [("user", "ask"), ("assistant", "answer"), ("user", "more"), ("assistant", "no")]
+    line = json.dumps({"messages": [dict(role=role, content=said) for role, said in turns]})
+    values = config(tmp_path, num_steps=1, checkpoint_every=1)
+    path = tmp_path / "talk.jsonl"
+    path.write_text(f"{line}\n" * 30)
+    values["data"] |= dict(train=str(path), tokenizer=str(folder), length=40)
+    train_and_evaluate(values, tmp_path / "run")
+    with np.load(tmp_path / "run" / "examples.npz") as arrays:
+        assert arrays["prompts"].tolist() == ["u:ask|a:"] * 5
+        assert arrays["references"].tolist() == ["answer"] * 5

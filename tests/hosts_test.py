@@ -285,6 +285,30 @@ def test_both_killed_again_and_again_end_as_if_they_had_not_been(tmp_path):
     assert shas[0] == shas[1]
 
 
+@pytest.mark.nightly
+def test_both_write_a_teachers_cache_as_one_does(tmp_path):
+    config = hosts_run.decoder()
+    with config.unlocked():
+        del config.phases["distill"], config["student"]
+    train_and_evaluate(config, tmp_path / "run")
+    argument = f"runlocal,teacher='{tmp_path / 'run'}'"
+    command = "-m", "abkd_jax.cache_teacher", f"--config=configs/text.py:{argument}"
+    command += "--k=4", "--shard_rows=4096"
+    logs = [tmp_path / f"log_{i}" for i in range(2)]
+    (alone,) = ended([started(*command, f"--out={tmp_path / 'one'}", log=logs[0])], logs[:1])
+    command += f"--out={tmp_path / 'two'}", "--num_processes=2"
+    command += (f"--coordinator=localhost:{free_port()}",)
+    both = [started(*command, f"--process_id={i}", log=logs[i]) for i in range(2)]
+    found = ended(both, logs)
+    assert [status for status, _ in (alone, *found)] == [0, 0, 0], (alone, found)
+    assert all("shard " in log for _, log in found)
+    written = [
+        {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+        for folder in (tmp_path / "one", tmp_path / "two")
+    ]
+    assert written[0] == written[1] and len(written[0]) > 3
+
+
 def refused(tmp_path, *flags):
     log = tmp_path / "log"
     process = started(*DIGITS, f"--workdir={tmp_path / 'run'}", *flags, log=log)

@@ -80,7 +80,8 @@ def config(given, more="", keys=("teacher", "student", "train")):
     made = module().get_config(argument)
     with made.unlocked():
         made.data.update(validation=8, test=8, length=192, max_prompt=160)
-        made.phases.warm.num_steps = 6
+        if "warm" in made.phases:
+            made.phases.warm.num_steps = 6
         made.update(num_steps=6, checkpoint_every=3, log_every=3, batch_size=8, devices=1)
     return made
 
@@ -129,19 +130,33 @@ def test_it_is_a_plan(given, method):
     keys = given if method != "sft" else ("student", "train")
     made = config(given, f"method={method}", keys=keys)
     plan = configs.resolve(made)
-    warm, distill = (phase.objectives["student"] for phase in plan.phases)
+    *warm, distill = (phase.objectives["student"] for phase in plan.phases)
     beside = {"lm"} if "corpus" in keys else set()
-    assert set(warm) == {"task"}
+    assert [set(terms) for terms in warm] == [{"task"}] * (method != "sft")
     assert set(distill) == {*METHODS[method]["terms"], *beside}
     assert plan.description.num_classes == 257
     group, source = made.phases.distill.get("source"), METHODS[method].get("source")
     assert (group and group.to_dict()) == (source and source | {"where": "instructions"})
-    assert (plan.phases[0].source, bool(plan.phases[1].source.refill)) == (DATASET, bool(source))
+    assert [phase.source for phase in plan.phases[:-1]] == [DATASET] * len(warm)
+    assert bool(plan.phases[-1].source.refill) == bool(source)
 
 
 def test_beside_a_corpus_a_source_of_the_argument_leaves_it_alone(given):
     made = config(given, "source=generated('student')", keys=given)
     assert made.phases.distill.source.where == "instructions"
+
+
+def test_a_batch_has_as_much_of_a_corpus_as_of_instructions(given):
+    sizes = []
+    for keys in (("teacher", "student", "train"), given):
+        argument = ",".join(f"{key}='{given[key]}'" for key in keys)
+        sizes.append(module().get_config(argument).batch_size)
+    assert sizes == [32, 64]  # of which data.text mixes as many rows of each
+
+
+def test_beside_a_corpus_the_data_s_own_text_may_be_named(given):
+    made = config(given, "method=gkd,source=dataset", keys=given)
+    assert configs.resolve(made).phases[-1].source == DATASET
 
 
 def test_a_source_of_the_argument_is_that_of_the_last_phase(given):

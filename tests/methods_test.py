@@ -402,3 +402,62 @@ def test_what_is_not_published_is_said_beside_the_preset(method):
     assert bool(row.numbers) == (row.source != _OURS)
     assert not row.ours or re.search("our reading", comment, re.IGNORECASE)
     assert row.pair is None or row.pair in comment
+
+
+# --- the language presets -----------------------------------------------------------------------
+#
+# Likewise, with the source of their text: the groups' numbers, whose defaults sources_test.py has.
+
+_OF_LANGUAGE = "ghwang-s/abkd: distillation_llm/finetune.py, distillm/losses.py, scripts/gpt2"
+_GPT2 = dict(threshold=0.0, tolerance=0.1, capacity=1000)  # init_threshold, loss_eps, capacity
+_TOKENS = _with("distill", weight=1.0, temperature=1.0)  # and no factor but 1: its square is 1
+_LABELS = _with("task", weight=1.0, label_smoothing=0.0)
+_SKEWED = _TOKENS | _with("distill.divergence", skew=0.1)
+_JS = _TOKENS | _with("distill.divergence", teacher_weight=0.1)
+_AB = _TOKENS | _with("distill.divergence", alpha=0.2, beta=0.7)
+_NOT_CALLED = _with("distill.divergence", alpha_min=-1.0, alpha_max=1.0, clip=5.0)
+_TEACHERS = dict(fn="generated", by="teacher", fraction=1.0)
+_STUDENTS = dict(fn="generated", by="student", fraction=1.0)
+_MIXED = dict(fn="generated", by="student", fraction=0.5)
+_ADAPTIVE = dict(fn="adaptive", by="student", **_GPT2)
+
+LANGUAGE = {
+    "sft": (_OF_LANGUAGE, _LABELS, None),
+    "kd": (_OF_LANGUAGE, _TOKENS, None),
+    "reverse_kl": (_OF_LANGUAGE, _TOKENS, None),
+    "js": ("jongwooko/distillm: distillm/losses.py", _JS, None),
+    "tvd": (_OF_LANGUAGE, _TOKENS, None),
+    "wsd": (_OF_LANGUAGE, _TOKENS | {"distill.weight": 0.5}, None),
+    "skew_forward_kl": (_OF_LANGUAGE, _SKEWED, None),
+    "skew_reverse_kl": (_OF_LANGUAGE, _SKEWED, None),
+    "akl": (_AKL, _TOKENS | _with("distill.divergence", head_mass=0.5), None),
+    "alphanet": (_OURS, _TOKENS | _NOT_CALLED, None),
+    "seqkd": (_OURS, _LABELS, _TEACHERS | dict(labelled=True)),
+    "seqkd_kl": (_OF_LANGUAGE, _TOKENS, _TEACHERS),
+    "imitkd": (_OF_LANGUAGE, _TOKENS, _STUDENTS),
+    "gkd": ("jongwooko/distillm: distillm/losses.py, scripts/gpt2", _JS, _MIXED),
+    "distillm": (_OF_LANGUAGE, _SKEWED, _ADAPTIVE),
+    "distillm_forward": (_OF_LANGUAGE, _SKEWED, _ADAPTIVE),
+    "abkd": (_OF_LANGUAGE, _AB, None),
+    "abkd_seqkd": (_OURS, _AB, _TEACHERS),
+    "abkd_imitkd": (_OURS, _AB, _STUDENTS),
+    "abkd_gkd": (_OURS, _AB, _MIXED),
+    "abkd_distillm": (_OURS, _AB, _ADAPTIVE),
+}
+_PRESETS = runpy.run_path(str(_CONFIGS / "methods.py"))["get_language_methods"]
+OF_LANGUAGE = _PRESETS(batch_size=32, num_steps=240)
+
+
+def test_every_method_of_language_is_in_the_table():
+    assert set(LANGUAGE) == set(OF_LANGUAGE)
+
+
+@pytest.mark.parametrize("method", LANGUAGE)
+def test_the_numbers_of_a_method_of_language_are_those_of_its_source(method):
+    _, numbers, source = LANGUAGE[method]
+    preset, found = OF_LANGUAGE[method], {}
+    for name, term in objective(preset["terms"]).items():
+        found |= resolved(term.weight, f"{name}.weight") | resolved(term.loss, name)
+    found.pop("distill.temperature_power", None)
+    assert found == pytest.approx(numbers)
+    assert preset.get("source") == source

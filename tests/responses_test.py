@@ -81,9 +81,9 @@ def test_a_file_goes_on_where_it_was_cut(network, prompts, tmp_path, kept):
     assert out.read_bytes() == whole
 
 
-def refused(network, prompts, out, writing=WRITING, **changes):
+def refused(network, prompts, out, writing=WRITING, tokenizer=BYTES, **changes):
     with pytest.raises(ValueError) as error:
-        respond(*network, BYTES, prompts, out, writing._replace(**changes))
+        respond(*network, tokenizer, prompts, out, writing._replace(**changes))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -114,10 +114,23 @@ def test_padding_of_a_folders_table_is_never_written(tmp_path):
         (dict(temperature=-1.0), "temperature must be at least 0; found -1.0."),
         (dict(top_k=-1), "top_k must be at least 0; found -1."),
         (dict(top_p=0.0), "top_p must be greater than 0 and at most 1; found 0.0."),
+        (
+            dict(max_new_tokens=7, of=dict(positions="learned", max_length=12)),
+            "the prompts' length and max_new_tokens together must be at most the 12 learned "
+            "positions; found 13.",
+        ),
+        (
+            dict(max_prompt=1, prefix=(256,)),
+            "max_prompt must be more than the 1 that the tokenizer puts before a text; found 1.",
+        ),
     ],
 )
 def test_settings_that_are_refused(network, prompts, tmp_path, changes, sentence):
-    assert refused(network, prompts, tmp_path / "out.jsonl", **changes) == sentence
+    """And nothing is left behind, so that the same file can be asked for again."""
+    network = make(**FIELDS | changes.pop("of")) if "of" in changes else network
+    tokenizer = BYTES._replace(prefix=changes.pop("prefix", ()))
+    found = refused(network, prompts, tmp_path / "out.jsonl", tokenizer=tokenizer, **changes)
+    assert found == sentence
     assert not (tmp_path / "out.jsonl.settings.json").exists()
 
 
@@ -134,15 +147,45 @@ def test_files_that_are_refused(network, prompts, tmp_path):
     out.write_text("mine\n")
     assert "must be a new file" in refused(network, prompts, out)
     assert out.read_text() == "mine\n"
-    bad.write_text('{"prompt": ""}\n')
-    out_of_none = tmp_path / "none.jsonl"
-    assert "a prompt must be text of a token at least; found ''" in refused(
-        network, bad, out_of_none
-    )
     respond(*network, BYTES, prompts, tmp_path / "two.jsonl", WRITING)
     other = make(seed=5, **FIELDS)
     assert "network must be" in refused(other, prompts, tmp_path / "two.jsonl")
     assert "seed must be 3, as in" in refused(network, prompts, tmp_path / "two.jsonl", seed=4)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b'{"prompt": "a"}\n\n{"prompt": ""}\n', ", prompt 2 must be text of a token at least; f"),
+        (b'{"prompt": "a", "response": null}\n', ", line 1 must be of text in its response and r"),
+        (b'{"prompt": "a", "response": 7}\n', ", line 1 must be of text in its response and ref"),
+        (b'{"prompt": "a", "references": ["b", 7]}\n', ", line 1 must be of text in its response"),
+        (b'{"prompt": "\\ud800"}\n', ", line 1 must be Unicode; found half of a surrogate pair."),
+        (b'{"prompt": "a"}\n{"prompt": "\xe4"}\n', " cannot be read ('utf-8' codec can't decode"),
+        (b'{"a":' * 100_000, ", line 1 must be a JSON object with a string, prompt; found "),
+    ],
+)
+def test_lines_that_are_refused(network, tmp_path, content, sentence):
+    """Before anything is written, so that the same command can be given for the mended file."""
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(content)
+    found = refused(network, bad, tmp_path / "out.jsonl")
+    assert found.startswith(f"{bad}{sentence}") and len(found) < 1_000
+    bad.write_text('{"prompt": "a"}\n')
+    assert respond(*network, BYTES, bad, tmp_path / "out.jsonl", WRITING) == 2
+
+
+def test_a_compressed_file_that_is_cut_is_refused(network, prompts, tmp_path):
+    prompts.write_bytes(prompts.read_bytes()[:-9])
+    assert f"{prompts} cannot be read (" in refused(network, prompts, tmp_path / "out.jsonl")
+
+
+def test_other_prompts_of_the_same_size_are_refused(network, tmp_path):
+    path, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    respond(*network, BYTES, path, out, WRITING)
+    path.write_text('{"prompt": "b"}\n{"prompt": "a"}\n')
+    assert "prompts must be ['prompts.jsonl', '" in refused(network, path, out)
 
 
 def test_a_judge_that_wrote_the_text_finds_it_as_likely(network, prompts, tmp_path):

@@ -276,6 +276,7 @@ REFUSED = {
     "too many tokens": (dict(max_new_tokens=LENGTH), "source.max_new_tokens must be between 1"),
     "negative top_k": (dict(top_k=-1), "source.top_k must be at least 0"),
     "packed": (dict(pack=True), "data.pack must be False"),
+    "prompts that count": (dict(loss_on="all"), "data.loss_on must be 'response' where a network"),
     "several lengths": (dict(lengths=(4,)), "data.lengths must be ()"),
 }
 
@@ -284,7 +285,7 @@ REFUSED = {
 @pytest.mark.parametrize("make_source", [sources.generated, sources.adaptive])
 def test_refused(name, make_source):
     changes, sentence = REFUSED[name]
-    group = {key: changes[key] for key in ("pack", "lengths") if key in changes}
+    group = {key: changes[key] for key in ("pack", "lengths", "loss_on") if key in changes}
     changes = {key: x for key, x in changes.items() if key not in group}
     own, capacity = setting(make(**TINY)[0], **group), {}
     if make_source is sources.adaptive:
@@ -301,6 +302,10 @@ def test_refused_of_each_alone():
         sources.adaptive(setting=own, by="student", capacity=1)
     with pytest.raises(ValueError, match=r"source\.by must be one that learns, student; found 't"):
         sources.adaptive(setting=own, by="teacher", capacity=4)
+    rising = schedule(linear, start=0.0, end=1.0, steps=2)
+    for name in ("threshold", "rise", "tolerance"):
+        with pytest.raises(ValueError, match=rf"source\.{name} must be a number, and no schedule"):
+            sources.adaptive(setting=own, by="student", capacity=4, **{name: rising})
     image = own._replace(
         description=own.description._replace(inputs=jax.ShapeDtypeStruct((8, 8, 1), jnp.float32))
     )

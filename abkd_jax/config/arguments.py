@@ -91,8 +91,7 @@ def apply(
             if name in values and isinstance(group, ConfigDict) and "model" in group:
                 _from_elsewhere(config, name, values.pop(name))
         if by_method:
-            name = values.pop("method")
-            name = name.get("fn") if isinstance(name, Mapping) else name
+            name = method_name(values.pop("method"))
             if beside is None:
                 raise ValueError(f"this config takes no method; found method={name}.")
             config.student.terms = ConfigDict(method_terms(config, name, beside))
@@ -111,6 +110,16 @@ def apply(
             if by_method and any("hidden" in loss.needs.own for loss in losses.values()):
                 config.student.project = ConfigDict({"hidden": "teacher"})
     return config.lock()
+
+
+def method_name(method: Any) -> Any:
+    """That of an argument, whose numbers stand beside it."""
+    if not isinstance(method, Mapping):
+        return method
+    if len(method) > 1:
+        numbers = ",".join(f"{key}={value}" for key, value in method.items() if key != "fn")
+        raise _refused(f"gives numbers in brackets; write method={method['fn']},{numbers}")
+    return method["fn"]
 
 
 def _from_elsewhere(config: ConfigDict, name: str, path: Any) -> None:
@@ -252,10 +261,9 @@ def method_terms(
         ValueError: if there is no such method.
     """
     known = methods(config, beside)
-    if name not in known:
-        raise ValueError(
-            f"method must be one of {', '.join(known)}; found {name!r}{nearest(name, known)}."
-        )
+    if not isinstance(name, str) or name not in known:
+        near = nearest(name, known) if isinstance(name, str) else ""
+        raise ValueError(f"method must be one of {', '.join(known)}; found {name!r}{near}.")
     terms = known[name]["terms"]
     if not config.data.get("labelled"):
         return terms

@@ -23,6 +23,7 @@ from abkd_jax.config.plan import GIVEN, SPLITS, Learner, Phase, Plan, network_gr
 from abkd_jax.config.vocabularies import check_vocabularies
 from abkd_jax.models import Adapted, Decoder, base_of
 from abkd_jax.sources import Setting
+from abkd_jax.sources.written import check_responses_alone
 from abkd_jax.train.checkpoint import FOLDER, digest
 from abkd_jax.train.state import Decay
 from abkd_jax.types import Tokens
@@ -180,12 +181,15 @@ def check_integer(key: str, value: Any, *, least: int) -> None:
 
 
 def _check_responses(plan: Plan) -> None:
-    """Refuses texts of networks that write none, or of data that have none."""
+    """Refuses texts of networks that write none, or of data that have none, a text in each row."""
     text = isinstance(plan.description.inputs, Tokens)
-    fn = plan.config.get("data", {}).get("fn")
-    require(text, "task.responses", "0 for data that are no text", fn)
+    group = plan.config.get("data", {})
+    require(text, "task.responses", "0 for data that are no text", group.get("fn"))
+    packed = group.get("pack", False)
+    require(not packed, "data.pack", "False where task.responses are written", packed)
+    check_responses_alone(group)
     for name, network in plan.networks.items():
-        fits = isinstance(base_of(network.module), Decoder) or network.cached
+        fits = isinstance(base_of(network.module), Decoder) or not network.judged
         require(fits, "task.responses", f"0 where {name} is no decoder", plan.task.responses)
 
 

@@ -183,7 +183,7 @@ def of_documents(texts: list[str], form: Format) -> Corpus:
 
 
 def _identity(path: pathlib.Path, form: Format) -> str:
-    with _reading(path), path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
     settings = {key: value for key, value in vars(form).items() if key != "tokenizer"}
     settings |= {"file": content, "kind": path.suffixes[-2:], "tokens": form.tokenizer.identity}
@@ -242,17 +242,17 @@ def _write(path: pathlib.Path, form: Format, folder: pathlib.Path) -> None:
 def _texts(path: pathlib.Path, raw: BinaryIO, form: Format) -> Iterator[tuple[str, Written]]:
     """Where each text of a file stands, and the text."""
     if path.suffix == ".txt":
-        with _reading(path):
+        with reading(path):
             text = raw.read().decode("utf-8-sig")
         if text:
             yield f"{path}", Written(text, ((0, len(text)),), "text")
         return
     render = _renderer(form.tokenizer)
-    with _reading(path):
+    with reading(path):
         lines = gzip.open(raw) if path.suffix == ".gz" else raw
         numbered = enumerate(lines, 1)
     while True:
-        with _reading(path):
+        with reading(path):
             number, line = next(numbered, (0, b""))
         if not number:
             return
@@ -316,7 +316,7 @@ def _saying(where: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _reading(path: str | os.PathLike) -> Iterator[None]:
+def reading(path: str | os.PathLike) -> Iterator[None]:
     """Tells in a sentence that a file cannot be read."""
     try:
         yield

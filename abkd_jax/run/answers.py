@@ -26,7 +26,7 @@ class Answers(NamedTuple):
 
     Attributes:
         prompts: N texts.
-        references: what the data have after them.
+        references: what the data have after them, up to the first token that does not count.
         responses: {network: what it wrote after them}, at temperature 1.
     """
 
@@ -91,9 +91,11 @@ def answers(
         sizes = np.sum(parallel.fetched(whole.segments) > 0, axis=1)
         data = _there(batch["inputs"])
         for row in rows:
-            own = data[row]
-            found.prompts.append(tokenizer.decode(own[: sizes[row]].tolist()))
-            found.references.append(_text(tokenizer, own[sizes[row] :]))
+            own, size = data[row], sizes[row]
+            counts = where[row, size - 1 : len(own) - 1]  # those of the tokens after the prompt
+            end = size + int(np.argmin(np.append(counts, False)))
+            found.prompts.append(tokenizer.decode(own[:size].tolist()))
+            found.references.append(_text(tokenizer, own[size:end]))
         for name, own in found.responses.items():
             new = _written(run, name, networks[name], given, jax.random.fold_in(key, index))
             own += [_text(tokenizer, new[row]) for row in rows]

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gzip
+import hashlib
 import json
 import os
 import pathlib
@@ -18,7 +19,8 @@ from jax import numpy as jnp
 from abkd_jax import files
 from abkd_jax.checks import require
 from abkd_jax.data import Tokenizer, read_tokenizer
-from abkd_jax.generate import generate
+from abkd_jax.data.corpus import reading
+from abkd_jax.generate import check_length, generate
 from abkd_jax.models import Decoder, decoder_in, load_decoder
 from abkd_jax.run.workdir import load, write_json
 from abkd_jax.train.checkpoint import FOLDER, digest
@@ -87,15 +89,17 @@ def respond(
     prompts, out = pathlib.Path(prompts), files.on_disk(out, "out")
     lines = [*_lines(prompts)]
     require(lines, f"{prompts}", "a file with a prompt", "none")
+    asked = [*zip(lines, prompt_ids(tokenizer, lines, writing, of=f"{prompts}, "), strict=True)]
+    check_length(module, writing.max_prompt + writing.max_new_tokens)
     network = digest(variables["params"])[:12]
-    settings = {**writing._asdict(), "network": network, "prompts": _size(prompts)}
+    settings = {**writing._asdict(), "network": network, "prompts": _identity(prompts)}
     _claim(out.with_name(f"{out.name}.settings.json"), settings, out)
     per_batch = writing.batch_size * writing.samples
     done = _complete(out, per_batch, len(lines) * writing.samples) // writing.samples
     start, count, first = time.monotonic(), 0, done
     with out.open("ab") as file:
         while done < len(lines):
-            batch = lines[done : done + writing.batch_size]
+            batch = asked[done : done + writing.batch_size]
             found = _responses(module, variables, tokenizer, batch, done, writing)
             file.write("".join(f"{json.dumps(line)}\n" for line in found).encode())
             file.flush()
@@ -116,12 +120,12 @@ def _responses(
     module: Decoder,
     variables: Any,
     tokenizer: Tokenizer,
-    batch: list[Mapping[str, Any]],
+    batch: list[tuple[Mapping[str, Any], np.ndarray]],
     first: int,
     writing: Writing,
 ) -> list[dict[str, Any]]:
-    """The lines of the prompts from `first` on."""
-    ids = prompt_ids(tokenizer, batch, writing)
+    """The lines of the prompts from `first` on, each given with its ids."""
+    ids = [own for _, own in batch]
     ids += [ids[0]] * (writing.batch_size - len(batch))  # for batches to be of one shape
     parts = np.zeros((3, writing.batch_size, writing.max_prompt), np.int32)
     for row, own in enumerate(ids):
@@ -147,19 +151,21 @@ def _responses(
         response = tokenizer.decode(own[:-1] if stopped else own)
         about = {"response": response, "stopped": stopped, "ids": own}
         about["log_prob"] = round(float(np.sum(log_probs[row])), 4)
-        told.append(_with_references(batch[row // writing.samples]) | about)
+        told.append(_with_references(batch[row // writing.samples][0]) | about)
     return told
 
 
 def prompt_ids(
-    tokenizer: Tokenizer, lines: Sequence[Mapping[str, Any]], writing: Writing
+    tokenizer: Tokenizer, lines: Sequence[Mapping[str, Any]], writing: Writing, *, of: str = ""
 ) -> list[np.ndarray]:
-    """The ids of each line's prompt, or its end."""
+    """The ids of each line's prompt, or its end; an error begins with what the lines are `of`."""
     template, most = writing.template or _PLAIN, writing.max_prompt - len(tokenizer.prefix)
+    expected = f"more than the {len(tokenizer.prefix)} that the tokenizer puts before a text"
+    require(most >= 1, "max_prompt", expected, writing.max_prompt)
     texts = [template.replace("{prompt}", line["prompt"]) for line in lines]
     found = [[*tokenizer.prefix, *x.ids.tolist()[-most:]] for x in tokenizer.encode(texts)]
-    for line, ids in zip(lines, found, strict=True):
-        require(len(ids), "a prompt", "text of a token at least", line["prompt"])
+    for number, (line, ids) in enumerate(zip(lines, found, strict=True), 1):
+        require(len(ids), f"{of}prompt {number}", "text of a token at least", line["prompt"])
     return [np.asarray(ids, np.int32) for ids in found]
 
 
@@ -214,21 +220,35 @@ def _lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     """The fields of each line."""
     fits = path.name.endswith((".jsonl", ".jsonl.gz")) and path.is_file()
     require(fits, "prompts", "a file that ends with .jsonl or .jsonl.gz", f"{path}")
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+    opened_by = gzip.open if path.suffix == ".gz" else open
+    with reading(path), opened_by(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            fields = None
-            with contextlib.suppress(ValueError):
-                fields = json.loads(line)
-            fits = isinstance(fields, dict) and isinstance(fields.get("prompt"), str)
-            require(fits, f"{path}, line {number}", "a JSON object with a string, prompt", line)
-            yield fields
+            if line.strip():
+                yield _fields(line, f"{path}, line {number}")
 
 
-def _size(path: pathlib.Path) -> list[Any]:
-    """What tells a file of prompts from another of the name."""
-    return [path.name, path.stat().st_size]
+def _fields(line: str, where: str) -> dict[str, Any]:
+    """Those of a line of JSON that stands somewhere."""
+    fields = None
+    with contextlib.suppress(ValueError, RecursionError):
+        fields = json.loads(line)
+    fits = isinstance(fields, dict) and isinstance(fields.get("prompt"), str)
+    require(fits, where, "a JSON object with a string, prompt", line)
+    several = fields.get("references", "")
+    texts = [fields.get("response", ""), *(several if isinstance(several, list) else [several])]
+    fits = all(isinstance(text, str) for text in texts)
+    require(fits, where, "of text in its response and references, if it has them", line)
+    try:
+        "".join([fields["prompt"], *texts]).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} must be Unicode; found half of a surrogate pair.") from None
+    return fields
+
+
+def _identity(path: pathlib.Path) -> list[str]:
+    """What tells a file of prompts from another: its name and its bytes."""
+    with path.open("rb") as file:
+        return [path.name, hashlib.file_digest(file, "sha256").hexdigest()[:12]]
 
 
 def _claim(path: pathlib.Path, settings: Mapping[str, Any], out: pathlib.Path) -> None:

@@ -6,7 +6,7 @@ import jax
 from jax import Array
 from jax import numpy as jnp
 
-from abkd_jax.binding import NonNegative, Positive, Unit
+from abkd_jax.binding import NonNegative, Positive, Schedule, Unit
 from abkd_jax.checks import require
 from abkd_jax.sources.source import Setting, Source
 from abkd_jax.sources.written import WRITTEN, empty_rows, generation_key, in_place_of, told, writer
@@ -62,6 +62,9 @@ def adaptive(
     write = writer(setting, by, where, max_new_tokens, temperature, top_k, top_p)
     size = setting.batch_size
     require(capacity >= size, f"{setting.field}.capacity", f"at least batch_size, {size}", capacity)
+    for name, x in {"threshold": threshold, "rise": rise, "tolerance": tolerance}.items():
+        fits = not isinstance(x, Schedule)
+        require(fits, f"{setting.field}.{name}", "a number, and no schedule", type(x).__name__)
     learners = setting.learners
     require(by in learners, f"{setting.field}.by", f"one that learns, {', '.join(learners)}", by)
 

@@ -4,7 +4,7 @@ Rows are {"inputs": Tokens `[B, T]`, "where": `[B, T]`, True where the next toke
 response, its end included, "log_probs": `[B, T]`, that token's by the network that wrote it}.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -68,6 +68,7 @@ def writer(
     for key, off in (("pack", False), ("lengths", ())):
         expected = f"{off!r} where a network writes responses, for rows of one text and one length"
         require(not group.get(key), f"data.{key}", expected, group.get(key))
+    check_responses_alone(group)
     length = inputs.ids.shape[-1]
     new = max_new_tokens or length - length // 2
     expected = f"between 1 and data.length - 1 = {length - 1}, or 0 for half of it"
@@ -95,6 +96,13 @@ def writer(
         return {"inputs": found, "where": where, "log_probs": jnp.pad(log_probs, before)}
 
     return write
+
+
+def check_responses_alone(group: Mapping[str, Any]) -> None:
+    """Refuses data whose prompts count, where they are asked for: nothing tells where they end."""
+    expected = "'response' where a network writes responses (of documents all counts all the same)"
+    loss_on = group.get("loss_on", "response")
+    require(loss_on == "response", "data.loss_on", expected, loss_on)
 
 
 def prompts(batch: Batch, most: int) -> Tokens:
