@@ -1,4 +1,4 @@
-"""CIFAR-100 by CRD's benchmark: any of ABKD's 13 pairs, by any published method, in full.
+"""CIFAR-100 by CRD's benchmark: any of its 13 pairs, by any published method, in full.
 
 Paper: Wang et al., "ABKD", ICML 2025, https://arxiv.org/abs/2505.04560; without a method the loss
 is ABKD's, with the numbers of its code for ResNet-56 to ResNet-20 (alpha 0.8, beta 0.3, temperature
@@ -43,8 +43,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     pairs, name = _PAIRS["get_pairs"](), options.pop("pair", "resnet56-resnet20")
     if not isinstance(name, str) or name not in pairs:
         raise ValueError(f"pair must be one of {', '.join(pairs)}; found {name!r}.")
-    pair, method = pairs[name], options.get("method")
-    method = method.get("fn") if isinstance(method, dict) else method
+    pair, method = pairs[name], configs.method_name(options.get("method"))
     epoch = 50_000 // 64
     drops = (150 * epoch, 180 * epoch, 210 * epoch)
     falling = lambda rate: dict(  # noqa: E731
@@ -93,12 +92,13 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
         num_steps=240 * epoch,
         checkpoint_every=epoch,
     )
-    if options.keys() <= {"method", "teacher"} and method in pair.scores:
+    if options.keys() <= {"method", "teacher"} and f"{method}" in pair.scores:
         config.student.published = pair.scores[method] / 100
     if options.pop("runlocal", False):
         config.data = dict(fn="digits", validation=0, shape=(32, 32, 3), pad=4, flip=True)
         config.update(batch_size=8, num_steps=4, checkpoint_every=2, log_every=2)
+        del config.teacher["published"]
         for network in (config.teacher, config.student):
             network.model.update(_SMALL.get(network.model.fn, {}))
-    options = _PAIRS["get_numbers"](name, method) | options
+    options = _PAIRS["get_numbers"](name, f"{method}") | options
     return configs.apply(config, options, beside=__file__)

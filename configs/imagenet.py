@@ -91,6 +91,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     if options.pop("runlocal", False):
         config.data = dict(fn="digits", validation=0, shape=(32, 32, 3))
         config.update(batch_size=8, num_steps=4, checkpoint_every=2, log_every=2)
+        del config.teacher["published"]
         for network in (config.teacher, config.student):
             network.model.dtype = "float32"
             network.model.update(dict(depth=18) if "depth" in network.model else {})

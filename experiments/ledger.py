@@ -2,8 +2,8 @@
 
     python -m experiments.ledger               # writes LEDGER.md out of the rows
     python -m experiments.ledger --row=NAME    # measures one, in runs/ledger/NAME, or goes on
-    python -m experiments.ledger --check       # that LEDGER.md is up to date, and that no page
-                                               # tells a score that is in no row
+    python -m experiments.ledger --check       # that LEDGER.md is up to date, and that no table
+                                               # of a page has a score that is in no row
 
 A row is a run of a config or the table that another command prints; what was measured of it stands
 in experiments/measured/NAME.json.
@@ -50,13 +50,15 @@ _IMAGENET = {  # the teachers' accuracy, in %
     "resnet50-mobilenet_v1": 76.16,
 }
 _OF_SCORES = re.compile(
-    r"accuracy|NLL|\bECE\b|agreement %|next token|error %|top-1|perplexity|FGSM|rouge",
+    r"accuracy|\bacc\b|NLL|\bECE\b|agreement %|next token|error %|top-1|perplexity|FGSM|rouge",
     re.IGNORECASE,
 )
 _OF_HEADER = r"\n(?:Time and n|N)umber: (.*?)(?:\n[A-Z]\w+:|\n\n|\"\"\")"  # of a config
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_CODE = ("sh", "bash", "python", "json")  # what a block is that is no table
 # No version, and of integers those that stand before a spread or per cent.
-_NUMBER = re.compile(r"(?<![\w.])-?\d+\.\d+(?!\.?\d)|(?<![\w.])\d+(?= (?:\+-|%))")
+_NUMBER = re.compile(r"(?<![\w.])-?\d+\.\d+(?!\.?\d)|(?<![\w.])\d+(?= ?(?:\+-|%))")
+_PLACEHOLDER = re.compile(r"=(DIR|FILE)\b")
 
 
 class Row(NamedTuple):
@@ -84,7 +86,7 @@ def main() -> None:
         measure(found[_ROW.value])
     if _CHECK.value:
         problems = check()
-        print("\n".join(problems) or "Every score is a row.")
+        print("\n".join(problems) or "Every score of a table is a row.")
         sys.exit(bool(problems))
     (ROOT / "LEDGER.md").write_text(page())
 
@@ -138,6 +140,8 @@ def _file_of(name: str) -> pathlib.Path:
 
 def measure(row: Row) -> None:
     """Runs the command of a row, and keeps what it found."""
+    if given := _PLACEHOLDER.search(row.command):
+        sys.exit(f"{row.command} is for a {given[1]} of your own; run it by hand.")
     start, argv = time.perf_counter(), shlex.split(row.command)
     done = subprocess.run([sys.executable, *argv[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     print(done.stdout)
@@ -226,8 +230,9 @@ def page() -> str:
             "# Ledger",
             "Written by `python -m experiments.ledger`; `--row=NAME` measures a row. Accuracies in "
             "%, log-likelihoods in nats; several seeds as mean +- sample deviation. *best* is the "
-            "best of all evaluations of the data that select, which for CIFAR-100's published "
-            "protocol is the test set. The verdict compares the published number with that of the "
+            "test score at the step whose score on the data that select is the highest, the mean "
+            "over networks that learn together; for CIFAR-100's published protocol the test set "
+            "selects. The verdict compares the published number with that of the "
             "two which it is, as it says: within our spread of seeds (no source tells its own), or "
             "above it or short of it by how much. *page of*: measured before the ledger was, and "
             "taken from the page as it was at that commit.",
@@ -286,6 +291,8 @@ def verdict(
     gap = np.mean(found) - score
     if len(found) > 1 and abs(gap) <= np.std(found, ddof=1):
         return "within our spread"
+    if abs(gap) < 0.005:
+        return "equal"
     return f"{'above' if gap > 0 else 'short'} by {abs(gap):.2f}"
 
 
@@ -293,6 +300,9 @@ def check() -> list[str]:
     """What is wrong: a sentence each."""
     found = [] if (ROOT / "LEDGER.md").read_text() == page() else ["LEDGER.md is not up to date."]
     measured = {row.name: row for row in rows() if row.measured}
+    for row in measured.values():
+        if row.measured["command"] != row.command:
+            found.append(f"{row.name} was measured by another command: {row.measured['command']}")
     printed = [line for row in measured.values() for line in row.measured.get("printed", ())]
     printed = {_plain(line) for line in printed}
     for name in _PAGES:
@@ -309,7 +319,7 @@ def check() -> list[str]:
 
 def _lines_of_tables(text: str) -> Iterator[str]:
     """The lines with numbers of the tables that tell scores: blocks of code, and Markdown's."""
-    blocks = [printed for language, printed in _FENCED.findall(text) if not language]
+    blocks = [printed for kind, printed in _FENCED.findall(text) if kind not in _CODE]
     blocks += [match[0] for match in re.finditer(r"(?:^\|.*\n)+", text, re.MULTILINE)]
     for block in blocks:
         if _OF_SCORES.search(block):

@@ -1,4 +1,4 @@
-"""The accuracy of a run's networks on its test images, as they are and under attack.
+"""The accuracy on test images, as they are and under attack, of the networks that a run trained.
 
     python -m experiments.robustness --config=configs/digits.py:method=kdiga --workdir=runs/kdiga
 
@@ -23,7 +23,7 @@ _STEPS = flags.DEFINE_integer("steps", 10, "Of PGD.", lower_bound=1)
 
 
 def main() -> None:
-    """Prints a line for each network."""
+    """Prints a line for each network that learns, of several seeds for the first."""
     train_and_evaluate(_CONFIG.value, _WORKDIR.value)
     plan = resolve(_CONFIG.value)
     test = plan.data().test

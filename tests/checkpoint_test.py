@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax import numpy as jnp
 
+from abkd_jax import data
 from abkd_jax.train.checkpoint import Checkpoints, digest
 
 
@@ -222,3 +223,12 @@ def test_a_digest_is_of_values_types_shapes_and_names():
     assert len(set(digests)) == len(digests)
     assert digest({"x": jnp.arange(6.0)}) == digest({"x": np.arange(6.0, dtype=np.float32)})
     assert all(len(value) == 64 for value in digests)
+
+
+def test_of_a_stream_the_rows_count_and_nothing_is_read():
+    class Records:
+        def __getitem__(self, row):
+            raise AssertionError
+
+    found = [digest({"train": data.Stream(Records(), np.arange(n))}) for n in (3, 3, 4)]
+    assert found[0] == found[1] != found[2]

@@ -164,6 +164,24 @@ def test_cifar100_has_the_published_protocol():
             np.testing.assert_allclose(of_steps, rate, rtol=1e-6)
 
 
+# kd, dkd, dist, ttm, wttm and lskd, from the READMEs that `SOURCES` names.
+_SCORES = """\
+wrn_40_2-wrn_16_2         74.92  76.23  75.51  76.23  76.37  76.11
+wrn_40_2-wrn_40_1         73.54  74.81  74.73  74.32  74.58  74.37
+resnet56-resnet20         70.66  71.97  71.75  71.83  71.92  71.43
+resnet110-resnet20        70.67  -      71.65  71.46  71.67  71.48
+resnet110-resnet32        73.08  74.11  73.69  73.97  74.13  74.17
+resnet32x4-resnet8x4      73.33  76.32  76.31  76.17  76.06  76.62
+vgg13-vgg8                72.98  74.68  73.89  74.33  74.44  74.36
+vgg13-mobilenet_v2        67.37  69.71  68.50  68.98  69.16  68.61
+resnet50-mobilenet_v2     67.35  70.35  68.66  69.24  69.59  69.02
+resnet50-vgg8             73.81  -      74.11  74.87  74.82  -
+resnet32x4-shufflenet_v1  74.07  76.45  76.34  74.18  74.37  -
+resnet32x4-shufflenet_v2  74.45  77.07  77.35  76.57  76.55  75.56
+wrn_40_2-shufflenet_v1    74.83  76.70  76.40  75.39  75.42  -
+""".splitlines()
+
+
 def test_the_13_pairs():
     kinds = [(pair.teacher.split("_")[0], pair.student.split("_")[0]) for pair in PAIRS.values()]
     families = [tuple(kind.rstrip("0123456789x")[:3] for kind in pair) for pair in kinds]
@@ -176,8 +194,8 @@ def test_the_13_pairs():
         # HobbitLong/RepDistiller: train_student.py.
         assert rate == (0.01 if families[[*PAIRS].index(name)][1] in ("mob", "shu") else 0.05)
         assert config.teacher.optimizer.learning_rate.start == 0.05
-        for score in pair.scores.values():
-            assert 60 < score < 80
+        found = [f"{pair.scores[x]:.2f}" if x in pair.scores else "-" for x in _TABLES["METHODS"]]
+        assert [name, *found] == _SCORES[[*PAIRS].index(name)].split()
 
 
 def test_numbers_and_scores_of_a_method_and_pair():
@@ -189,6 +207,22 @@ def test_numbers_and_scores_of_a_method_and_pair():
     assert get("pair=vgg13-vgg8,method=dkd,rest_weight=1.").student.get("published") is None
     assert get("pair=wrn_40_2-wrn_40_1,method=ab_ttm").student.terms.distill.weight == 76.0
     assert get("pair='vgg13-vgg8',method='kd'").student.published == 0.7298
+    for pair in ("wrn_40_2-wrn_16_2", "wrn_40_2-wrn_40_1", "vgg13-mobilenet_v2"):
+        assert get(f"pair={pair},method=dkd").student.terms.distill.rest_weight == 6.0
+    assert get("pair=resnet110-resnet32,method=dkd").student.terms.distill.rest_weight == 2.0
+    of_lskd = {"vgg13-vgg8": (3, 9), "vgg13-mobilenet_v2": (3, 9), "resnet110-resnet20": (4, 12)}
+    for pair, numbers in (of_lskd | {"resnet50-mobilenet_v2": (3, 1)}).items():
+        distill = get(f"pair={pair},method=lskd").student.terms.distill
+        assert (distill.divergence.divergence.temperature, distill.weight) == numbers
+    small = get("runlocal")
+    assert "published" not in small.teacher and "published" not in small.student
+    with pytest.raises(
+        ValueError, match=r"gives numbers in brackets; write method=dkd,rest_weight"
+    ):
+        get("method=dkd(rest_weight=1.)")
+    for method in ("(kd,dkd)", "3"):
+        with pytest.raises(ValueError, match=r"^method must be one of kd, .*; found "):
+            get(f"method={method}")
     teacher = get("teacher='a/resnet56.pth'")
     assert teacher.teacher.weights.to_dict() == dict(fn="torch", path="a/resnet56.pth")
     assert [*teacher.phases] == ["distill"]
@@ -215,6 +249,8 @@ def test_imagenet_s_pairs(argument, teacher, student, published):
     half = dict(dtype="bfloat16")
     assert found == dict(teacher=teacher | half, student=student | half)
     assert config.teacher.published == published
+    given = ",".join(filter(None, [argument, "runlocal"]))
+    assert "published" not in module("imagenet").get_config(given).teacher
 
 
 @pytest.mark.parametrize("name", ["cifar100_short", "cifar100_lt"])

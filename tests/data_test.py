@@ -475,6 +475,13 @@ def test_a_long_tail_with_few_labels_and_without_a_class():
     assert int(found.train.masks["labelled"].sum()) == 9
 
 
+def test_a_long_tail_of_no_label_is_refused():
+    images, labels = np.zeros((20, 2), np.float32), np.full(20, -1)
+    both = dict(train=(images, labels), test=(images, np.arange(20) % 4), num_classes=4)
+    with pytest.raises(ValueError, match=r"^data\.imbalance must be 1 for examples without labels"):
+        data.from_arrays(**both, validation=None, imbalance=10)
+
+
 @pytest.mark.parametrize("imbalance", [0, -3, 1.5, True, "10"])
 def test_an_imbalance_that_is_none(imbalance):
     with pytest.raises(ValueError, match=r"^data\.imbalance must be an integer of at least 1; fou"):

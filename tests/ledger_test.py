@@ -42,6 +42,7 @@ def copied(tmp_path, monkeypatch):
         ("experiments/README.md", "| 1.9449 +- 0.0195 |", "| 1.9448 +- 0.0195 |"),
         ("experiments/README.md", "dist               96.6", "dist               97.6"),
         ("README.md", "| `fashion_mnist/omitted` |", "| |"),
+        ("README.md", "| `fashion_mnist/omitted` |", "| 99% |"),
         ("configs/digits.py", "Number: 95.3", "Number: 98.3"),
         ("configs/fashion_mnist.py", "78.0 +- 0.3 %", "74.0 +- 0.3 %"),
     ],
@@ -63,6 +64,26 @@ def test_a_row_that_is_not_in_ledger_md_is_found(copied):
     assert ledger.check() == ["LEDGER.md is not up to date."]
 
 
+def test_a_block_of_what_is_no_code_is_looked_at(copied):
+    with (copied / "README.md").open("a") as page:
+        page.write("\n```text\nacc. 99.9\n```\n\n```python\naccuracy = 99.9\n```\n")
+    assert ledger.check() == ["README.md tells what is in no row: acc. 99.9"]
+
+
+def test_a_number_of_another_command_is_found(copied):
+    path = copied / "experiments" / "measured" / "cifar100_short_transfer.json"
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps(found | {"command": "python -m abkd_jax.main --config=other.py"}))
+    (problem,) = ledger.check()
+    assert problem.startswith("cifar100_short_transfer was measured by another command: python -m")
+
+
+def test_a_command_with_files_of_one_s_own_is_not_run(copied):
+    row = ledger.Row("x", "python -m experiments.real_pair --folder=DIR --pairs=FILE", {}, None)
+    with pytest.raises(SystemExit, match="is for a DIR of your own; run it by hand"):
+        ledger.measure(row)
+
+
 def test_every_pair_has_its_published_rows():
     rows = {row.name: row for row in ledger.rows()}
     row = rows["cifar100/vgg13-mobilenet_v2/dkd"]
@@ -82,6 +103,7 @@ def test_every_pair_has_its_published_rows():
     [
         ([70.66], [71.0], None, "-"),
         ([70.16], [71.0], (70.66, "x", "last"), "short by 0.50"),
+        ([70.66], [71.0], (70.66, "x", "last"), "equal"),
         ([70.16], [71.0], (70.66, "x", "best"), "above by 0.34"),
         ([70.16], None, (70.66, "x", "best"), "short by 0.50"),
         ([70.4, 70.8], [72.0, 72.1], (70.66, "x", "last"), "within our spread"),

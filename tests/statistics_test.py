@@ -82,3 +82,8 @@ def test_a_sweep_has_it_too(tmp_path):
     alone = train_and_evaluate(config("class_weights"), tmp_path / "run")["networks"]["student"]
     (row,) = [row for row in rows if row["student.terms.distill.temperature"] == 2.0]
     assert row["test_nll"] == pytest.approx(alone["last"]["nll"], rel=1e-5)
+
+
+def test_no_label_is_no_prior():
+    with pytest.raises(ValueError, match=r"class_prior must be left out for data without a known"):
+        phases.log_prior(np.zeros(3, int))

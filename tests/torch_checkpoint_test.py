@@ -109,6 +109,16 @@ REFUSALS = [
         tensors() | {"bn1.running_var": np.zeros(5, np.float32)},
         "the tensor 'bn1.running_var' of x.npz must be of shape (4,); found (5,).",
     ),
+    (
+        tensors() | {"fc.bias": np.zeros(10, np.complex64)},
+        "the tensor 'fc.bias' of x.npz must be of real numbers, of a type that the file keeps; "
+        "found 'complex64'.",
+    ),
+    (
+        tensors() | {"fc.bias": np.zeros(10, "V2")},  # what np.load makes of bfloat16
+        "the tensor 'fc.bias' of x.npz must be of real numbers, of a type that the file keeps; "
+        "found 'void16'.",
+    ),
 ]
 
 
@@ -136,6 +146,8 @@ def test_files_that_cannot_be_read(tmp_path, capsys):
     refused["evil.pt"] = f"{tmp_path / 'evil.pt'} holds print beside tensors; save these alone"
     np.savez(tmp_path / "objects.npz", x=np.array([Evil()], object))
     refused["objects.npz"] = f"{tmp_path / 'objects.npz'} cannot be read"
+    torch.save({0: torch.zeros(3)}, tmp_path / "numbered.pth")
+    refused["numbered.pth"] = "key must be one of the tables of tensors in"
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     refused["empty.pth"] = "key must be one of the tables of tensors in"
     refused["missing.pth"] = f"{tmp_path / 'missing.pth'} is no file of tensors"

@@ -56,8 +56,8 @@ def tfds(
             random crops, of 8 % to 100 % of the area, and test images the centre, resized to
             squares of this side.
         options: the keywords labelled, omit, imbalance, pad, flip, mean and std; see `Options`.
-            Here mean and std () stand for those of the training images. Streams show all labels of
-            all classes.
+            Here mean and std () stand for those of the training images, all of them, whatever
+            imbalance leaves. Streams show all labels of all classes.
 
     Returns:
         The set, inputs `[N, H, W, C]` uint8.

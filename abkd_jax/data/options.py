@@ -92,6 +92,8 @@ class Options:
         falling = self.imbalance ** -(np.arange(num_classes) / max(num_classes - 1, 1))
         counts = np.maximum(len(split) / num_classes * falling + 1e-6, 1).astype(int)
         kept = [np.flatnonzero(labels == k)[:count] for k, count in enumerate(counts)]
+        some = sum(map(len, kept))
+        require(some, "data.imbalance", "1 for examples without labels", self.imbalance)
         return split.take(np.sort(np.concatenate(kept)))
 
     def shown(self, split: Split, num_classes: int) -> Split:

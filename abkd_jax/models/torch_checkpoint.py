@@ -85,6 +85,8 @@ def from_torch(
         expected, array = _leaf(own, path), _as_ours(path, np.asarray(tensors[name]))
         shape = _as_theirs(path, np.empty(expected.shape, bool)).shape
         at = f"the tensor {name!r} of {origin}"
+        real = np.can_cast(array.dtype, np.float64, "same_kind")  # and no bfloat16 in an npz
+        require(real, at, "of real numbers, of a type that the file keeps", array.dtype.name)
         require(array.shape == expected.shape, at, f"of shape {shape}", tensors[name].shape)
         part = found
         for key in path[:-1]:
@@ -187,7 +189,8 @@ def _of_torch(file: pathlib.Path, key: str) -> dict[str, np.ndarray]:
 
     def is_table(value: Any) -> bool:
         fits = isinstance(value, Mapping) and value
-        return bool(fits) and all(isinstance(x, torch.Tensor) for x in value.values())
+        of_tensors = fits and all(isinstance(x, torch.Tensor) for x in value.values())
+        return bool(of_tensors) and all(isinstance(name, str) for name in value)
 
     tables = {"": content} if is_table(content) else {}
     if isinstance(content, Mapping):

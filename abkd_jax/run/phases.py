@@ -125,8 +125,7 @@ def _told_of_data(data: datasets.DataSet) -> dict[str, Any]:
     parts = {name: getattr(data, name) for name in ("train", "full", "validation", "test")}
     found = {f"data.{name} (examples)": len(x) for name, x in parts.items() if x is not None}
     for name, x in parts.items():
-        held = x.rows if isinstance(x, datasets.Stream) else x  # the records are not read
-        found[f"data.{name} (its SHA-256)"] = digest(held)[:12]
+        found[f"data.{name} (its SHA-256)"] = digest(x)[:12]
     return found | {f"data ({name})": checksum for name, checksum in data.contents}
 
 
@@ -327,6 +326,8 @@ def class_counts(run: Run) -> np.ndarray:
 
 def log_prior(counts: np.ndarray) -> np.ndarray:
     """The log of each class's frequency; -inf for one without examples."""
+    known, expected = counts.sum(), "left out for data without a known label"
+    require(known, "the statistic class_prior", expected, f"{known} labels")
     with np.errstate(divide="ignore"):
         return np.log(counts) - np.log(counts.sum())
 

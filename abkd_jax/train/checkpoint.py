@@ -25,6 +25,7 @@ from orbax.checkpoint.checkpoint_managers import (
 )
 
 from abkd_jax import files, parallel
+from abkd_jax.data import Stream
 from abkd_jax.train import hosts
 
 FOLDER = "checkpoints"  # of a run, or of a part of it
@@ -220,14 +221,14 @@ def digest(tree: Any) -> str:
     """The SHA-256 of a tree's arrays: of their paths, types, shapes and bytes.
 
     Args:
-        tree: of arrays.
+        tree: of arrays; of a stream, which is not read, the numbers of its rows count.
 
     Returns:
         64 hexadecimal digits.
     """
     sha = hashlib.sha256()
     for path, leaf in _leaves(tree):
-        array = parallel.fetched(leaf)
+        array = parallel.fetched(leaf.rows if isinstance(leaf, Stream) else leaf)
         sha.update(f"{path} {array.dtype} {array.shape}".encode())
         sha.update(np.ascontiguousarray(array).view(np.uint8))  # bfloat16 has no buffer
     return sha.hexdigest()
