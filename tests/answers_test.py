@@ -10,6 +10,7 @@ from abkd_jax import Outputs, train_and_evaluate
 from abkd_jax import data as datasets
 from abkd_jax.config import resolve
 from abkd_jax.metrics.text import rouge_l
+from abkd_jax.run.responses import opened
 from abkd_jax.sweep import sweep
 
 pytestmark = pytest.mark.long
@@ -157,3 +158,6 @@ def test_the_reference_of_a_conversation_is_its_first_answer(tmp_path):
     with np.load(tmp_path / "run" / "examples.npz") as arrays:
         assert arrays["prompts"].tolist() == ["u:ask|a:"] * 5
         assert arrays["references"].tolist() == ["answer"] * 5
+    assert opened(str(tmp_path / "run"))[-1] == "u:{prompt}|a:"  # and not data.template
+    path.unlink()
+    assert opened(str(tmp_path / "run"))[-1] == "{prompt}"

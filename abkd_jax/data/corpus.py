@@ -306,6 +306,29 @@ def _renderer(tokenizer: Tokenizer) -> Callable[[Any], tuple[str, Spans]]:
     return render
 
 
+def prompt_template(path: pathlib.Path, tokenizer: Tokenizer, template: str) -> str:
+    """What stands around a prompt in the examples of a file, with {prompt} in its place.
+
+    Args:
+        path: of the file; where it begins with messages, that is what the chat template puts around
+            a user's turn, up to the answer.
+        tokenizer: of the examples.
+        template: of prompts.
+
+    Raises:
+        ValueError: one sentence, if the file cannot be read.
+    """
+    form = Format(tokenizer, 2, 1, template=template)
+    with path.open("rb") as raw:
+        first = next(_texts(path, raw, form), None)
+    if first is None or first[1].kind != "conversation":
+        return template
+    turns = dict(role="user", content="{prompt}"), dict(role="assistant", content="-")
+    text, spans = _renderer(tokenizer)([*turns])
+    known = tokenizer.special.get("bos_token", "") if len(tokenizer.prefix) else ""
+    return text[: spans[0][0]].removeprefix(known)  # which a prompt's ids begin with anyway
+
+
 @contextlib.contextmanager
 def _saying(where: str) -> Iterator[None]:
     """Tells a ValueError with the place that it speaks of."""

@@ -19,7 +19,7 @@ from jax import numpy as jnp
 from abkd_jax import files
 from abkd_jax.checks import require
 from abkd_jax.data import Tokenizer, read_tokenizer
-from abkd_jax.data.corpus import reading
+from abkd_jax.data.corpus import prompt_template, reading
 from abkd_jax.generate import check_length, generate
 from abkd_jax.models import Decoder, decoder_in, load_decoder
 from abkd_jax.run.workdir import load, write_json
@@ -181,7 +181,8 @@ def _with_references(line: Mapping[str, Any]) -> dict[str, Any]:
 def opened(model: str) -> tuple[Any, Any, Tokenizer, str]:
     """The decoder of a folder of the hub, or of a run: module, variables, tokenizer and template.
 
-    Of a folder the tokens that its tokenizer has can be written alone, not the table's padding.
+    Of a folder the tokens that its tokenizer has can be written alone, not the table's padding. The
+    template is that of the run's prompts, or of the turns of its messages where that file is there.
 
     Args:
         model: the folder; or a workdir, for the network by which the run selects, or
@@ -202,7 +203,10 @@ def opened(model: str) -> tuple[Any, Any, Tokenizer, str]:
     loaded = load(model, network or None)
     data = loaded.config["data"]
     tokenizer = read_tokenizer(data.get("tokenizer", "bytes"))
-    return *loaded[:2], tokenizer, data.get("template", _PLAIN)
+    template, train = data.get("template", _PLAIN), pathlib.Path(data.get("train", ""))
+    if train.is_file():
+        template = prompt_template(train, tokenizer, template)
+    return *loaded[:2], tokenizer, template
 
 
 def _check(writing: Writing) -> None:
