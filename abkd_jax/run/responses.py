@@ -203,8 +203,8 @@ def opened(model: str) -> tuple[Any, Any, Tokenizer, str]:
     loaded = load(model, network or None)
     data = loaded.config["data"]
     tokenizer = read_tokenizer(data.get("tokenizer", "bytes"))
-    template, train = data.get("template", _PLAIN), pathlib.Path(data.get("train", ""))
-    if train.is_file():
+    template = data.get("template", _PLAIN)
+    if data["fn"] == "text" and (train := pathlib.Path(data["train"])).is_file():
         template = prompt_template(train, tokenizer, template)
     return *loaded[:2], tokenizer, template
 
