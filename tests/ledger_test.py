@@ -66,8 +66,9 @@ def test_a_row_that_is_not_in_ledger_md_is_found(copied):
 
 def test_a_block_of_what_is_no_code_is_looked_at(copied):
     with (copied / "README.md").open("a") as page:
-        page.write("\n```text\nacc. 99.9\n```\n\n```python\naccuracy = 99.9\n```\n")
-    assert ledger.check() == ["README.md tells what is in no row: acc. 99.9"]
+        page.write("\n```text\nacc. 99.9\nacc. 9999%\n```\n\n```python\naccuracy = 99.9\n```\n")
+    told = "README.md tells what is in no row: acc. "
+    assert ledger.check() == [f"{told}99.9", f"{told}9999%"]
 
 
 def test_a_number_of_another_command_is_found(copied):
@@ -104,6 +105,7 @@ def test_every_pair_has_its_published_rows():
         ([70.66], [71.0], None, "-"),
         ([70.16], [71.0], (70.66, "x", "last"), "short by 0.50"),
         ([70.66], [71.0], (70.66, "x", "last"), "equal"),
+        ([70.67], [71.0], (70.66, "x", "last"), "above by 0.01"),
         ([70.16], [71.0], (70.66, "x", "best"), "above by 0.34"),
         ([70.16], None, (70.66, "x", "best"), "short by 0.50"),
         ([70.4, 70.8], [72.0, 72.1], (70.66, "x", "last"), "within our spread"),

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abkd_jax import Tokens, data
-from abkd_jax.data.corpus import Corpus
+from abkd_jax.data.corpus import Corpus, prompt_template
 from abkd_jax.data.packing import Rows
 
 EOS = 256  # of bytes
@@ -199,6 +199,23 @@ def test_ids_and_conversations_are_those_of_transformers(folder, tmp_path, read)
         theirs_of = theirs.apply_chat_template(messages(chat), **how)
         counts = np.array(theirs_of["assistant_masks"], bool)
         assert found == np.array(theirs_of["input_ids"])[counts].tolist()
+
+
+def test_a_prompt_and_what_stands_around_it_are_a_conversation_up_to_its_answer(folder, tmp_path):
+    turns, path = CHATS[0], tmp_path / "train.jsonl"
+    for name in (folder, write_tokenizer(tmp_path / "begin", TAGGED, begin=True)):
+        ours = data.read_tokenizer(name)
+        write_lines(path, [{"messages": messages(turns)}, PAIRS[0]])
+        template = prompt_template(path, ours, "unused")
+        (asked,) = ours.encode([template.replace("{prompt}", turns[0][1])])
+        known = dict(train=str(path), test=str(path), validation=0, tokenizer=name, length=128)
+        known |= dict(cache_dir=str(tmp_path / "cache"), data_seed=0, stream="always")
+        row = rows_of(data.text(**known).train)[0]
+        first = int(np.argmax(row[4]))  # predicts the answer's first token
+        assert [*ours.prefix, *asked.ids] == row[0][: first + 1].tolist()
+        for lines in ([PAIRS[0], {"messages": messages(turns)}], []):
+            write_lines(path, lines)
+            assert prompt_template(path, ours, "{prompt}:") == "{prompt}:"
 
 
 def test_vocab_and_merges_are_a_tokenizer(folder, tmp_path):
