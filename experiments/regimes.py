@@ -132,7 +132,7 @@ def _times(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 def _turn(program: Program) -> Callable[[], Any]:
     """A call that trains the student for some steps from step 0 on.
 
-    By itself and not as a member: of members all write at each step, whether it is used or not.
+    By itself and not as a member: of members all write at a step at which one does.
     """
     carry, objectives = jax.tree.map(lambda x: x[0], program.stacked(slice(None)))
     plain = program.programs._replace(members=False)

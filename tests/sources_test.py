@@ -222,6 +222,38 @@ def test_adaptive_draws_over_10_000_steps():
     assert stats.chisquare(np.bincount(ages, minlength=capacity)).pvalue > 0.01
 
 
+def test_members_write_where_one_of_them_does_and_each_keeps_its_own(monkeypatch):
+    calls, count = [], 20
+
+    def counted(*args, **how):
+        jax.debug.callback(lambda: calls.append("once"))
+        return generate(*args, **how)
+
+    monkeypatch.setattr(written, "generate", counted)
+    module, variables = make(**TINY)
+    own = setting(module, length=4, num_steps=count)
+    source = sources.adaptive(setting=own, by="student", capacity=4)
+    networks, examples = {"student": Network(variables["params"])}, Numbered(2)
+    state, thresholds = source.init(), jnp.array([0.0, 0.3, 0.6])
+
+    def after(threshold):
+        begun = {**state, "threshold": threshold}
+        one = lambda state, step: (source.refill(state, networks, examples, 3, step),) * 2  # noqa: E731
+        return jax.lax.scan(one, begun, jnp.arange(count))[1]
+
+    together = jax.block_until_ready(jax.jit(jax.vmap(after))(thresholds))
+    jax.effects_barrier()
+    most, calls[:] = len(calls), []
+    single = [jax.block_until_ready(jax.jit(after)(threshold)) for threshold in thresholds]
+    jax.effects_barrier()
+    jax.tree.map(
+        np.testing.assert_array_equal, together, jax.tree.map(lambda *x: np.stack(x), *single)
+    )
+    wrote = np.diff(np.asarray(together["written"]), axis=1, prepend=0) > 0
+    assert len(calls) == wrote.sum() and 0 < wrote[1].sum() < wrote[2].sum() < count
+    assert most == wrote.any(axis=0).sum()
+
+
 def test_the_threshold_rises_where_the_loss_did():
     own = setting(make(**TINY)[0])
     source = sources.adaptive(

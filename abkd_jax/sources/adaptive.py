@@ -34,7 +34,8 @@ def adaptive(
     which drops its oldest rows. Else, if r < phi, a batch of rows is drawn from the buffer, without
     replacement. Else the data are taken as they are. After an evaluation whose NLL is at least
     `tolerance` above that of reference, phi rises, and this NLL becomes the reference; the first
-    one is that at step 0. In a sweep every step writes, for members have thresholds of their own.
+    one is that at step 0. In a sweep, whose members have thresholds of their own, all of them write
+    at a step at which one does.
 
     Args:
         setting: of the phase.
@@ -101,7 +102,8 @@ def adaptive(
             rows = jax.tree.map(lambda x, y: jnp.where(drawn < phi, x, y), rows, state["rows"])
             return rows, state["buffer"], state["written"]
 
-        rows, buffer, written = jax.lax.cond(writes, new, old)
+        new_or_old = lambda: jax.lax.cond(writes, new, old)  # noqa: E731
+        rows, buffer, written = jax.lax.cond(_of_any(writes), new_or_old, old)
         used = drawn < phi
         counts = {"generated": used.astype(float), "all": 1.0}
         found = {"rows": rows, "used": used, "buffer": buffer, "written": written}
@@ -127,3 +129,14 @@ def adaptive(
         } | told(state["rows"], setting.description.eos)
 
     return Source(batch, init, refill, evaluated=evaluated, masks=(WRITTEN,), logged=logged)
+
+
+@jax.custom_batching.custom_vmap
+def _of_any(true: Array) -> Array:
+    """Itself, and under vmap whether it is of any member: one condition for all, which can skip."""
+    return true
+
+
+@_of_any.def_vmap
+def _(_size: int, _batched: list[bool], true: Array) -> tuple[Array, bool]:
+    return jnp.any(true, axis=0), False
