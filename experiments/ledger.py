@@ -267,7 +267,9 @@ def lines(row: Row, sources: list[str]) -> Iterator[list[str]]:
         }
         texts = [_text(scores[key], factor) for key in scores]
         epochs = "-" if network["epochs"] is None else f"{network['epochs']:.0f}"
-        how = [epochs, found["seeds"], found["device"], f"{found['seconds'] / 60:.0f} min"]
+        seconds = found["seconds"]
+        took = f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.0f} min"
+        how = [epochs, found["seeds"], found["device"], took]
         how += [found["commit"], found["data"]]
         yield [*about, *texts, published, verdict(scores, given), *how]
 

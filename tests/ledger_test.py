@@ -118,6 +118,13 @@ def test_verdicts(last, best, published, verdict):
     assert ledger.verdict(scores, published) == verdict
 
 
+@pytest.mark.parametrize("seconds,took", [(26, "26 s"), (60, "1 min"), (5400, "90 min")])
+def test_the_time_of_a_row(seconds, took):
+    measured = json.loads((ledger.ROOT / "experiments" / "measured" / "digits.json").read_text())
+    row = ledger.Row("digits", "python -m x --config=y", {}, measured | {"seconds": seconds})
+    assert [line[-3] for line in ledger.lines(row, [])] == [took] * 3
+
+
 def test_a_row_of_another_command_is_measured(copied):
     row = ledger.Row("new/row", "python -c 'print(\"accuracy % 12.34\")'", {}, None)
     ledger.measure(row)
