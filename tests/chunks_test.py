@@ -27,17 +27,17 @@ SHAPE, D, E, V = (3, 7), 8, 5, 53
 
 
 def normal(*shape, seed):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 STUDENT = (normal(*SHAPE, D, seed=0), normal(D, V, seed=1), normal(V, seed=2))
 NUMBERS = tuple(map(jnp.asarray, (1.5, 2.0)))  # temperature, weight
 TEACHER = Outputs(hidden=normal(*SHAPE, E, seed=3), head=Head(normal(E, V, seed=4)))
-WHERE = jax.random.bernoulli(jax.random.key(5), 0.7, SHAPE)
+WHERE = np.random.default_rng(5).random(SHAPE) < 0.7
 BATCH = {
-    "labels": jax.random.randint(jax.random.key(6), SHAPE, 0, V),
-    "where": WHERE,
-    "labelled": WHERE & (jnp.arange(SHAPE[1]) > 2),
+    "labels": jnp.asarray(np.random.default_rng(6).integers(V, size=SHAPE)),
+    "where": jnp.asarray(WHERE),
+    "labelled": jnp.asarray(WHERE & (np.arange(SHAPE[1]) > 2)),
     "inputs": jnp.zeros((3, 2)),
     "key": jax.random.key(7),
 }

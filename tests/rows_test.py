@@ -1,5 +1,6 @@
 """Rows that are not images: bytes, a causal model handed over, a label for every position."""
 
+import functools
 import json
 import pydoc_data.topics
 
@@ -37,7 +38,9 @@ def network(width, seed):
     return module.apply, module.init(jax.random.key(seed), jnp.zeros((1, T), int))
 
 
-NETWORKS = {"large": network(32, 0), "small": network(8, 1)}
+@functools.cache
+def networks():
+    return {"large": network(32, 0), "small": network(8, 1)}
 
 
 def examples(count, first, pad=0):
@@ -104,7 +107,7 @@ def config(**changes):
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("rows")
-    return workdir, run(config(), workdir, networks=NETWORKS, data=dataset())
+    return workdir, run(config(), workdir, networks=networks(), data=dataset())
 
 
 def restored(workdir, name):
@@ -116,7 +119,7 @@ def restored(workdir, name):
 def test_it_learns_and_is_evaluated_exactly(done):
     workdir, result = done
     inputs, labels, masks = examples(37, 400)
-    apply_fn, _ = NETWORKS["small"]
+    apply_fn, _ = networks()["small"]
     logits = np.asarray(apply_fn({"params": restored(workdir, "small")}, inputs), np.float64)
     log_q = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     nll = -np.take_along_axis(log_q, labels[..., None], axis=-1)[..., 0]
@@ -131,7 +134,7 @@ def test_it_learns_and_is_evaluated_exactly(done):
     found = np.asarray(last["class_accuracy"], float)
     np.testing.assert_allclose(found[counts > 0], of_class, rtol=1e-5)
     assert np.isnan(found[counts == 0]).all()
-    untrained = np.asarray(apply_fn(NETWORKS["small"][1], inputs), np.float64)
+    untrained = np.asarray(apply_fn(networks()["small"][1], inputs), np.float64)
     untrained -= np.log(np.exp(untrained).sum(axis=-1, keepdims=True))
     before = -np.take_along_axis(untrained, labels[..., None], axis=-1)[..., 0]
     assert last["nll"] < before[where].mean() - 1
@@ -149,7 +152,7 @@ def test_it_is_reported(done):
 @pytest.mark.long
 def test_what_does_not_count_changes_nothing(done, tmp_path):
     _, result = done
-    other = run(config(), tmp_path, networks=NETWORKS, data=dataset(garbage=1))
+    other = run(config(), tmp_path, networks=networks(), data=dataset(garbage=1))
     for name in ("large", "small"):
         found, expected = (x["networks"][name] for x in (other, result))
         # A causal model does not see what comes after; padding stands at the end.
@@ -165,14 +168,14 @@ def test_it_resumes_bitwise(done, tmp_path):
         pass
 
     workdir = tmp_path / "run"
-    run(config(phases=config()["phases"]), workdir, networks=NETWORKS, data=dataset())
+    run(config(phases=config()["phases"]), workdir, networks=networks(), data=dataset())
     for step in (20, 15):  # as if it had been killed after the save of step 10
         path = workdir / "checkpoints" / str(step)
         for file in sorted(path.rglob("*"), reverse=True):
             file.unlink() if file.is_file() else file.rmdir()
         if path.exists():
             path.rmdir()
-    again = run(config(), workdir, networks=NETWORKS, data=dataset())
+    again = run(config(), workdir, networks=networks(), data=dataset())
     assert again["networks"]["small"]["sha256"] == result["networks"]["small"]["sha256"]
     assert json.loads((workdir / "result.json").read_text())["networks"].keys() == {
         "large",
@@ -187,7 +190,7 @@ def test_it_sweeps(done, tmp_path):
         config(),
         tmp_path,
         over={"small.terms.distill.divergence.alpha": [0.8, 1.0]},
-        networks=NETWORKS,
+        networks=networks(),
         data=dataset(),
     )
     assert [row["small.terms.distill.divergence.alpha"] for row in rows] == [0.8, 1.0]
@@ -201,7 +204,7 @@ def test_a_mask_that_the_data_lacks_is_refused_by_name(tmp_path):
     bad = config()
     bad["small"]["terms"]["capital"]["where"] = "kapital"
     with pytest.raises(ValueError, match=r"small\.terms\.capital\.where must be one of .*capital"):
-        train_and_evaluate(bad, tmp_path, networks=NETWORKS, data=dataset())
+        train_and_evaluate(bad, tmp_path, networks=networks(), data=dataset())
 
 
 def test_labels_withheld_from_images_alone():
