@@ -18,11 +18,32 @@ import jax
 import pytest
 from hypothesis import settings
 
+from abkd_jax import figures, files
+
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """Decoded images of this session are nobody else's."""
     os.environ["ABKD_JAX_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
+_OF_PICTURES = ("figures_test", "report_test", "rows_test")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures(request):
+    """Where no test looks at pictures their files are empty: to draw is a third of a short run."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.stem not in _OF_PICTURES:
+            patch.setattr(figures, "save", _empty)
+        yield
+
+
+def _empty(figure, path):
+    place = files.path_of(path, "path")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    files.write(place, b"")
+    return path
 
 
 @pytest.fixture(scope="module")

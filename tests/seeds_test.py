@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from abkd_jax import data, figures, load, train_and_evaluate
+from abkd_jax import data, load, train_and_evaluate
 from abkd_jax.run.log.progress import Progress
 from abkd_jax.run.log.writer import read
 
@@ -83,14 +83,6 @@ def refusal(call, *args, **options):
     message = str(refused.value)
     assert "\n" not in message and message.endswith(".")
     return message
-
-
-@pytest.fixture(scope="module", autouse=True)
-def undrawn():
-    """Reports without their pictures, which take most of the time of runs as small as these."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "save", lambda figure, path: path)
-        yield
 
 
 @contextlib.contextmanager
