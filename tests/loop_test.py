@@ -472,6 +472,42 @@ def test_a_run_that_is_done_says_its_result_at_once(tmp_path, capsys):
 
 
 @pytest.mark.long
+def test_a_run_that_was_evaluated_on_the_way_is_not_done(tmp_path):
+    with stopped_at(3):
+        run_alone(tmp_path)
+    given = {"teacher": function_teacher()}
+    options = dict(networks=given, data=dataset(), evaluate_only=True)
+    looked = train_and_evaluate(alone(), tmp_path, **options)
+    assert looked["networks"]["student"]["steps"] == 3 and (tmp_path / "report.md").exists()
+    assert run_alone(tmp_path)["networks"]["student"]["steps"] == 5
+
+
+@pytest.mark.long
+def test_a_phase_gets_no_longer_once_others_learned_from_it(tmp_path, capsys):
+    """The last one does: by a length of its own, or by the config's if the teacher keeps its."""
+    train = lambda made: train_and_evaluate(made, tmp_path, data=dataset())  # noqa: E731
+    made = config()
+    train(made)
+    own = {"num_steps": 8}
+    phases = {name: dict(phase) for name, phase in made["phases"].items()}
+    for changes in (own, dict(phases=phases | dict(teacher=phases["teacher"] | own))):
+        with pytest.raises(ValueError) as refused:
+            train(made | changes)
+        assert str(refused.value) == (
+            "phases.teacher.num_steps must be 5, after which the phase distill began in "
+            f"{tmp_path}; found 8. Give it that (a phase without has the config's), or choose "
+            "another workdir."
+        )
+    assert train(made)["networks"]["student"]["steps"] == 5  # it is as it was
+    result = train(made | dict(phases=phases | dict(distill=phases["distill"] | own)))
+    assert [result["networks"][x]["steps"] for x in ("teacher", "student")] == [5, 8]
+    assert "distill.num_steps (5 there, 8 here)" in capsys.readouterr().err
+    kept = dict(phases=phases | dict(teacher=phases["teacher"] | {"num_steps": 5}))
+    result = train(made | kept | {"num_steps": 11})
+    assert [result["networks"][x]["steps"] for x in ("teacher", "student")] == [5, 11]
+
+
+@pytest.mark.long
 def test_a_run_that_is_done_can_be_made_longer(tmp_path, capsys):
     expected = run_alone(tmp_path / "whole", num_steps=9)
     run_alone(tmp_path / "run")
@@ -534,12 +570,13 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_has_step_0_once(tmp_p
     assert [row["step"] for row in rows(tmp_path)] == [0, 2, 2]
 
 
-def test_a_trace_is_of_the_last_phase_alone(tmp_path):
+def test_a_trace_is_of_the_last_phase_alone(tmp_path, capsys):
     """Which is too short for one here, in contrast to the one before."""
     made = config(num_steps=2)
     made["phases"]["teacher"]["num_steps"] = 12
     train_and_evaluate(made, tmp_path, data=dataset(), profile=True)
     assert not (tmp_path / "profile").exists()
+    assert "profile: no trace, for too few steps were left to train." in capsys.readouterr().err
 
 
 @pytest.mark.slow

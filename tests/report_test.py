@@ -220,6 +220,13 @@ def test_the_page_says_what_was_run_with_what(tmp_path):
     assert "Made with jax 0.10.2, flax 0.12.1; commit `abc1234`; on cpu: 2 cores." in page
 
 
+def test_no_number_of_labels_is_told_where_all_are_used(tmp_path):
+    config = copy.deepcopy(CONFIG)
+    config["config"]["data"]["labelled"] = 0
+    page = written(tmp_path, OFFLINE, config=config)
+    assert "Phase `distill` trained `student` from `teacher`. " in page and " 0 " not in page[:900]
+
+
 def test_a_network_that_then_learned_on_all_is_no_baseline(tmp_path):
     """What the student gains within classes is told against one on the labels alone."""
     *before, last = OFFLINE["phases"]
@@ -358,7 +365,13 @@ def test_a_network_of_two_phases(tmp_path):
         "labels. The student is distilled by `alpha_beta("
     ) in page
     assert page.count("distilled by") == 1
-    assert cells(page, "| network | accuracy", ["student"])["time"] == "3.5 s"  # of both phases
+    told = cells(page, "| network | accuracy", ["student"])
+    assert (told["time"], told["steps"]) == ("3.5 s", "1,800")  # of both phases
+    best = dict(step=400, score=0.5, scores=scores(0.9, [0.5] * 6))
+    result = copy.deepcopy(WARM)
+    result["networks"]["student"]["best"] = best
+    (tmp_path / "best").mkdir()
+    assert "| student | 700 |" in written(tmp_path / "best", result, config=config)
     assert page.count("| student | 95.43 |") == 1
     assert "At a thin line a network's next phase begins.*" in page
     for axes, points in zip(

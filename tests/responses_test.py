@@ -1,5 +1,6 @@
 """Files of responses: what is written, goes on, is refused, and is judged."""
 
+import fcntl
 import gzip
 import json
 import pathlib
@@ -24,7 +25,7 @@ FIELDS = dict(num_classes=257, width=8, layers=1, heads=2, mlp_width=8)
 WRITING = Writing(max_prompt=6, max_new_tokens=5, samples=2, batch_size=2, seed=3)
 LINES = [
     {"prompt": "alpha", "response": "beta", "task": 1},
-    {"prompt": "a longer prompt", "references": ["one", "two"]},
+    {"prompt": "a longer prompt", "references": ["one", "two"], "response": "three"},
     {"prompt": "x"},
 ]
 
@@ -48,7 +49,11 @@ def test_lines_are_what_the_network_writes(network, prompts, tmp_path):
     assert respond(*network, BYTES, prompts, out, WRITING) == 6
     found = samples.read_lines(out)
     assert [line["prompt"] for line in found] == [x["prompt"] for x in LINES for _ in range(2)]
-    assert [line.get("references") for line in found[::2]] == [["beta"], ["one", "two"], None]
+    assert [line.get("references") for line in found[::2]] == [
+        ["beta"],
+        ["three", "one", "two"],
+        None,
+    ]
     assert found[0]["task"] == 1
     ids = [list(line["prompt"].encode())[-6:] for line in LINES]
     for first, rows in ((0, ids[:2]), (2, [ids[2], ids[2]])):
@@ -79,6 +84,20 @@ def test_a_file_goes_on_where_it_was_cut(network, prompts, tmp_path, kept):
     out.write_bytes(b"".join(lines[:kept]) + (lines[kept][:7] if kept < 6 else b""))
     assert respond(*network, BYTES, prompts, out, WRITING) == 6
     assert out.read_bytes() == whole
+
+
+def test_one_process_at_a_time_writes_a_file_and_no_more_than_it_is_to_have(
+    network, prompts, tmp_path
+):
+    out = tmp_path / "out.jsonl"
+    respond(*network, BYTES, prompts, out, WRITING)
+    with (tmp_path / "out.jsonl.settings.json").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert refused(network, prompts, out) == f"another process is writing {out}."
+    whole = out.read_bytes()
+    out.write_bytes(whole + whole)
+    expected = f"{out} must be a file of at most 6 lines; found 12."
+    assert refused(network, prompts, out) == expected and out.read_bytes() == whole + whole
 
 
 def refused(network, prompts, out, writing=WRITING, tokenizer=BYTES, **changes):

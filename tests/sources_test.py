@@ -138,6 +138,10 @@ def test_data_stay_where_nothing_was_written():
         assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), found[name], value))
     assert (found["sampled"] == -1).all() and (found["log_probs"] == 0).all()
     assert not found["written"].any()
+    own = written.writer(own, "student", "corpus", 5, 1.0, 0, 1.0)
+    told = own({"student": Network(variables["params"])}, batch, jax.random.key(5), jnp.asarray(0))
+    assert not told["where"][0].any() and (told["log_probs"][0] == 0).all()
+    assert told["where"][1].any() and (told["log_probs"][1] == rows["log_probs"][1]).all()
     found = written.in_place_of(batch, rows, jnp.asarray(True), mask="corpus")
     assert of(found["inputs"])[0] == [1, 2, 3, 4, 5] and of(found["inputs"])[1][:3] == [4, 3, 2]
     assert (found["sampled"][0] == -1).all() and (found["sampled"][1] >= 0).any()

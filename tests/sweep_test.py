@@ -15,6 +15,7 @@ import abkd_jax
 from abkd_jax import data, parallel, sweep
 from abkd_jax.run.log.progress import Progress
 from abkd_jax.run.loop import train_and_evaluate
+from abkd_jax.sweep import members as of_members
 from abkd_jax.sweep import memory
 from abkd_jax.sweep.table import shown
 from abkd_jax.tasks import Column, Task, classification
@@ -475,6 +476,52 @@ def test_networks_that_learn_together(tmp_path):
             np.testing.assert_allclose(b[1], a, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("select", ["teacher", None])
+def test_the_best_point_of_several_networks_is_by_the_score_that_selects(tmp_path, select):
+    together = dict(together=dict(learn=("teacher", "student"), select=select))
+    values = config(num_steps=4, checkpoint_every=4, phases=together)
+    values["teacher"] = values["teacher"] | dict(init_seed=9)
+    rows = sweep.sweep(values, tmp_path, over={RATE: [0.0, 0.3]}, init_seeds=1, data=dataset())
+    of_each = ("validation_accuracy", "validation_student_accuracy")
+    if select is None:
+        of_each = ("validation_teacher_accuracy", "validation_student_accuracy")
+        means = [np.mean([row[key] for key in of_each]) for row in rows]
+        np.testing.assert_allclose([row["validation_accuracy"] for row in rows], means, rtol=1e-6)
+    assert {"validation_accuracy", *of_each} <= set(rows[0])
+    known = [key for key in rows[0] if key.startswith("validation_")]
+    assert known[0] == "validation_accuracy"
+    by = sweep.best(rows, by="validation_accuracy")
+    assert sweep.best(rows) == by
+
+
+@pytest.mark.long
+def test_members_begin_with_the_best_state_if_the_phase_does(tmp_path):
+    """A first phase that loses what it learned, and a second that does not learn."""
+    lost = dict(fn="piecewise", start=0.5, factor=100.0, boundaries=(8,))
+    sgd = lambda rate: dict(optimizer=dict(fn="sgd", learning_rate=rate, momentum=0.0))  # noqa: E731
+    warm = dict(learn=("student",), num_steps=12, student=sgd(lost))
+    task = config()["student"]["terms"]["task"]
+    warm["student"]["terms"] = dict(task=task)
+    phases = dict(warm=warm, distill=DISTILL | dict(start="best"))
+    teacher = {"teacher": (lambda w, x: x @ w, np.eye(DIM, K, dtype=np.float32))}
+    values = config(phases=phases, num_steps=4, checkpoint_every=4) | dict(
+        teacher=dict(model=dict(fn="given"))
+    )
+    values["student"] = values["student"] | sgd(0.0)
+    options = dict(networks=teacher, data=dataset())
+    sweep.sweep(values, tmp_path / "sweep", over={WEIGHT: [0.5, 2.0]}, **options)
+    train_and_evaluate(values, tmp_path / "single", **options)
+    expected = states(tmp_path / "single")["student"]["params"]
+    last = states(tmp_path / "single" / "warm")["student"]["params"]
+    found = states(tmp_path / "sweep" / "members_00000")["student"]["params"]
+    for a, b in zip(*map(jax.tree.leaves, (expected, found)), strict=True):
+        np.testing.assert_array_equal(np.stack([a, a]), b)
+    assert not jax.tree.all(jax.tree.map(np.array_equal, expected, last))
+    with pytest.raises(ValueError, match="seeds must be 1, for student has learned before"):
+        sweep.sweep(values, tmp_path / "n", over={WEIGHT: [1.0]}, init_seeds=2, **options)
+
+
 @pytest.mark.parametrize(
     ("over", "options", "sentence"),
     [
@@ -564,3 +611,17 @@ def test_a_sweep_is_one_compilation(tmp_path, monkeypatch, caplog):
     with jax.log_compiles():
         sweep.sweep(config(), tmp_path, over={ALPHA: [1.0, 0.5, 0.0]}, data=dataset())
     assert caplog.text.count("Compiling jit(_member)") == 1
+
+
+@pytest.mark.slow
+def test_chunks_are_evaluated_by_the_same_program(tmp_path, monkeypatch):
+    traced = []
+    sums = of_members._sums
+    monkeypatch.setattr(of_members, "_sums", lambda *args: traced.append(1) or sums(*args))
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+    values = config(num_steps=4, checkpoint_every=4)
+    over = {ALPHA: [1.0, 0.5, 0.0]}
+    sweep.sweep(values, tmp_path / "a", over=over, chunk=1, data=dataset())
+    once = len(traced)
+    sweep.sweep(values, tmp_path / "b", over={ALPHA: [1.0]}, chunk=1, data=dataset())
+    assert once == len(traced) - once > 0

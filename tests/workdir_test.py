@@ -387,6 +387,30 @@ def test_what_differs_is_named_with_both_values(tmp_path):
     )
 
 
+@pytest.mark.parametrize("key", ["sweep", "contents"])
+def test_a_folder_of_a_sweep_or_of_known_contents_is_no_other_run_s(tmp_path, key):
+    folders.claim(tmp_path, about() | {key: {"a": 1}})
+    assert f"these differ: {key}.a (1 there, 'absent' here)" in refusal(
+        folders.claim, tmp_path, about()
+    )
+    folders.claim(tmp_path, about() | {key: {"a": 1}})
+
+
+def test_lengths_of_phases_are_the_configs_unless_they_have_their_own(tmp_path, capsys):
+    made = about(num_steps=5, phases=dict(a={}, b=dict(num_steps=7)))
+    folders.claim(tmp_path, made)
+    folders.claim(
+        tmp_path, about(num_steps=5, phases=dict(a=dict(num_steps=5), b=dict(num_steps=7)))
+    )
+    kept = about(num_steps=9, phases=dict(a=dict(num_steps=5), b=dict(num_steps=7)))
+    folders.claim(tmp_path, kept, longer=True)
+    assert "goes on with num_steps (5 there, 9 here);" in capsys.readouterr().err
+    found = refusal(
+        folders.claim, tmp_path, about(num_steps=9, phases=dict(a={}, b=dict(num_steps=7)))
+    )
+    assert "these differ: phases.a.num_steps (5 there, 9 here)." in found
+
+
 def test_a_folder_may_become_that_of_more_steps_alone(tmp_path, capsys):
     """And then what the shorter run ended with is gone."""
     folders.claim(tmp_path, about(num_steps=5))

@@ -19,7 +19,7 @@ from abkd_jax.checks import require
 from abkd_jax.config.build import Builder, refusing
 from abkd_jax.config.dry_run import dry_run
 from abkd_jax.config.networks import check_twins, networks_of
-from abkd_jax.config.plan import GIVEN, SPLITS, Learner, Phase, Plan, network_groups
+from abkd_jax.config.plan import GIVEN, SPLITS, Learner, Network, Phase, Plan, network_groups
 from abkd_jax.config.vocabularies import check_vocabularies
 from abkd_jax.models import Adapted, Decoder, base_of
 from abkd_jax.sources import Setting
@@ -196,12 +196,16 @@ def _check_responses(plan: Plan) -> None:
 def _check_seeds(plan: Plan) -> None:
     """Refuses several init seeds where none tells the networks apart, or one is too large."""
     count, learned = plan.config["init_seeds"], {name: plan.networks[name] for name in plan.seeded}
-    drawn = lambda x: isinstance(x.module, Adapted) or not (x.weights or x.given)  # noqa: E731
-    new = [x.init_seed for x in learned.values() if drawn(x)]
+    new = [x.init_seed for x in learned.values() if is_drawn(x)]
     of = " and ".join(sorted(learned))
     expected = f"1, for a seed changes nothing where the parameters of {of} are given"
     require(new, "init_seeds", expected, count)
     check_seeds(new, count)
+
+
+def is_drawn(network: Network) -> bool:
+    """Whether its init seed draws parameters of a network, or factors beside them."""
+    return isinstance(network.module, Adapted) or not (network.weights or network.given)
 
 
 def check_seeds(first: Iterable[int], count: int) -> None:

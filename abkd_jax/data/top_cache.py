@@ -214,6 +214,7 @@ def write_top_cache(
     shard_rows: int = 1024,
     process_index: int = 0,
     process_count: int = 1,
+    once: Callable[[Callable[[], None]], None] = lambda claim: claim(),
 ) -> TopCache:
     """Writes a teacher's outputs for each row of a split, or goes on with it.
 
@@ -231,6 +232,7 @@ def write_top_cache(
         shard_rows: rows of a shard.
         process_index: of this process.
         process_count: of all.
+        once: calls what one of the processes is to do while the others wait.
 
     Returns:
         The cache, complete if there is no other process.
@@ -246,7 +248,7 @@ def write_top_cache(
     sizes = {"rows": len(order), "predicted": int(counts.sum()), "shard_rows": shard_rows}
     about = {**about, "tokens": _digest(hashes), **sizes, "version": _VERSION}
     cache = TopCache(pathlib.Path(folder), about)
-    _claim(cache, hashes)
+    once(lambda: _claim(cache, hashes))
     missing = [index for index, path in enumerate(cache.shards) if not path.exists()]
     begun, done = time.monotonic(), 0
     for index in missing:

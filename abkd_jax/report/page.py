@@ -107,7 +107,8 @@ def _what_was_run(report: Report, data_name: str) -> list[str]:
             said.append(f"The {name} was given.")
         if group.get("weights"):
             said.append(f"The {name} was loaded by `{_call(group['weights'])}`.")
-    labelled, num_classes = report.config["data"].get("labelled"), report.result["num_classes"]
+    labelled = report.config["data"].get("labelled") or None  # 0 for all of them
+    num_classes = report.result["num_classes"]
     for phase in report.phases:
         learners = markdown.names(phase["learn"]) + " together" * (len(phase["learn"]) > 1)
         others = f" from {markdown.names(phase['see'])}" if phase["see"] else ""
@@ -152,7 +153,8 @@ def _results(report: Report, task: Task) -> str:
     rows, columns = [], task.columns
     compares = any(x.get("published") is not None for x in report.networks.values())
     for name, network in report.networks.items():
-        seeds, size, steps = report.seeds(name), network["parameters"], network["steps"]
+        seeds, size = report.seeds(name), network["parameters"]
+        steps = _before(report, name) + network["steps"]
         scores = markdown.cells(columns, *(seed["last"] for seed in seeds))
         histories = [report.history(name, seed)[0] for seed in range(len(seeds))]
         time = _time(itertools.chain(*histories))
@@ -207,7 +209,7 @@ def _best(report: Report, task: Task) -> list[str]:
         best = [seed["best"] for seed in seeds]
         chosen = score.cell(*(one["score"] for one in best))
         cells = markdown.cells(task.columns, *(one["scores"] for one in best))
-        rows.append([name, _steps(seeds), chosen, *cells])
+        rows.append([name, _steps(seeds, _before(report, name)), chosen, *cells])
     how = f", measured on {evaluated} data, which had no part in the selection:"
     if selected == evaluated:
         how = f". These figures are selected on {evaluated} data, as the published protocol does, "
@@ -220,10 +222,16 @@ def _best(report: Report, task: Task) -> list[str]:
     return said
 
 
-def _steps(seeds: Sequence[Mapping[str, Any]]) -> str:
-    """The best step, or the first and the last one of several seeds."""
+def _before(report: Report, name: str) -> int:
+    """The steps of a network's phases before its last one."""
+    begins = report.history(name)[1]
+    return begins[-1] if begins else 0
+
+
+def _steps(seeds: Sequence[Mapping[str, Any]], before: int) -> str:
+    """The best step, or the first and the last one of several seeds, of all phases."""
     steps, last = sorted({seed["best"]["step"] for seed in seeds}), seeds[0]["steps"]
-    said = [f"{step:,}" + " (last)" * (step == last) for step in steps]
+    said = [f"{before + step:,}" + " (last)" * (step == last) for step in steps]
     return " to ".join([said[0], *said[1:][-1:]])
 
 

@@ -19,7 +19,7 @@ from abkd_jax.losses.chunks import default_chunk
 from abkd_jax.run import phases
 from abkd_jax.run import workdir as folders
 from abkd_jax.run.interruption import Interruption
-from abkd_jax.train import Networks, eval_outputs, frozen
+from abkd_jax.train import Networks, eval_outputs, frozen, hosts
 from abkd_jax.train.checkpoint import digest
 from abkd_jax.train.sharding import sharded
 from abkd_jax.types import Batch, Top
@@ -72,7 +72,7 @@ def cache_teacher(
         teacher = sharded({network: state}, mesh)
         forward = functools.partial(_top, teacher, k=k, chunk=chunk, mesh=mesh)
         options = {"size": plan.config["batch_size"], "preprocess": run.data.preprocess}
-        options |= {"shard_rows": shard_rows, "about": about} | own
+        options |= {"shard_rows": shard_rows, "about": about, "once": hosts.by_first} | own
         return write_top_cache(folder, run.data.full, forward, **options)
 
 

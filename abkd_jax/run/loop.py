@@ -17,6 +17,7 @@ from abkd_jax import data as datasets
 from abkd_jax import files, models, parallel
 from abkd_jax.config.plan import Phase
 from abkd_jax.config.schema import identified, resolve
+from abkd_jax.config.weights import read_about
 from abkd_jax.run import phases
 from abkd_jax.run import workdir as folders
 from abkd_jax.run.answers import Answers, with_answers
@@ -57,7 +58,8 @@ def train_and_evaluate(
 ) -> dict[str, Any]:
     """Trains and evaluates all that a config asks for, or goes on where the workdir stands.
 
-    A run that is done is told at once, and goes on under a larger `num_steps` or `init_seeds`.
+    A run that is done is told at once, and goes on under more `init_seeds` or a larger `num_steps`,
+    but not that of a phase from which a later one has learned.
 
     Several `init_seeds` train one after the other, by the same compiled steps: each the networks of
     `Plan.seeded`, the students of one teacher.
@@ -106,19 +108,46 @@ def train_and_evaluate(
         if evaluate_only and not hosts.agree((run.workdir / "config.json").exists()):
             return _of_ready(run, {n: x for n, x in ready.items() if n in plan.judged})
         about = phases.identity(run, plan.phases[-1])
+        hosts.by_first(lambda: _check_lengths(run, about))
         hosts.by_first(lambda: folders.claim(run.workdir, about, longer=not evaluate_only))
         for seed in range(plan.config["init_seeds"]):
             member = phases.of_seed(run, seed)
             results = _run_phases(member, ready, first, trains=not evaluate_only)
             found.append(_evaluated(member, ready, results))
             first = first or results
+        if profile and hosts.is_first() and not (run.workdir / "profile").exists():
+            print("profile: no trace, for too few steps were left to train.", file=sys.stderr)
         return _conclude(run, found)
 
 
 def _done(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a run of the config ended with in a folder; None if none has."""
     found = folders.stored(folder)
-    return found if found is not None and folders.is_of(folder, config) else None
+    if found is None or not folders.is_of(folder, config):
+        return None
+    for network in found["networks"].values():  # of which some were evaluated on the way
+        phase = config["phases"].get(network["phase"], {})
+        steps = phase.get("num_steps", config["num_steps"])
+        if network["phase"] and any(x["steps"] < steps for x in network.get("seeds", [network])):
+            return None
+    return found
+
+
+def _check_lengths(run: Run, about: Mapping[str, Any]) -> None:
+    """Refuses more steps of a phase from whose end a later one has begun to learn."""
+    if not folders.is_shorter(run.workdir, about):
+        return
+    config = read_about(run.workdir)["config"]
+    for number, phase in enumerate(run.plan.phases):
+        steps = config["phases"].get(phase.name, {}).get("num_steps", config["num_steps"])
+        for later in run.plan.phases[number + 1 :] if phase.num_steps > steps else ():
+            begun = (run.workdir / later.folder / FOLDER).exists()
+            if begun and not set(phase.learners).isdisjoint((*later.see, *later.learners)):
+                raise ValueError(
+                    f"phases.{phase.name}.num_steps must be {steps}, after which the phase "
+                    f"{later.name} began in {run.workdir}; found {phase.num_steps}. Give it that "
+                    "(a phase without has the config's), or choose another workdir."
+                )
 
 
 def _of_ready(run: Run, ready: Networks) -> dict[str, Any]:
@@ -172,10 +201,7 @@ def run_phase(
     Raises:
         ValueError: one sentence, if there is nothing to restore.
     """
-    if phase.start == "best":
-        states = dict(states)
-        for before in results.values():
-            states |= {name: x for name, x in before.best.items() if name in phase.learners}
+    states = phases.starting(phase, states, results)
     folder = folders.of_seed(run.workdir / phase.folder, run.seed)
     about = phases.identity(run, phase)
     hosts.by_first(lambda: folder.mkdir(exist_ok=True))

@@ -267,6 +267,20 @@ def _fitting(run: Run, name: str, weights: Weights) -> Mapping[str, Any]:
     return jax.tree.map_with_path(in_its, dict(variables))
 
 
+def starting(phase: Phase, states: Networks, results: Mapping[str, Any]) -> Networks:
+    """What is known of networks as a phase begins: its learners as its `start` says.
+
+    Args:
+        phase: that begins.
+        states: of the networks that were ready, or that learned in an earlier phase, at their last.
+        results: of the phases before, by name, with `best`.
+    """
+    states = dict(states)
+    for before in results.values() if phase.start == "best" else ():
+        states |= {name: x for name, x in before.best.items() if name in phase.learners}
+    return states
+
+
 def learners_of(run: Run, phase: Phase, states: Networks) -> Networks:
     """The networks that learn in a phase, at its step 0.
 

@@ -28,7 +28,7 @@ from abkd_jax.train.checkpoint import FOLDER, Checkpoints
 from abkd_jax.train.sharding import sharded
 from abkd_jax.types import named_leaves
 
-_PROFILED = range(5, 10)  # the steps of a process that a trace shows
+_PROFILED = range(5, 10)  # the calls that a trace shows, of `steps_per_call` steps each
 
 
 def train_phase(
@@ -295,7 +295,7 @@ def selecting(data: datasets.DataSet) -> tuple[str, datasets.Split | datasets.St
 
 @contextlib.contextmanager
 def _profiled(feed: Callable, run: Run, phase: Phase) -> Iterator[Callable[[int, int], Any]]:
-    """The feed, which traces some of this process's steps on the way if it is wanted."""
+    """The feed, which traces some of this process's calls on the way if it is wanted."""
     calls = itertools.count()
     with contextlib.ExitStack() as trace:
 

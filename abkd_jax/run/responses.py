@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import gzip
 import hashlib
 import json
@@ -27,6 +28,7 @@ from abkd_jax.train.checkpoint import FOLDER, digest
 from abkd_jax.types import Tokens
 
 _PLAIN = "{prompt}"
+_REFERENCES = ("response", "references")  # of a line of prompts, in this order
 
 
 class Writing(NamedTuple):
@@ -71,8 +73,8 @@ def respond(
         tokenizer: of its ids.
         prompts: JSON Lines (.jsonl or .jsonl.gz), each with `prompt`.
         out: JSON Lines, in the order of the prompts and of their samples: each line has what that
-            of its prompt has, its response now one of `references`; `response`, and of it with its
-            end `ids` and `log_prob`; `stopped`, whether it ended of itself. Beside it
+            of its prompt has, its response now the first of `references`; `response`, and of it
+            with its end `ids` and `log_prob`; `stopped`, whether it ended of itself. Beside it
             OUT.settings.json says how it was made; a file of other settings is refused. Killed at
             any moment, the same call goes on with the batch that was not complete, and writes the
             same.
@@ -93,27 +95,26 @@ def respond(
     check_length(module, writing.max_prompt + writing.max_new_tokens)
     network = digest(variables["params"])[:12]
     settings = {**writing._asdict(), "network": network, "prompts": _identity(prompts)}
-    _claim(out.with_name(f"{out.name}.settings.json"), settings, out)
-    per_batch = writing.batch_size * writing.samples
-    done = _complete(out, per_batch, len(lines) * writing.samples) // writing.samples
-    start, count, first = time.monotonic(), 0, done
-    with out.open("ab") as file:
-        while done < len(lines):
-            batch = asked[done : done + writing.batch_size]
-            found = _responses(module, variables, tokenizer, batch, done, writing)
-            file.write("".join(f"{json.dumps(line)}\n" for line in found).encode())
-            file.flush()
-            os.fsync(file.fileno())
-            done += len(batch)
-            count += sum(len(line["ids"]) for line in found)
-            seconds = time.monotonic() - start
-            left = (len(lines) - done) * seconds / (done - first)
-            print(
-                f"{done}/{len(lines)} prompts, {count / seconds:,.1f} tokens/s, ETA {left:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
-    return done * writing.samples
+    about = out.with_name(f"{out.name}.settings.json")
+    _claim(about, settings, out)
+    with _alone(about, out):
+        whole, per_batch = (x * writing.samples for x in (len(lines), writing.batch_size))
+        done = _complete(out, per_batch, whole) // writing.samples
+        start, count, first = time.monotonic(), 0, done
+        with out.open("ab") as file:
+            while done < len(lines):
+                batch = asked[done : done + writing.batch_size]
+                found = _responses(module, variables, tokenizer, batch, done, writing)
+                file.write("".join(f"{json.dumps(line)}\n" for line in found).encode())
+                file.flush()
+                os.fsync(file.fileno())
+                done += len(batch)
+                count += sum(len(line["ids"]) for line in found)
+                seconds = time.monotonic() - start
+                left = (len(lines) - done) * seconds / (done - first)
+                speed = f"{count / seconds:,.1f} tokens/s, ETA {left:.0f} s"
+                print(f"{done}/{len(lines)} prompts, {speed}", file=sys.stderr, flush=True)
+    return whole
 
 
 def _responses(
@@ -170,12 +171,11 @@ def prompt_ids(
 
 
 def _with_references(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A line, its response, or several, as references."""
-    found = {"references": line["response"]} if "response" in line else {}
-    found = {**found, **{key: x for key, x in line.items() if key != "response"}}
-    if isinstance(found.get("references"), str):
-        found["references"] = [found["references"]]
-    return found
+    """A line, its response, or several, as the first of its references."""
+    known = [line[key] for key in _REFERENCES if key in line]
+    texts = [text for x in known for text in ([x] if isinstance(x, str) else x)]
+    rest = {key: x for key, x in line.items() if key not in _REFERENCES}
+    return ({"references": texts} if known else {}) | rest
 
 
 def opened(model: str) -> tuple[Any, Any, Tokenizer, str]:
@@ -267,12 +267,26 @@ def _claim(path: pathlib.Path, settings: Mapping[str, Any], out: pathlib.Path) -
         require(found.get(name) == value, name, expected, value)
 
 
+@contextlib.contextmanager
+def _alone(settings: pathlib.Path, out: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes out of a file, by a lock on that of its settings."""
+    with settings.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing {out}.") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
 def _complete(out: pathlib.Path, per_batch: int, whole: int) -> int:
     """How many lines of whole batches a file has, which is cut to them."""
     if not out.exists():
         return 0
     with out.open("rb+") as file:
         lines = [line for line in file if line.endswith(b"\n")]
+        require(len(lines) <= whole, f"{out}", f"a file of at most {whole} lines", len(lines))
         kept = len(lines) if len(lines) == whole else len(lines) // per_batch * per_batch
         file.truncate(sum(map(len, lines[:kept])))
     return kept

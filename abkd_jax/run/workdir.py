@@ -163,7 +163,7 @@ def claim(workdir: pathlib.Path, about: Mapping[str, Any], *, longer: bool = Fal
     if not path.exists():
         write_json(path, {**about, **_origin()})
         return
-    differing = _differing(weights.read_about(workdir), about)
+    differing = _differing_in(workdir, about)
     if longer and differing and all(map(_is_longer, differing)):
         steps = [difference for difference in differing if difference[0] != "init_seeds"]
         if steps:
@@ -181,6 +181,19 @@ def claim(workdir: pathlib.Path, about: Mapping[str, Any], *, longer: bool = Fal
             f"{f', and {len(differing) - 8} more' if len(differing) > 8 else ''}. "
             "Choose another workdir, or the config of that run."
         )
+
+
+def is_shorter(workdir: pathlib.Path, about: Mapping[str, Any]) -> bool:
+    """Whether the folder is that of the same run with fewer steps or init seeds."""
+    differing = _differing_in(workdir, about) if (workdir / "config.json").exists() else []
+    return bool(differing) and all(map(_is_longer, differing))
+
+
+def _differing_in(workdir: pathlib.Path, about: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """As `_differing`, of all that identifies the one or the other."""
+    found = weights.read_about(workdir)
+    of_either = {key: None for key in ("contents", "sweep") if key in found}
+    return _differing(found, of_either | about)
 
 
 def stored(workdir: pathlib.Path) -> dict[str, Any] | None:
@@ -203,16 +216,30 @@ def is_of(workdir: pathlib.Path, config: Mapping[str, Any]) -> bool:
 
 def _differing(found: Mapping[str, Any], about: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """(dotted path, value there, value here) of what is not the same."""
-    there = _flat({key: found.get(key) for key in about})
-    here = _flat(json.loads(json.dumps(about)))
+    there = _flat(_with_lengths({key: found.get(key) for key in about}))
+    here = _flat(_with_lengths(json.loads(json.dumps(about))))
     paths = [(path.removeprefix("config."), path) for path in {**there, **here}]
-    return [
+    differing = [
         (name, there.get(path, _ABSENT), here.get(path, _ABSENT))
         for name, path in paths
         if name not in _PLACES
         and there.get(path, _ABSENT) != here.get(path, _ABSENT)
         and (path, here.get(path)) != _LEFT_OPEN
     ]
+    of_all = [values for name, *values in differing if name == "num_steps"]
+    own = lambda name: name.startswith("phases.") and name.endswith(".num_steps")  # noqa: E731
+    return [x for x in differing if not (own(x[0]) and list(x[1:]) in of_all)]
+
+
+def _with_lengths(about: Mapping[str, Any]) -> dict[str, Any]:
+    """With the `num_steps` of each phase, which a config may leave to that of all."""
+    config = about.get("config") or {}
+    if not {"phases", "num_steps"} <= config.keys():
+        return dict(about)
+    phases = {
+        name: {"num_steps": config["num_steps"]} | phase for name, phase in config["phases"].items()
+    }
+    return {**about, "config": {**config, "phases": phases}}
 
 
 def _is_longer(difference: tuple[str, Any, Any]) -> bool:

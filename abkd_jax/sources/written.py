@@ -93,7 +93,8 @@ def writer(
         )
         before = ((0, 0), (length - new - 1, 1))  # the token at t is told of at t - 1
         where = jnp.pad(found.segments[:, length - new :] > 0, before) & chosen
-        return {"inputs": found, "where": where, "log_probs": jnp.pad(log_probs, before)}
+        log_probs = jnp.where(where, jnp.pad(log_probs, before), 0.0)
+        return {"inputs": found, "where": where, "log_probs": log_probs}
 
     return write
 

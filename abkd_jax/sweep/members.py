@@ -137,6 +137,7 @@ def opened(
             for part in before:
                 results[part.name] = run_phase(run, part, states, results)
                 states |= results[part.name].last
+        states = phases.starting(phase, states, results)
         yield Program(run, phase, states, members, chunk, processes)
 
 
@@ -178,6 +179,7 @@ class Program:
         frozen: the networks that they see.
         feed: of their examples, see `data.Feed`.
         size: how many of them train at once.
+        sums: of their evaluation; the same function for all chunks, for which it is compiled.
     """
 
     def __init__(
@@ -199,6 +201,7 @@ class Program:
         self.feed = datasets.Feed(split, run.data.preprocess, data_seed=seed, size=size)
         sizes = {name: config[name] for name in ("micro_batches", "log_every", "chunk")}
         self._size, self._static = size, train.Static(**sizes)
+        self.sums = functools.partial(_sums, run.plan.task, config["chunk"])
         self.programs = train.Programs(phase.source, self._static, members=True)
         path, each = run.workdir / "chunk.json", math.ceil(len(members.points) / processes)
         with _in_turn(run, processes):
@@ -323,7 +326,6 @@ class _Recorder:
         empty = np.full((count, len(self._steps)), np.nan, np.float32)
         metrics = itertools.product(self._phase.learners, self._task.logged)
         self.history = {f"{name}/{metric}": empty.copy() for name, metric in metrics}
-        self._sums = functools.partial(_sums, self._task, self._run.plan.config["chunk"])
 
     def check(self, carry: train.Carry, step: int) -> None:
         """A member that is not finite stays as it was; the others go on."""
@@ -338,8 +340,7 @@ class _Recorder:
         scores = _by_key(summary, self._task)
         for key, values in self.history.items() if step else ():
             values[:, self._steps.index(step)] = scores[key]
-        select = self._phase.select or next(iter(self._phase.learners))
-        best = float(np.nanmax(np.asarray(self._task.score(summary[select]))))
+        best = float(np.nanmax(self._selecting(scores)))
         self.progress.update(step, **{f"best_{self._task.score_column.key}": best})
         return {name: summary[name] for name in self._phase.learners}, None
 
@@ -355,8 +356,11 @@ class _Recorder:
         """{"last": the row of the table, "history": rows} of each member."""
         splits, named = self._run.data, functools.partial(column, self._phase)
         final = {}
+        first, select = self._task.score_column.key, self._phase.select
         for name in ("validation", "test") if splits.validation is not None else ("test",):
             scores = _by_key(self._summary(carry, getattr(splits, name)), self._task)
+            column_of_it = named(name, f"{select}/{first}") if select else f"{name}_{first}"
+            final[column_of_it] = self._selecting(scores)
             final |= {named(name, key): values for key, values in scores.items()}
         history = {named(self._name, key): values for key, values in self.history.items()}
         rows = []
@@ -370,13 +374,18 @@ class _Recorder:
             rows.append({"last": last | bad_step, "history": on_the_way})
         return rows
 
+    def _selecting(self, scores: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The score by which runs select: of one network, or the mean of all that learn."""
+        names = [self._phase.select] if self._phase.select else list(self._phase.learners)
+        return np.mean([scores[f"{x}/{self._task.score_column.key}"] for x in names], axis=0)
+
     def _summary(
         self, carry: train.Carry, split: datasets.Split | datasets.Stream
     ) -> dict[str, Any]:
         """The task's summary of every member on a split, stacked."""
         frozen = self._program.frozen
         frozen = {name: x for name, x in frozen.items() if name in self._run.plan.judged}
-        sums_of = functools.partial(parallel.spread, self._sums, carry.learners, frozen)
+        sums_of = functools.partial(parallel.spread, self._program.sums, carry.learners, frozen)
         of_example = math.prod(self._run.plan.description.labels.shape)
         size = max(_EVALUATED // of_example, self._run.plan.config["batch_size"])
         batches = datasets.evaluation_batches(

@@ -13,7 +13,7 @@ from jax.tree_util import GetAttrKey, KeyPath
 from abkd_jax.binding import Bound, Domain, Schedule, Statistic, as_number, domain_of, nearest
 from abkd_jax.checks import require
 from abkd_jax.config.plan import Learner, Plan
-from abkd_jax.config.schema import check_seeds
+from abkd_jax.config.schema import check_seeds, is_drawn
 from abkd_jax.train.state import Decay
 from abkd_jax.types import dotted
 
@@ -56,6 +56,8 @@ def planned(plan: Plan, over: Mapping[str, Sequence[float]], init_seeds: int) ->
     learners = plan.phases[-1].learners
     own = {name: plan.networks[name].init_seed for name in learners}
     check_seeds(own.values(), init_seeds)
+    if init_seeds > 1:
+        _check_drawn(plan, init_seeds)
     grid = list(itertools.product(*over.values(), range(init_seeds)))
     swept = {
         path: jnp.asarray([row[column] for row in grid], float) for column, path in enumerate(over)
@@ -76,6 +78,18 @@ def planned(plan: Plan, over: Mapping[str, Sequence[float]], init_seeds: int) ->
     offsets = np.asarray([row[-1] for row in grid])
     seeds = {name: seed + offsets for name, seed in own.items()}
     return Members(points, over, jax.tree.map_with_path(stacked, learners), seeds)
+
+
+def _check_drawn(plan: Plan, count: int) -> None:
+    """Refuses several init seeds where those of a single run would be others."""
+    *before, phase = plan.phases
+    for name in phase.learners:
+        expected = f"1, for {name} has learned before, in a phase that all members share"
+        require(not any(name in x.learners for x in before), "init_seeds", expected, count)
+    new = [name for name in phase.learners if is_drawn(plan.networks[name])]
+    of = " and ".join(sorted(phase.learners))
+    expected = f"1, for a seed changes nothing where the parameters of {of} are given"
+    require(new, "init_seeds", expected, count)
 
 
 def map_numbers(f: Callable, learners: Any) -> Any:
