@@ -97,7 +97,8 @@ def train_and_evaluate(
         if hosts.is_first():
             print(
                 f"{workdir}: this run is done; with a larger num_steps or init_seeds it goes on, "
-                "and evaluating it makes its report anew.",
+                "and evaluating it makes its report anew. Files of data and weights are not "
+                "compared.",
                 file=sys.stderr,
             )
         return done
